@@ -1,0 +1,81 @@
+// Reading and tending a root from outside, without being an engine: what the CLI is made of. Safe while engines run.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "tokendepot/depot.h"
+#include "tokendepot/error.h"
+#include "tokendepot/key.h"
+#include "tokendepot/layout.h"
+#include "tokendepot/plan.h"
+
+namespace tokendepot {
+
+struct StoredExtent {
+  Key key;
+  uint64_t ns_prefix = 0;  // first 8 bytes of the namespace digest
+  uint16_t group = 0;
+  LayoutKind kind = LayoutKind::canonical;
+  Part part;
+  uint32_t tokens = 0;
+  ExtentRef where;
+  uint64_t stored_at_ns = 0;  // wall clock
+};
+
+struct SegmentInfo {
+  SegmentId id;
+  std::string file;         // name under segments/
+  uint64_t file_bytes = 0;
+  uint64_t live_bytes = 0;  // of extents that the journals still speak of
+  uint64_t extents = 0;
+  bool sealed = false;
+  uint64_t last_used_ns = 0;  // wall clock, from puts and touches
+};
+
+struct JournalInfo {
+  uint64_t writer = 0;
+  std::string file;
+  uint64_t records = 0;
+  bool damaged = false;  // bytes behind the last good record
+  bool in_use = false;   // a live writer holds its lock
+};
+
+struct NamespaceInfo {
+  std::string digest_hex;  // from the file name
+  std::string manifest;    // JSON text, empty when damaged
+  bool damaged = false;
+  uint64_t extents = 0;
+  uint64_t bytes = 0;
+};
+
+struct RootInfo {
+  std::string path;
+  std::string root_id_hex;
+  uint32_t format_version = 0;
+  uint64_t created_ns = 0;
+  std::vector<NamespaceInfo> namespaces;
+  std::vector<SegmentInfo> segments;
+  std::vector<JournalInfo> journals;
+  std::vector<std::string> foreign_files;  // left alone
+};
+
+/// `not_found` / `corrupt` / `unsupported` / `permission` when `path` is not a readable root.
+Result<RootInfo> inspect_root(const std::string& path);
+Result<std::vector<StoredExtent>> list_extents(const std::string& path);
+
+/// Reads one extent and checks its header against `extent` and every shard digest. Errors: not_found, corrupt, io.
+Status verify_extent(const std::string& path, const StoredExtent& extent);
+
+/// Journals that these extents are to be forgotten; live engines obey at their next poll. Returns how many.
+Result<uint64_t> remove_extents(const std::string& path, const std::vector<StoredExtent>& extents);
+
+struct Evicted {
+  uint64_t segments = 0;
+  uint64_t bytes = 0;
+};
+/// Condemns and removes the coldest sealed segments until at least `bytes` of the root are freed (or none is left).
+Result<Evicted> evict_segments(const std::string& path, uint64_t bytes);
+
+}  // namespace tokendepot

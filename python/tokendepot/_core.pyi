@@ -1,0 +1,109 @@
+"""Native module: the engine behind `tokendepot`. All calls release the GIL around work and are thread-safe.
+
+Keys travel as one `bytes` object of n * 32 bytes, plans as opaque `bytes`. Errors are `DepotError`.
+"""
+
+from typing import Any, Sequence
+
+class DepotError(Exception):
+    """kind: one of invalid_argument, not_found, corrupt, io, no_space, permission, unsupported, busy, timed_out, closed."""
+
+    kind: str
+    errno: int
+
+KEY_BYTES: int
+SKIP_BLOCK: int
+FORMAT_VERSION: int
+
+def version() -> str: ...
+def parse_options(config_json: str) -> dict[str, Any]:
+    """The effective options as a plain dict (defaults filled in); raises DepotError(invalid_argument)."""
+
+class KeyChain:
+    """Grows the chunk keys of one prompt. See include/tokendepot/key.h."""
+
+    def __init__(self, namespace: bytes, chunk_tokens: int, salt: str | bytes = "", lora: str | bytes = "") -> None: ...
+    def append(self, tokens: Any, media: Sequence[tuple[str | bytes, int, int]] = ()) -> int:
+        """tokens: a list/tuple of ints in [0, 2**32) or any 1-d int32/uint32/int64 buffer. media: (content hash,
+        first token, tokens). Returns the number of keys so far."""
+    def keys(self, first: int = 0, last: int = -1) -> bytes: ...
+    @property
+    def tokens_seen(self) -> int: ...
+    def __len__(self) -> int: ...
+
+class GroupWant:
+    """What a lookup asks of one KV-cache group; part = (layer_begin, layer_end, head_begin, head_end) over all ranks."""
+
+    def __init__(self, group: int, kind: str, part: tuple[int, int, int, int], tokens: int, window_chunks: int = 0) -> None: ...
+    group: int
+    kind: str
+    part: tuple[int, int, int, int]
+    tokens: int
+    window_chunks: int
+
+class Depot:
+    @staticmethod
+    def open(config_json: str, *, catalog: bool = True, writer: bool = True) -> "Depot": ...
+    def close(self) -> None: ...
+    def register_namespace(self, manifest_json: str) -> bytes: ...
+    # scheduler half
+    def longest_prefix(self, keys: bytes, wants: Sequence[GroupWant]) -> int: ...
+    def stored(self, keys: bytes, want: GroupWant) -> bytes:
+        """One byte a key, 1 = stored."""
+    def plan_load(
+        self,
+        namespace: bytes,
+        keys: bytes,
+        groups: Sequence[tuple[GroupWant, int, int, Sequence[int]]],
+        deadline_s: float,
+    ) -> bytes:
+        """groups: (want, first_chunk, blocks_per_chunk, block ids with SKIP_BLOCK where nothing is wanted).
+        Raises DepotError(not_found) when an extent has gone since the lookup."""
+    def forget(self, key: bytes, group: int) -> None: ...
+    # worker half
+    def attach(
+        self,
+        *,
+        group: int,
+        kind: str,
+        part: tuple[int, int, int, int],
+        tokens: int,
+        block_tokens: int,
+        block_count: int,
+        row_bytes: int = 0,
+        page_bytes: int = 0,
+        layers: Sequence[Sequence[tuple[int, int, int, int, int]]],
+    ) -> None:
+        """layers: per layer, per plane or piece: (address, block_stride, head_stride, token_stride, piece_bytes),
+        strides in bytes. Memory must outlive the Depot. See include/tokendepot/layout.h."""
+    def submit_load(self, job: int, plan: bytes) -> None: ...
+    def submit_store(self, job: int, plan: bytes) -> None: ...
+    def wait_gathered(self, timeout_s: float) -> bool: ...
+    def cancel(self, job: int) -> None: ...
+    def poll(self) -> list[dict[str, Any]]:
+        """Completions: job, kind ("load"/"store"), items_ok, bytes, seconds, failures: list of
+        (item, chunk, group, reason)."""
+    def flush(self, timeout_s: float) -> bool: ...
+    # both
+    def refresh(self) -> None: ...
+    def stats(self) -> dict[str, Any]:
+        """DepotStats of include/tokendepot/stats.h as nested dicts."""
+
+def plan_store(namespace: bytes, items: Sequence[tuple[bytes, int, int, Sequence[int]]]) -> bytes:
+    """Encodes a StorePlan; items: (key, chunk, group, block ids)."""
+
+def describe_plan(plan: bytes) -> dict[str, Any]:
+    """A decoded load or store plan as plain dicts; raises DepotError(corrupt | unsupported)."""
+
+# --- tools: read a root without opening it as an engine (safe while engines run) ---
+def inspect_root(path: str) -> dict[str, Any]:
+    """root id, format version, created, manifests (digest -> JSON text), segments (id, file bytes, entries, live
+    bytes, sealed, last used), journals (writer, records, bad records, live owner), totals."""
+def list_extents(path: str) -> list[dict[str, Any]]:
+    """Every live extent of a root: key, namespace, group, part, tokens, segment, offset, bytes, stored_at."""
+def verify_extents(path: str, extents: Sequence[dict[str, Any]]) -> list[str]:
+    """"ok" or the failure's reason, for each extent of list_extents (reads and checks all its bytes)."""
+def remove_extents(path: str, extents: Sequence[dict[str, Any]]) -> int:
+    """Appends condemn records; live engines drop them at their next poll. Returns how many."""
+def evict_segments(path: str, bytes: int) -> dict[str, int]:
+    """Evicts the coldest sealed segments until `bytes` are free; returns segments and bytes."""

@@ -1,0 +1,20 @@
+// XXH3-64 of each 4 KiB page, then XXH3-64 over the page digests of a shard (as u64 LE). Seed 0 in both.
+// Bit-exact with the GPU kernel of the same name.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+namespace tokendepot {
+
+/// XXH3-64, seed 0, of any bytes.
+uint64_t xxh3(std::span<const std::byte> bytes);
+
+/// Digest of one shard as it lies in a payload, its zero padding included: `shard.size()` is a multiple of 4 KiB.
+uint64_t shard_digest(std::span<const std::byte> shard);
+
+/// The same from page digests computed elsewhere (e.g. while copying).
+uint64_t shard_digest_of_pages(std::span<const uint64_t> page_digests);
+
+}  // namespace tokendepot

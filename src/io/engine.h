@@ -1,0 +1,52 @@
+// Moves pieces of files to and from memory, several at a time. Two implementations: threads with pread/pwrite, and
+// io_uring. Which is faster is measured per root; neither is a win by itself.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "tokendepot/error.h"
+
+namespace tokendepot {
+
+/// One transfer. Lives in the caller's memory, untouched by the caller until `done` is called.
+struct IoOperation {
+  int fd = -1;
+  bool write = false;
+  std::byte* buffer = nullptr;
+  uint64_t offset = 0;
+  uint32_t bytes = 0;  // at most 1 GiB
+  /// Called once, on a thread of the engine: 0 when all bytes moved, else a positive errno; a transfer that meets
+  /// the end of the file is ENODATA. Short transfers are continued by the engine. May call submit(); must not block.
+  void (*done)(IoOperation* self, int error) = nullptr;
+  void* owner = nullptr;     // the caller's
+  IoOperation* next = nullptr;  // the engine's queue link
+};
+
+class IoEngine {
+ public:
+  /// Waits for all operations: `done` has been called for each.
+  virtual ~IoEngine() = default;
+  /// Queues without blocking and without a bound of its own (callers bound what they submit); at most `depth`
+  /// operations are in the kernel at once. First in, first out.
+  virtual void submit(IoOperation* operation) = 0;
+  virtual const char* name() const = 0;  // "threads", "uring"
+};
+
+/// `depth` in 1..128 threads.
+std::unique_ptr<IoEngine> make_thread_engine(uint32_t depth);
+/// `unsupported` or `permission` with the cause (errno and, where it explains it, kernel.io_uring_disabled).
+Result<std::unique_ptr<IoEngine>> make_uring_engine(uint32_t depth);
+
+struct EngineChoice {
+  std::unique_ptr<IoEngine> engine;
+  std::string reason;  // e.g. "threads 1.9 GB/s, uring 1.7 GB/s" or "io_uring: Operation not permitted (kernel.io_uring_disabled=2)"
+};
+/// Reads a probe file of 32 MiB that it writes in `directory` (removed again, never left behind: unlinked right
+/// after creation) with both engines and keeps the faster one; a difference under 10 % goes to threads. Takes at most
+/// about 0.3 s a root. `direct` = open with O_DIRECT.
+EngineChoice choose_engine(const std::string& directory, bool direct, uint32_t depth);
+
+}  // namespace tokendepot

@@ -51,6 +51,13 @@ struct Options {
 /// known one. docs/operations.md has the table.
 Result<Options> parse_options(std::string_view json);
 
+/// The effective options as the JSON object that parse_options() reads, every key written out, sizes in bytes.
+std::string to_json(const Options& options);
+
+/// A size greater than 0 as users write it: bytes, or a number and a unit with or without one blank between them
+/// (KiB MiB GiB TiB count by 1024, KB MB GB TB by 1000). "8G" is refused because it is read both ways.
+Result<uint64_t> parse_size(std::string_view text);
+
 /// What a lookup asks of one group.
 struct GroupWant {
   uint16_t group = 0;

@@ -27,6 +27,7 @@ struct ExtentRef {
   SegmentId segment;
   uint64_t offset = 0;  // of the header, multiple of 4 KiB
   uint64_t bytes = 0;   // header and payload, multiple of 4 KiB
+  bool operator==(const ExtentRef&) const = default;
 };
 
 /// Block id that stands for "not wanted": the engine already has the block, or does not need it (outside a window).

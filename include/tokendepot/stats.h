@@ -49,4 +49,7 @@ struct DepotStats {
   std::vector<RootStats> roots;
 };
 
+/// One JSON object with the fields above, by their names.
+std::string to_json(const DepotStats& stats);
+
 }  // namespace tokendepot

@@ -1,4 +1,5 @@
-// Reading and tending a root from outside, without being an engine: what the CLI is made of. Safe while engines run.
+// Reading and tending a root from outside, without being an engine: what the CLI is made of.
+// Safe while engines run.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +27,7 @@ struct StoredExtent {
 
 struct SegmentInfo {
   SegmentId id;
-  std::string file;         // name under segments/
+  std::string file;  // name under segments/
   uint64_t file_bytes = 0;
   uint64_t live_bytes = 0;  // of extents that the journals still speak of
   uint64_t extents = 0;
@@ -38,13 +39,14 @@ struct JournalInfo {
   uint64_t writer = 0;
   std::string file;
   uint64_t records = 0;
-  bool damaged = false;  // bytes behind the last good record
-  bool in_use = false;   // a live writer holds its lock
+  uint64_t bad_records = 0;  // records that do not decode, between good ones
+  bool damaged = false;      // bad records, or bytes behind the last good one that no live writer is adding
+  bool in_use = false;       // a live writer holds its lock
 };
 
 struct NamespaceInfo {
-  std::string digest_hex;  // from the file name
-  std::string manifest;    // JSON text, empty when damaged
+  std::string digest_hex;  // from the file name; its first 16 digits when extents name it but no file does
+  std::string manifest;    // JSON text, empty when damaged or missing
   bool damaged = false;
   uint64_t extents = 0;
   uint64_t bytes = 0;
@@ -55,17 +57,21 @@ struct RootInfo {
   std::string root_id_hex;
   uint32_t format_version = 0;
   uint64_t created_ns = 0;
+  std::string file_system;       // "tmpfs", "ext4", ...
+  uint64_t available_bytes = 0;  // on that file system
+  std::string transport;  // what "auto" finds here: "mapped", "direct", "buffered"; "" = no segment to ask
   std::vector<NamespaceInfo> namespaces;
   std::vector<SegmentInfo> segments;
   std::vector<JournalInfo> journals;
-  std::vector<std::string> foreign_files;  // left alone
+  std::vector<std::string> foreign_files;  // paths below the root that are not the depot's; left alone
 };
 
 /// `not_found` / `corrupt` / `unsupported` / `permission` when `path` is not a readable root.
 Result<RootInfo> inspect_root(const std::string& path);
 Result<std::vector<StoredExtent>> list_extents(const std::string& path);
 
-/// Reads one extent and checks its header against `extent` and every shard digest. Errors: not_found, corrupt, io.
+/// Reads one extent and checks its header against `extent` and every shard digest. Errors: not_found,
+/// corrupt, io.
 Status verify_extent(const std::string& path, const StoredExtent& extent);
 
 /// Journals that these extents are to be forgotten; live engines obey at their next poll. Returns how many.
@@ -75,7 +81,8 @@ struct Evicted {
   uint64_t segments = 0;
   uint64_t bytes = 0;
 };
-/// Condemns and removes the coldest sealed segments until at least `bytes` of the root are freed (or none is left).
-Result<Evicted> evict_segments(const std::string& path, uint64_t bytes);
+/// Condemns and removes the coldest sealed segments until at least `bytes` of the root are freed (or none is
+/// left). With `dry_run` only says what it would do.
+Result<Evicted> evict_segments(const std::string& path, uint64_t bytes, bool dry_run = false);
 
 }  // namespace tokendepot

@@ -16,6 +16,9 @@ SKIP_BLOCK: int
 FORMAT_VERSION: int
 
 def version() -> str: ...
+def parse_size(text: str) -> int:
+    """"1GiB" -> 1073741824, as sizes in the configuration are read; raises DepotError(invalid_argument)."""
+
 def parse_options(config_json: str) -> dict[str, Any]:
     """The effective options as a plain dict (defaults filled in); raises DepotError(invalid_argument)."""
 
@@ -102,8 +105,9 @@ def inspect_root(path: str) -> dict[str, Any]:
 def list_extents(path: str) -> list[dict[str, Any]]:
     """Every live extent of a root: key, namespace, group, part, tokens, segment, offset, bytes, stored_at."""
 def verify_extents(path: str, extents: Sequence[dict[str, Any]]) -> list[str]:
-    """"ok" or the failure's reason, for each extent of list_extents (reads and checks all its bytes)."""
+    """"ok", or "<kind>: <message>" of the failure, for each extent of list_extents (reads and checks all its bytes)."""
 def remove_extents(path: str, extents: Sequence[dict[str, Any]]) -> int:
     """Appends condemn records; live engines drop them at their next poll. Returns how many."""
-def evict_segments(path: str, bytes: int) -> dict[str, int]:
-    """Evicts the coldest sealed segments until `bytes` are free; returns segments and bytes."""
+def evict_segments(path: str, bytes: int, dry_run: bool = False) -> dict[str, int]:
+    """Evicts the coldest sealed segments until `bytes` of the root are freed; returns segments and bytes. With
+    `dry_run` only says what it would do."""

@@ -46,6 +46,8 @@ class File {
   /// Open-file-description lock over the whole file, never waiting. False = somebody else (another process, or
   /// another open of this process) has it. Freed when the last copy of the descriptor closes, also by kill -9.
   Result<bool> try_lock_exclusive() const;
+  /// Whether somebody else has that lock now. Takes nothing; works on a file opened for reading.
+  Result<bool> is_locked_by_another() const;
 
  private:
   int fd_ = -1;

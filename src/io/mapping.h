@@ -21,6 +21,9 @@ class Mapping {
   /// Maps [0, bytes) of the file. `writable` needs a file opened for writing. Fails when the file is shorter.
   static Result<Mapping> map(const File& file, uint64_t bytes, bool writable);
 
+  /// Makes the pages present for writing now, so that the first store does not pay a fault a page. Best effort.
+  void populate() const;
+
   std::byte* data() const { return data_; }
   uint64_t size() const { return size_; }
   bool is_mapped() const { return data_ != nullptr; }

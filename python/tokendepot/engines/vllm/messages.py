@@ -1,0 +1,91 @@
+"""What travels between the two halves every engine step. Pickled by vLLM, so plain data and small."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+
+SKIP = -1  # block id of a place that is not wanted (the engine's SKIP_BLOCK)
+
+
+@dataclass
+class GroupBlocks:
+    """The blocks of one group that a load fills: `per_chunk` ids for each chunk from `first_chunk` on."""
+
+    group: int
+    first_chunk: int
+    per_chunk: int
+    packed_ids: bytes  # array("i")
+
+    @classmethod
+    def pack(cls, group: int, first_chunk: int, per_chunk: int, ids: list[int]) -> GroupBlocks:
+        return cls(group, first_chunk, per_chunk, array("i", ids).tobytes())
+
+    def ids(self) -> list[int]:
+        numbers = array("i")
+        numbers.frombytes(self.packed_ids)
+        return numbers.tolist()
+
+    def wanted(self) -> set[int]:
+        return {block for block in self.ids() if block != SKIP}
+
+    def of_chunk(self, chunk: int) -> set[int]:
+        """The wanted blocks of one chunk; empty when the chunk is not of this load."""
+        first = (chunk - self.first_chunk) * self.per_chunk
+        if first < 0:
+            return set()
+        return {block for block in self.ids()[first : first + self.per_chunk] if block != SKIP}
+
+
+@dataclass
+class LoadOrder:
+    """One request's load. `plan` is None when the promise could not be kept: workers then report it failed."""
+
+    job: int
+    request_id: str
+    plan: bytes | None
+    groups: list[GroupBlocks]
+
+
+@dataclass
+class StoreOrder:
+    """Stores of one group."""
+
+    job: int
+    group: int
+    plan: bytes
+
+
+@dataclass
+class StepOrders(KVConnectorMetadata):
+    """Scheduler half to every worker half."""
+
+    loads: list[LoadOrder] = field(default_factory=list)
+    stores: list[StoreOrder] = field(default_factory=list)
+
+
+@dataclass
+class StepReport(KVConnectorWorkerMetadata):
+    """Worker half to scheduler half; one step's reports of all ranks are merged by vLLM."""
+
+    failed_chunks: set[tuple[int, int, int]] = field(default_factory=set)  # (load job, chunk, group)
+    ended_stores: dict[int, int] = field(default_factory=dict)  # store job -> ranks that ended it
+    failed_stores: set[tuple[int, int]] = field(default_factory=set)  # (store job, item)
+    disabled: str = ""  # why a rank can neither load nor store any more
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
+        assert isinstance(other, StepReport)
+        ended = dict(self.ended_stores)
+        for job, ranks in other.ended_stores.items():
+            ended[job] = ended.get(job, 0) + ranks
+        return StepReport(
+            self.failed_chunks | other.failed_chunks,
+            ended,
+            self.failed_stores | other.failed_stores,
+            self.disabled or other.disabled,
+        )
+
+    def is_empty(self) -> bool:
+        return not (self.failed_chunks or self.ended_stores or self.failed_stores or self.disabled)

@@ -1,0 +1,480 @@
+"""The half in the scheduler process: keys, look-ups, promises, and which chunks a step completes.
+
+Contracts with vLLM that this file stands on:
+* get_num_new_matched_tokens() may be called many times; what the last call promised is remembered, never derived again.
+* Loads are asynchronous only. A promise that cannot be planned is sent to the workers as failed, so that the request
+  is rescheduled; it never silently becomes a shorter load.
+* Only tokens that are final are stored: computed + scheduled - drafts, at most the tokens whose ids are known.
+* A block is stored only in a step in which the request owns it: a step that fills it, or one that lists the whole table.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokendepot import _core
+from tokendepot.engines.vllm import versions
+from tokendepot.engines.vllm.adapters import Adapters, PendingError
+from tokendepot.engines.vllm.groups import FULL, Group, describe_groups, loads_are_safe
+from tokendepot.engines.vllm.identity import manifest
+from tokendepot.engines.vllm.messages import SKIP, GroupBlocks, LoadOrder, StepOrders, StepReport, StoreOrder
+from tokendepot.engines.vllm.settings import RefusedError, Settings
+from tokendepot.engines.vllm.stats import DepotStats
+
+LOAD_ATTEMPTS = 2  # failed loads of one request before it is left to compute
+STORE_MEMORY_S = 60.0  # how long a store that no worker reports counts as on its way
+SEEN_STORE_S = 2.0  # after its end: until the workers' journals have been read
+NULL_BLOCK = 0  # vLLM's block that stands for "freed, outside the window"
+
+
+@dataclass
+class Promise:
+    local_tokens: int
+    hit_tokens: int
+
+
+@dataclass
+class Tracked:
+    """What is known about one live request."""
+
+    request: Any
+    chain: _core.KeyChain | None = None  # None: the request takes no part (see `barred`)
+    barred: str = ""
+    media: list[tuple[str, int, int]] = field(default_factory=list)
+    promise: Promise | None = None
+    failed_loads: int = 0
+    tables: list[list[int]] = field(default_factory=list)  # block ids of each group
+    next_chunk: int = 0  # chunks before it need no more thought
+    counted: bool = False  # in queried_tokens
+
+
+@dataclass
+class Load:
+    request_id: str
+    keys: bytes
+    failed: bool = False
+
+
+@dataclass
+class Store:
+    keys: list[tuple[bytes, int]]
+    ended_by: int = 0
+
+
+class SchedulerHalf:
+    """One per engine. Not thread-safe: vLLM calls it from the scheduler's thread only."""
+
+    def __init__(self, settings: Settings, vllm_config: Any, kv_cache_config: Any) -> None:
+        self._settings = settings
+        self._chunk = settings.chunk_tokens
+        self._groups = describe_groups(vllm_config, kv_cache_config, settings)
+        self._wants = [group.want() for group in self._groups]
+        self._depot = _core.Depot.open(settings.engine_json, catalog=True, writer=False)
+        try:
+            self._manifest = manifest(vllm_config, self._groups, settings, kv_cache_config)
+            self._namespace = self._depot.register_namespace(json.dumps(self._manifest))
+        except BaseException:
+            self._depot.close()
+            raise
+        transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
+        self._ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+        self._may_load = bool(transfer.is_kv_consumer) and loads_are_safe(self._groups)
+        self._may_store = bool(transfer.is_kv_producer)
+        self._drop_last_chunk = versions.chunk_drop_needed(vllm_config.speculative_config)
+        self._adapters = Adapters(settings.root_paths)
+        self._requests: dict[str, Tracked] = {}
+        self._pending: list[LoadOrder] = []
+        self._loads: dict[int, Load] = {}
+        self._stores: dict[int, Store] = {}
+        self._storing: dict[tuple[bytes, int], float] = {}  # (key, group) -> when it stops counting
+        self._next_job = 1
+        self._counts: dict[str, float] = {}
+        self._off = ""
+        self._said: set[str] = set()
+        self._log_start(vllm_config)
+
+    def _log_start(self, vllm_config: Any) -> None:
+        versions.log.info(
+            "tokendepot: namespace %s, chunks of %d tokens, groups: %s", self._namespace.hex()[:16], self._chunk,
+            ", ".join(f"{g.index} {g.attention} {g.kind} {g.layers} layers x {g.heads} heads" for g in self._groups))
+        if not loads_are_safe(self._groups):
+            versions.log.warning(
+                "tokendepot: this vLLM cannot survive a failed load of a model with %d KV-cache groups, so prompts are stored "
+                "but not loaded (0.30 and newer can)", len(self._groups))
+        versions.use_recompute_policy(vllm_config.kv_transfer_config)
+
+    # --- look-up and promise -------------------------------------------------------------------------------------
+
+    def matched_tokens(self, request: Any, local_tokens: int) -> int | None:
+        """Tokens beyond `local_tokens` that the depot can load; None = ask again. No side effect but the note."""
+        tracked = self._track(request)
+        tracked.promise = None
+        if self._off or not self._may_load or tracked.failed_loads >= LOAD_ATTEMPTS:
+            return 0
+        try:
+            chain = self._chain(tracked)
+        except PendingError:
+            return None
+        if chain is None:
+            return 0
+        # At least one token is left to compute, or there would be no logits to sample from.
+        chunks = (request.num_tokens - 1) // self._chunk
+        if chunks * self._chunk - local_tokens < self._settings.min_load_tokens:
+            return 0
+        self._extend(tracked, chunks)
+        keys = chain.keys(0, chunks)
+        hit = self._depot.longest_prefix(keys, self._wants)
+        if hit and self._drop_last_chunk:
+            hit = self._depot.longest_prefix(chain.keys(0, hit - 1), self._wants)
+        external = hit * self._chunk - local_tokens
+        if external < self._settings.min_load_tokens:
+            return 0
+        tracked.promise = Promise(local_tokens, hit * self._chunk)
+        return external
+
+    def allocated(self, request: Any, tables: list[list[int]], external_tokens: int) -> None:
+        """Turns the promise into a load order for this step. `external_tokens` may be less than promised."""
+        tracked = self._track(request)
+        if not tracked.counted:
+            tracked.counted = True
+            self._count("queried_tokens", request.num_tokens)
+        if external_tokens <= 0:
+            return
+        promise, tracked.promise = tracked.promise, None
+        order = self._order(tracked, tables, promise, external_tokens)
+        self._pending.append(order)
+        self._count("hit_tokens", external_tokens)
+
+    def _order(self, tracked: Tracked, tables: list[list[int]], promise: Promise | None, external: int) -> LoadOrder:
+        job, self._next_job = self._next_job, self._next_job + 1
+        request_id = tracked.request.request_id
+        local = promise.local_tokens if promise else 0
+        end = local + external
+        groups, complete = self._places(tables, local, end)
+        plan = None
+        keys = tracked.chain.keys(0, -(-end // self._chunk)) if tracked.chain is not None else b""
+        if promise is not None and complete and end <= promise.hit_tokens and not self._off:
+            plan = self._plan(keys, groups)
+        self._loads[job] = Load(request_id, keys, failed=plan is None)
+        if plan is None:
+            tracked.failed_loads += 1
+            self._count("broken_promises", 1)
+            groups = self._everything(tables, local, end)
+        return LoadOrder(job, request_id, plan, groups)
+
+    def _places(self, tables: list[list[int]], local: int, end: int) -> tuple[list[GroupBlocks], bool]:
+        """The blocks that tokens [local, end) need from the depot, and whether the depot holds all of them."""
+        places, complete = [], True
+        end_chunk = -(-end // self._chunk)
+        for group, table in zip(self._groups, tables, strict=True):
+            first = local // self._chunk
+            if group.window_chunks:
+                first = max(first, end_chunk - group.window_chunks)
+            missing_front = group.blocks_per_chunk - group.stored_blocks
+            ids: list[int] = []
+            covered: set[int] = set()
+            for chunk in range(first, end_chunk):
+                for place in range(missing_front, group.blocks_per_chunk):
+                    position = chunk * group.blocks_per_chunk + place
+                    wanted = self._is_wanted(group, table, position, local, end)
+                    ids.append(table[position] if wanted else SKIP)
+                    covered.add(position)
+            needed = range(local // group.block_tokens, -(-end // group.block_tokens))
+            complete &= all(
+                position in covered for position in needed if self._is_wanted(group, table, position, local, end))
+            places.append(GroupBlocks.pack(group.index, first, group.stored_blocks, ids))
+        return places, complete
+
+    def _everything(self, tables: list[list[int]], local: int, end: int) -> list[GroupBlocks]:
+        """All blocks of tokens [local, end), to be reported as failed: one list of single blocks a group."""
+        places = []
+        for group, table in zip(self._groups, tables, strict=True):
+            positions = range(local // group.block_tokens, -(-end // group.block_tokens))
+            ids = [table[p] if self._is_wanted(group, table, p, local, end) else SKIP for p in positions]
+            places.append(GroupBlocks.pack(group.index, 0, max(1, len(ids)), ids))
+        return places
+
+    @staticmethod
+    def _is_wanted(group: Group, table: list[int], position: int, local: int, end: int) -> bool:
+        first_token = position * group.block_tokens
+        return (
+            local <= first_token < end and position < len(table) and table[position] != NULL_BLOCK
+        )
+
+    def _plan(self, keys: bytes, groups: list[GroupBlocks]) -> bytes | None:
+        """None when an extent has gone since the look-up, or the depot is in trouble."""
+        arguments = [
+            (want, places.first_chunk, places.per_chunk, places.ids())
+            for want, places in zip(self._wants, groups, strict=True)
+        ]
+        try:
+            return bytes(self._depot.plan_load(self._namespace, keys, arguments, self._settings.load_timeout))
+        except _core.DepotError as error:
+            if error.kind != "not_found":
+                self._say(f"a load cannot be planned ({error.kind}): {error}")
+        except (TypeError, ValueError) as error:
+            self.turn_off(f"planning a load: {type(error).__name__}: {error}")
+        return None
+
+    # --- what a step stores --------------------------------------------------------------------------------------
+
+    def step(self, output: Any) -> StepOrders:
+        """The orders of this step; called once a step, after all calls of allocated(). Loads survive any trouble."""
+        orders = StepOrders(loads=self._pending)
+        self._pending = []
+        try:
+            orders.stores = self._stores_of(output)
+        except Exception as error:  # the loads of this step must reach the workers whatever happens here
+            self.turn_off(f"choosing what to store: {type(error).__name__}: {error}")
+        return orders
+
+    def _stores_of(self, output: Any) -> list[StoreOrder]:
+        items: list[list[tuple[bytes, int, int, list[int]]]] = [[] for _ in self._groups]
+        drafts = output.scheduled_spec_decode_tokens
+        for new in output.scheduled_new_reqs:
+            tracked = self._requests.get(new.req_id)
+            if tracked is not None:
+                tracked.tables = [list(ids) for ids in new.block_ids]
+                tracked.next_chunk = 0
+                self._collect(tracked, new.num_computed_tokens, output, drafts, True, items)
+        cached = output.scheduled_cached_reqs
+        for index, request_id in enumerate(cached.req_ids):
+            tracked = self._requests.get(request_id)
+            if tracked is None:
+                continue
+            new_ids = cached.new_block_ids[index]
+            whole_table = request_id in cached.resumed_req_ids
+            if whole_table:
+                # Preempted before: the old blocks belong to others, all that counts is the new table.
+                tracked.tables = [list(ids) for ids in new_ids or ()]
+                tracked.next_chunk = 0
+            elif new_ids is not None:
+                for table, ids in zip(tracked.tables, new_ids, strict=True):
+                    table.extend(ids)
+            self._collect(tracked, cached.num_computed_tokens[index], output, drafts, whole_table, items)
+        return [
+            self._store_order(group, group_items)
+            for group, group_items in zip(self._groups, items, strict=True)
+            if group_items
+        ]
+
+    def _collect(self, tracked: Tracked, computed: int, output: Any, drafts: dict[str, Any], whole_table: bool,
+                 items: list[list[tuple[bytes, int, int, list[int]]]]) -> None:
+        """Adds the chunks of one request that are complete after this step and not stored yet."""
+        request = tracked.request
+        if self._off or not self._may_store or not tracked.tables:
+            return
+        final = computed + output.num_scheduled_tokens[request.request_id] - len(drafts.get(request.request_id, ()))
+        final = min(final, request.num_tokens)
+        if self._settings.store == "prompt":
+            final = min(final, request.num_prompt_tokens)
+        first, last = tracked.next_chunk, final // self._chunk
+        if last <= first:
+            return
+        try:
+            chain = self._chain(tracked)
+        except PendingError:
+            return
+        if chain is None:
+            return
+        self._extend(tracked, last)
+        keys = chain.keys(first, last)
+        now = time.monotonic()
+        for group, want, table, into in zip(self._groups, self._wants, tracked.tables, items, strict=True):
+            stored = self._depot.stored(keys, want)
+            for chunk in range(first, last):
+                offset = chunk - first
+                key = keys[offset * _core.KEY_BYTES : (offset + 1) * _core.KEY_BYTES]
+                if stored[offset] or self._storing.get((key, group.index), 0.0) > now:
+                    continue
+                blocks = self._owned_blocks(group, table, chunk, computed, whole_table)
+                if blocks is not None:
+                    into.append((key, chunk, group.index, blocks))
+                    self._storing[(key, group.index)] = now + STORE_MEMORY_S
+        tracked.next_chunk = last
+
+    def _owned_blocks(self, group: Group, table: list[int], chunk: int, computed: int, whole_table: bool) -> list[int] | None:
+        """Blocks of the chunk's stored tail, None when one is not the request's any more."""
+        end = (chunk + 1) * self._chunk
+        if group.attention != FULL and end <= computed and not whole_table:
+            return None  # slid out of the window in an earlier step; the ids we remember may be another request's
+        last = end // group.block_tokens
+        blocks = table[last - group.stored_blocks : last]
+        return blocks if len(blocks) == group.stored_blocks and NULL_BLOCK not in blocks else None
+
+    def _store_order(self, group: Group, items: list[tuple[bytes, int, int, list[int]]]) -> StoreOrder:
+        job, self._next_job = self._next_job, self._next_job + 1
+        self._stores[job] = Store([(key, index) for key, _, index, _ in items])
+        self._forget_old_stores()
+        return StoreOrder(job, group.index, bytes(_core.plan_store(self._namespace, items)))
+
+    def _forget_old_stores(self) -> None:
+        now = time.monotonic()
+        if len(self._storing) > 4096:
+            self._storing = {key: until for key, until in self._storing.items() if until > now}
+            self._stores = {
+                job: store for job, store in self._stores.items() if any(key in self._storing for key in store.keys)
+            }
+
+    # --- reports of the workers ----------------------------------------------------------------------------------
+
+    def report(self, report: StepReport | None, finished_loads: set[str]) -> None:
+        """What all ranks said in one step; `finished_loads` are the requests whose load every rank has ended."""
+        if report is not None:
+            if report.disabled:
+                self.turn_off(report.disabled)
+            for job, chunk, group in report.failed_chunks:
+                self._load_failed(job, chunk, group)
+            for job, item in report.failed_stores:
+                store = self._stores.get(job)
+                if store is not None and item < len(store.keys):
+                    self._storing.pop(store.keys[item], None)
+            for job, ranks in report.ended_stores.items():
+                self._store_ended(job, ranks)
+        if finished_loads:
+            self._loads = {job: load for job, load in self._loads.items() if load.request_id not in finished_loads}
+
+    def _load_failed(self, job: int, chunk: int, group: int) -> None:
+        load = self._loads.get(job)
+        if load is None:
+            return
+        key = load.keys[chunk * _core.KEY_BYTES : (chunk + 1) * _core.KEY_BYTES]
+        if len(key) == _core.KEY_BYTES:
+            # Not promised again until somebody stores it anew, which the recomputing request does.
+            self._guard(lambda: self._depot.forget(key, group))
+            self._storing.pop((key, group), None)
+        if not load.failed:
+            load.failed = True
+            self._count("failed_requests", 1)
+            tracked = self._requests.get(load.request_id)
+            if tracked is not None:
+                tracked.failed_loads += 1
+
+    def _store_ended(self, job: int, ranks: int) -> None:
+        store = self._stores.get(job)
+        if store is None:
+            return
+        store.ended_by += ranks
+        if store.ended_by >= self._ranks:
+            del self._stores[job]
+            until = time.monotonic() + SEEN_STORE_S
+            for key in store.keys:
+                if key in self._storing:
+                    self._storing[key] = until
+
+    # --- requests ------------------------------------------------------------------------------------------------
+
+    def _track(self, request: Any) -> Tracked:
+        tracked = self._requests.get(request.request_id)
+        if tracked is None or tracked.request is not request:
+            tracked = self._requests[request.request_id] = Tracked(request, barred=_bar(request))
+            if tracked.barred:
+                self._say(f"a request takes no part in the depot: {tracked.barred}")
+        return tracked
+
+    def arrived(self, request: Any) -> None:
+        """A hint that the request's adapter will be needed soon."""
+        if request.lora_request is not None:
+            self._adapters.prepare(request.lora_request)
+
+    def finished(self, request: Any) -> None:
+        """Stores are gathered within their step and loads end by themselves, so nothing is held back."""
+        self._requests.pop(request.request_id, None)
+
+    def _chain(self, tracked: Tracked) -> _core.KeyChain | None:
+        """The request's keys; None when it takes no part. Raises PendingError while its adapter is being identified."""
+        if tracked.chain is None and not tracked.barred:
+            request = tracked.request
+            lora = b""
+            if request.lora_request is not None:
+                try:
+                    lora = self._adapters.identity(request.lora_request)
+                except RefusedError as error:
+                    tracked.barred = str(error)
+                    self._say(f"a request takes no part in the depot: {error}")
+                    return None
+            tracked.media = [
+                (str(item.identifier), int(item.mm_position.offset), int(item.mm_position.length))
+                for item in request.mm_features or ()
+            ]
+            tracked.chain = _core.KeyChain(self._namespace, self._chunk, request.cache_salt or "", lora)
+        return tracked.chain
+
+    def _extend(self, tracked: Tracked, chunks: int) -> None:
+        """Appends whole chunks only, so that every token is read exactly once and only when its id is final."""
+        chain = tracked.chain
+        assert chain is not None
+        have, wanted = chain.tokens_seen, chunks * self._chunk
+        if wanted > have:
+            chain.append(tracked.request.all_token_ids[have:wanted], tracked.media)
+
+    # --- the rest ------------------------------------------------------------------------------------------------
+
+    def reset(self) -> bool:
+        """After reset_cache() nothing that was stored before is served again by this process.
+
+        vLLM resets connectors when the weights may have changed under it, which the manifest cannot see. So this engine
+        goes on in a namespace of its own; a restart with the original weights finds the original one.
+        """
+        self._manifest["reset"] = uuid.uuid4().hex
+        fresh = self._guard(lambda: self._depot.register_namespace(json.dumps(self._manifest)))
+        if fresh is None:
+            self.turn_off("the namespace after a reset cannot be registered")
+            return False
+        self._namespace = fresh
+        self._storing.clear()
+        self._stores.clear()
+        for tracked in self._requests.values():
+            tracked.chain, tracked.promise = None, None
+            if tracked.tables:
+                tracked.barred = "its KV was computed in part before a reset"
+        return not self._loads and not self._pending
+
+    def turn_off(self, reason: str) -> None:
+        """From now on every answer is a miss; loads under way end by themselves."""
+        if not self._off:
+            self._off = reason
+            versions.log.error("tokendepot: switched off, the engine goes on without it: %s", reason)
+
+    def take_stats(self) -> DepotStats | None:
+        if not self._counts:
+            return None
+        counts, self._counts = self._counts, {}
+        return DepotStats(data=counts)
+
+    def close(self) -> None:
+        self._off = self._off or "closed"
+        self._adapters.close()
+        self._guard(self._depot.close)
+
+    def _count(self, name: str, amount: float) -> None:
+        self._counts[name] = self._counts.get(name, 0) + amount
+
+    def _guard(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except _core.DepotError as error:
+            self._say(str(error))
+            return None
+
+    def _say(self, text: str) -> None:
+        """Once for each text: requests repeat, the operator needs it once."""
+        if text not in self._said and len(self._said) < 64:
+            self._said.add(text)
+            versions.log.warning("tokendepot: %s", text)
+
+
+def _bar(request: Any) -> str:
+    """Why a request takes no part, or ""."""
+    if getattr(request, "prompt_embeds", None) is not None:
+        return "prompt embeddings have no token ids to make keys of"
+    if getattr(request, "resumable", False) or getattr(request, "streaming_queue", None) is not None:
+        return "the prompt of a streaming session can still change"
+    if any(item.identifier is None for item in request.mm_features or ()):
+        return "a multimodal item has no content hash"
+    return ""

@@ -1,0 +1,228 @@
+"""The half in each worker process: moves this rank's shards and reports what failed.
+
+Contracts with vLLM that this file stands on:
+* Every load order is answered on every rank: finished, and with the blocks that failed, at the latest in the same step.
+* A load is answered only when the depot has said that it writes no more of its blocks.
+* wait_for_save() returns only when all bytes of this step's stores have left the cache, so blocks may be reused at once.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from tokendepot import _core
+from tokendepot.engines.vllm import versions
+from tokendepot.engines.vllm.geometry import attach_arguments, layer_planes
+from tokendepot.engines.vllm.groups import CANONICAL, Placement, describe_groups
+from tokendepot.engines.vllm.messages import LoadOrder, StepOrders, StepReport
+from tokendepot.engines.vllm.settings import RefusedError, Settings
+from tokendepot.engines.vllm.stats import DepotStats, EngineCounters
+
+GATHER_SLICE_S = 5.0
+FLUSH_AT_CLOSE_S = 5.0
+STATS_EVERY_S = 5.0  # while nothing happens; right away when a job has ended
+FAILURE_LINE_EVERY_S = 10.0
+
+
+class WorkerHalf:
+    """One per rank. Not thread-safe: vLLM calls it from the worker's thread only."""
+
+    def __init__(self, settings: Settings, vllm_config: Any, kv_cache_config: Any) -> None:
+        parallel = vllm_config.parallel_config
+        self._placement = Placement(parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.rank)
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._groups = describe_groups(vllm_config, kv_cache_config, settings)
+        self._storing_groups = {group.index for group in self._groups if group.stores(self._placement)}
+        self._depot = _core.Depot.open(settings.engine_json, catalog=False, writer=True)
+        self._attached = False
+        self._loading: dict[int, LoadOrder] = {}
+        self._finished: set[str] = set()
+        self._failed_requests: set[str] = set()
+        self._bad_blocks: set[int] = set()
+        self._report = StepReport()
+        self._counters = EngineCounters()
+        self._stats_due = 0.0
+        self._failure_line_due = 0.0
+        self._unsaid_failures: dict[str, int] = {}
+        self._off = ""
+
+    # --- the cache -----------------------------------------------------------------------------------------------
+
+    def attach(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Lends the cache to the depot; RefusedError when a tensor is not understood."""
+        block_count = int(self._kv_cache_config.num_blocks)
+        cache_dtype = str(self._vllm_config.cache_config.cache_dtype)
+        for group in self._groups:
+            layers = []
+            for name in group.layer_names:
+                tensor = kv_caches.get(name)
+                if not isinstance(tensor, torch.Tensor):
+                    raise RefusedError(f"the engine registered no cache tensor for layer {name}")
+                backend = versions.backend_name(self._vllm_config, name)
+                if group.kind == CANONICAL and backend.startswith("CPU"):
+                    raise RefusedError(
+                        f'"layout" is "canonical" but the attention backend {backend} packs its blocks by instruction set: '
+                        'use "auto" or "opaque"')
+                declared = versions.declared_shape(self._vllm_config, name, cache_dtype)
+                layers.append(layer_planes(tensor, group, block_count, declared, name))
+            self._depot.attach(**attach_arguments(group, group.part(self._placement), block_count, layers))
+        self._attached = True
+
+    # --- loads ---------------------------------------------------------------------------------------------------
+
+    def start_loads(self, orders: StepOrders) -> None:
+        for order in orders.loads:
+            if order.plan is None or self._off or not self._attached:
+                self._end_load(order, everything=True)
+                continue
+            try:
+                self._depot.submit_load(order.job, order.plan)
+                self._loading[order.job] = order
+            except Exception as error:  # one order's trouble must not leave the next one unanswered
+                self._note_failure(f"load not accepted ({type(error).__name__}: {error}), recomputed")
+                self._end_load(order, everything=True)
+
+    def _end_load(self, order: LoadOrder, *, everything: bool = False, bad: set[int] | None = None) -> None:
+        """Marks the request finished on this rank, with the blocks that hold no valid bytes."""
+        if everything:
+            bad = set().union(*(places.wanted() for places in order.groups))
+        if bad:
+            self._failed_requests.add(order.request_id)
+            self._bad_blocks |= bad
+        self._finished.add(order.request_id)
+
+    def poll(self) -> None:
+        """Takes what ended since the last call. Cheap when nothing did."""
+        try:
+            ended = self._depot.poll()
+        except _core.DepotError as error:
+            self.turn_off(str(error))
+            ended = []
+        for completion in ended:
+            if completion["kind"] == "load":
+                self._load_ended(completion)
+            else:
+                self._store_ended(completion)
+            self._stats_due = 0.0
+
+    def _load_ended(self, completion: dict[str, Any]) -> None:
+        order = self._loading.pop(completion["job"], None)
+        if order is None:
+            return
+        bad: set[int] = set()
+        places = {groups.group: groups for groups in order.groups}
+        for _, chunk, group, reason in completion["failures"]:
+            bad |= places[group].of_chunk(chunk)
+            self._report.failed_chunks.add((order.job, chunk, group))
+            self._note_failure(f"chunk not loaded ({reason}), recomputed")
+        self._end_load(order, bad=bad)
+
+    def take_finished(self) -> set[str]:
+        finished, self._finished = self._finished, set()
+        return finished
+
+    def take_failed(self, finished: set[str]) -> set[str]:
+        """Those of `finished` that failed; empty with one group, whose failures are told block by block."""
+        failed = self._failed_requests & finished
+        self._failed_requests -= failed
+        return failed if len(self._groups) > 1 else set()
+
+    def take_bad_blocks(self) -> set[int]:
+        """Block ids say nothing where groups share one pool, and newer engines refuse them there."""
+        bad, self._bad_blocks = self._bad_blocks, set()
+        return bad if len(self._groups) == 1 else set()
+
+    # --- stores --------------------------------------------------------------------------------------------------
+
+    def store(self, orders: StepOrders) -> None:
+        """Submits this step's stores and waits until their bytes have left the cache."""
+        submitted = False
+        for order in orders.stores:
+            if order.group not in self._storing_groups or self._off or not self._attached:
+                self._report.ended_stores[order.job] = 1
+                continue
+            try:
+                self._depot.submit_store(order.job, order.plan)
+                submitted = True
+            except _core.DepotError as error:
+                self._note_failure(f"store not accepted ({error.kind}: {error})")
+                self._report.ended_stores[order.job] = 1
+        if submitted:
+            self._wait_gathered()
+
+    def _wait_gathered(self) -> None:
+        """Has no way out but success or a closed depot: returning early would store what other requests write."""
+        started = time.monotonic()
+        try:
+            while not self._depot.wait_gathered(GATHER_SLICE_S):
+                self._note_failure(f"storing holds up a step since {time.monotonic() - started:.0f} s")
+        except _core.DepotError as error:
+            self.turn_off(str(error))
+
+    def _store_ended(self, completion: dict[str, Any]) -> None:
+        job = completion["job"]
+        self._report.ended_stores[job] = 1
+        for item, _, _, reason in completion["failures"]:
+            self._report.failed_stores.add((job, item))
+            self._note_failure(f"chunk not stored ({reason})")
+
+    # --- reports -------------------------------------------------------------------------------------------------
+
+    def take_report(self) -> StepReport | None:
+        self._report.disabled = self._off
+        if self._report.is_empty():
+            return None
+        report, self._report = self._report, StepReport()
+        return report
+
+    def take_stats(self) -> DepotStats | None:
+        now = time.monotonic()
+        if now < self._stats_due:
+            return None
+        self._stats_due = now + STATS_EVERY_S
+        try:
+            change = self._counters.delta(self._depot.stats())
+        except _core.DepotError:
+            return None
+        return DepotStats(data=change) if change else None
+
+    def _note_failure(self, reason: str) -> None:
+        """One line for the first failure, then at most one each FAILURE_LINE_EVERY_S with the counts since."""
+        self._unsaid_failures[reason] = self._unsaid_failures.get(reason, 0) + 1
+        now = time.monotonic()
+        if now >= self._failure_line_due:
+            self._failure_line_due = now + FAILURE_LINE_EVERY_S
+            told = ", ".join(f"{text} x{count}" for text, count in self._unsaid_failures.items())
+            self._unsaid_failures.clear()
+            versions.log.warning("tokendepot: rank %d: %s", self._placement.rank, told)
+
+    def turn_off(self, reason: str) -> None:
+        """Fails everything under way and whatever still comes; the scheduler half learns of it and stops promising."""
+        if not self._off:
+            self._off = reason
+            versions.log.error("tokendepot: rank %d switched off: %s", self._placement.rank, reason)
+        self._close_depot()
+        for order in self._loading.values():
+            self._end_load(order, everything=True)
+        self._loading.clear()
+
+    def _close_depot(self) -> None:
+        """After this the depot writes no byte of the cache any more."""
+        try:
+            self._depot.close()
+        except _core.DepotError as error:
+            versions.log.warning("tokendepot: rank %d: closing: %s", self._placement.rank, error)
+
+    def close(self) -> None:
+        """Orderly end: stores that were accepted get a moment to become durable."""
+        if not self._off:
+            self._off = "closed"
+            try:
+                self._depot.flush(FLUSH_AT_CLOSE_S)
+            except _core.DepotError as error:
+                versions.log.warning("tokendepot: rank %d: closing: %s", self._placement.rank, error)
+        self._close_depot()

@@ -1,0 +1,329 @@
+// The façade: section by section the life of a prompt. Everything below is in the rooms that it names.
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "base/clock.h"
+#include "base/errors.h"
+#include "base/log.h"
+#include "device/device.h"
+#include "format/manifest.h"
+#include "store/catalog.h"
+#include "store/keeper.h"
+#include "store/replay.h"
+#include "store/root.h"
+#include "store/root_writer.h"
+#include "tokendepot/depot.h"
+#include "transfer/transfers.h"
+
+namespace tokendepot {
+
+const char* name(ItemFailure::Reason reason) {
+  switch (reason) {
+    case ItemFailure::Reason::absent:
+      return "absent";
+    case ItemFailure::Reason::mismatch:
+      return "mismatch";
+    case ItemFailure::Reason::corrupt:
+      return "corrupt";
+    case ItemFailure::Reason::io_error:
+      return "io_error";
+    case ItemFailure::Reason::timed_out:
+      return "timed_out";
+    case ItemFailure::Reason::cancelled:
+      return "cancelled";
+    case ItemFailure::Reason::dropped:
+      return "dropped";
+  }
+  return "unknown";
+}
+
+namespace {
+
+class OpenDepot final : public Depot {
+ public:
+  static Result<std::unique_ptr<Depot>> open(const Options& options);
+  ~OpenDepot() override;
+
+  Result<NamespaceDigest> register_namespace(std::string_view manifest_json) override;
+  size_t longest_prefix(std::span<const Key> keys, std::span<const GroupWant> wants) override;
+  void stored(std::span<const Key> keys, const GroupWant& want, std::span<uint8_t> out) override;
+  Result<LoadPlan> plan_load(const NamespaceDigest& ns, std::span<const Key> keys,
+                             std::span<const LoadGroup> groups, std::chrono::nanoseconds deadline) override;
+  void forget(const Key& key, uint16_t group) override;
+  Status attach(const PagedCache& cache) override;
+  Status submit_load(uint64_t job, LoadPlan plan) override;
+  Status submit_store(uint64_t job, StorePlan plan) override;
+  bool wait_gathered(std::chrono::nanoseconds timeout) override;
+  void cancel(uint64_t job) override;
+  std::vector<Completion> poll() override;
+  bool flush(std::chrono::nanoseconds timeout) override;
+  void refresh() override;
+  DepotStats stats() const override;
+
+ private:
+  struct Tier {
+    std::unique_ptr<Root> root;
+    std::unique_ptr<Replay> replay;
+    std::unique_ptr<RootWriter> writer;
+  };
+
+  /// Threads do not survive fork(): a child must not touch locks that one of them may have held.
+  bool forked() const { return getpid() != pid_; }
+  Status plan_chunk(LoadPlan& plan, const Key& key, uint32_t chunk, const GroupWant& want,
+                    const std::vector<std::vector<PartId>>& covers, std::span<const int32_t> blocks);
+
+  const pid_t pid_ = getpid();
+  SegmentTable segments_;
+  std::unique_ptr<Catalog> catalog_;
+  std::vector<Tier> tiers_;
+  std::unique_ptr<Device> device_;
+  std::unique_ptr<Transfers> transfers_;
+  std::unique_ptr<Keeper> keeper_;
+  std::atomic<uint64_t> lookups_ = 0;
+};
+
+Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options) {
+  if (options.roots.empty() || options.roots.size() > kMaxRoots) {
+    return fail(ErrorKind::invalid_argument, "roots has {} entries; expected 1 to {}", options.roots.size(),
+                kMaxRoots);
+  }
+  auto depot = std::make_unique<OpenDepot>();
+  if (options.catalog) depot->catalog_ = std::make_unique<Catalog>(depot->segments_);
+  for (const RootOptions& wanted : options.roots) {
+    Tier& tier = depot->tiers_.emplace_back();
+    auto root = Root::open(wanted, static_cast<RootIndex>(depot->tiers_.size() - 1), options);
+    if (!root) return std::unexpected(root.error());
+    tier.root = std::move(*root);
+    tier.replay = std::make_unique<Replay>(*tier.root, depot->segments_, depot->catalog_.get());
+    if (auto read = tier.replay->first(); !read) return std::unexpected(read.error());
+    if (!options.writer || !tier.root->writable()) continue;
+    auto writer = RootWriter::open(*tier.root, *tier.replay, depot->segments_, system_clock(),
+                                   options.free_space_reserve);
+    if (!writer) return std::unexpected(writer.error());
+    tier.writer = std::move(*writer);
+  }
+  if (depot->catalog_) depot->catalog_->sweep();
+  depot->device_ = make_host_device(options.device_threads, options.slab_bytes);
+  std::vector<Transfers::Tier> transfer_tiers;
+  std::vector<Keeper::Tier> keeper_tiers;
+  for (const Tier& tier : depot->tiers_) {
+    transfer_tiers.push_back({tier.root.get(), tier.writer.get()});
+    keeper_tiers.push_back({tier.root.get(), tier.replay.get(), tier.writer.get()});
+  }
+  depot->transfers_ = std::make_unique<Transfers>(*depot->device_, transfer_tiers, depot->segments_,
+                                                  system_clock(), options.store_queue_bytes);
+  depot->keeper_ =
+      std::make_unique<Keeper>(keeper_tiers, depot->segments_, depot->catalog_.get(), options.poll_ms,
+                               [transfers = depot->transfers_.get()] { transfers->space_ready(); });
+  if (!depot->transfers_->running() || !depot->keeper_->running()) {
+    return fail(
+        ErrorKind::busy,
+        "the system refused the depot's background threads; check the limit of processes (ulimit -u)");
+  }
+  return depot;
+}
+
+OpenDepot::~OpenDepot() {
+  if (forked()) {
+    // The parent's threads are not here to be joined, and its files are not ours to unlock: leak on purpose.
+    keeper_.release();     // NOLINT(bugprone-unused-return-value)
+    transfers_.release();  // NOLINT(bugprone-unused-return-value)
+    device_.release();     // NOLINT(bugprone-unused-return-value)
+    for (Tier& tier : tiers_) {
+      tier.writer.release();  // NOLINT(bugprone-unused-return-value)
+      tier.replay.release();  // NOLINT(bugprone-unused-return-value)
+      tier.root.release();    // NOLINT(bugprone-unused-return-value)
+    }
+    catalog_.release();  // NOLINT(bugprone-unused-return-value)
+    return;
+  }
+  // The keeper's callback and the transfers' wake-ups point at each other: work ends first, then the threads.
+  if (transfers_) transfers_->close();
+  keeper_.reset();
+  transfers_.reset();
+}
+
+// --- arrive
+// ------------------------------------------------------------------------------------------------------
+
+Result<NamespaceDigest> OpenDepot::register_namespace(std::string_view manifest_json) {
+  if (forked())
+    return fail(ErrorKind::closed, "this depot was opened before fork(); open it again in the child");
+  const auto manifest = make_manifest(manifest_json);
+  if (!manifest) return std::unexpected(manifest.error());
+  for (const Tier& tier : tiers_) {
+    if (!tier.root->writable()) continue;
+    if (auto kept = tier.root->keep_manifest(to_hex(manifest->digest.bytes), manifest->canonical); !kept) {
+      return std::unexpected(kept.error());
+    }
+  }
+  return manifest->digest;
+}
+
+// --- look up
+// -----------------------------------------------------------------------------------------------------
+
+size_t OpenDepot::longest_prefix(std::span<const Key> keys, std::span<const GroupWant> wants) {
+  if (forked() || !catalog_) return 0;
+  lookups_.fetch_add(1, std::memory_order_relaxed);
+  return catalog_->longest_prefix(keys, wants);
+}
+
+void OpenDepot::stored(std::span<const Key> keys, const GroupWant& want, std::span<uint8_t> out) {
+  if (forked() || !catalog_) {
+    std::ranges::fill(out, uint8_t{0});
+    return;
+  }
+  catalog_->presence(keys, want, out, false);
+}
+
+void OpenDepot::forget(const Key& key, uint16_t group) {
+  if (!forked() && catalog_) catalog_->forget(key, group);
+}
+
+// --- promise
+// -----------------------------------------------------------------------------------------------------
+
+Status OpenDepot::plan_chunk(LoadPlan& plan, const Key& key, uint32_t chunk, const GroupWant& want,
+                             const std::vector<std::vector<PartId>>& covers,
+                             std::span<const int32_t> blocks) {
+  for (const auto& cover : covers) {
+    std::vector<LoadItem> items;
+    for (const PartId id : cover) {
+      const auto found = catalog_->find(key, id);
+      if (!found) break;
+      segments_.touch(found->slot, system_clock().wall_ns());
+      items.push_back({key,
+                       chunk,
+                       want.group,
+                       want.kind,
+                       catalog_->shape_of(id).part,
+                       want.tokens,
+                       {segments_.id_of(found->slot), found->offset, found->bytes},
+                       std::vector<int32_t>(blocks.begin(), blocks.end())});
+    }
+    if (items.size() != cover.size()) continue;
+    std::ranges::move(items, std::back_inserter(plan.items));
+    return {};
+  }
+  return fail(ErrorKind::not_found, "chunk {} of group {} has gone since the lookup", chunk, want.group);
+}
+
+Result<LoadPlan> OpenDepot::plan_load(const NamespaceDigest& ns, std::span<const Key> keys,
+                                      std::span<const LoadGroup> groups, std::chrono::nanoseconds deadline) {
+  if (forked())
+    return fail(ErrorKind::closed, "this depot was opened before fork(); open it again in the child");
+  if (!catalog_)
+    return fail(ErrorKind::invalid_argument, "catalog=false: this depot was opened without lookups");
+  LoadPlan plan;
+  plan.ns = ns;
+  plan.deadline_ns = deadline.count() > 0 ? static_cast<uint64_t>(deadline.count()) : 0;
+  for (const LoadGroup& group : groups) {
+    if (group.blocks_per_chunk == 0 || group.blocks.size() % group.blocks_per_chunk != 0) {
+      return fail(ErrorKind::invalid_argument, "group {}: {} blocks do not divide into chunks of {}",
+                  group.want.group, group.blocks.size(), group.blocks_per_chunk);
+    }
+    const size_t chunks = group.blocks.size() / group.blocks_per_chunk;
+    if (group.first_chunk + chunks > keys.size()) {
+      return fail(ErrorKind::invalid_argument, "group {}: chunks [{}, {}) but {} keys", group.want.group,
+                  group.first_chunk, group.first_chunk + chunks, keys.size());
+    }
+    const auto covers = catalog_->covers(group.want);
+    for (size_t i = 0; i < chunks; ++i) {
+      const auto blocks = group.blocks.subspan(i * group.blocks_per_chunk, group.blocks_per_chunk);
+      if (std::ranges::all_of(blocks, [](int32_t block) { return block == kSkipBlock; })) continue;
+      const auto chunk = static_cast<uint32_t>(group.first_chunk + i);
+      if (auto planned = plan_chunk(plan, keys[chunk], chunk, group.want, covers, blocks); !planned) {
+        return std::unexpected(planned.error());
+      }
+    }
+  }
+  return plan;
+}
+
+// --- load, store
+// -------------------------------------------------------------------------------------------------
+
+Status OpenDepot::attach(const PagedCache& cache) {
+  if (forked())
+    return fail(ErrorKind::closed, "this depot was opened before fork(); open it again in the child");
+  if (auto attached = transfers_->attach(cache); !attached) return attached;
+  keeper_->wake();  // the next segment may have to be larger now
+  return {};
+}
+
+Status OpenDepot::submit_load(uint64_t job, LoadPlan plan) {
+  if (forked())
+    return fail(ErrorKind::closed, "this depot was opened before fork(); open it again in the child");
+  return transfers_->submit_load(job, std::move(plan));
+}
+
+Status OpenDepot::submit_store(uint64_t job, StorePlan plan) {
+  if (forked())
+    return fail(ErrorKind::closed, "this depot was opened before fork(); open it again in the child");
+  return transfers_->submit_store(job, std::move(plan), *keeper_);
+}
+
+bool OpenDepot::wait_gathered(std::chrono::nanoseconds timeout) {
+  return forked() || transfers_->wait_gathered(static_cast<uint64_t>(std::max<int64_t>(0, timeout.count())));
+}
+
+void OpenDepot::cancel(uint64_t job) {
+  if (!forked()) transfers_->cancel(job);
+}
+
+std::vector<Completion> OpenDepot::poll() {
+  return forked() ? std::vector<Completion>() : transfers_->poll();
+}
+
+bool OpenDepot::flush(std::chrono::nanoseconds timeout) {
+  return forked() || transfers_->flush(static_cast<uint64_t>(std::max<int64_t>(0, timeout.count())));
+}
+
+// --- keep
+// --------------------------------------------------------------------------------------------------------
+
+void OpenDepot::refresh() {
+  if (!forked()) keeper_->poll_journals();
+}
+
+DepotStats OpenDepot::stats() const {
+  DepotStats stats;
+  if (forked()) return stats;
+  transfers_->add_to(stats);
+  if (catalog_) {
+    stats.entries = catalog_->entries();
+    stats.catalog_bytes = catalog_->memory_bytes();
+  }
+  stats.lookups = lookups_;
+  for (const Tier& tier : tiers_) {
+    stats.journal_records += tier.replay->records();
+    stats.bad_records += tier.replay->bad_records();
+    RootStats& root = stats.roots.emplace_back();
+    root.path = tier.root->path();
+    root.transport = tier.root->transport();
+    root.reason = tier.root->reason();
+    root.capacity_bytes = tier.root->capacity();
+    root.writable = tier.root->writable();
+    for (const auto& [slot, segment] : segments_.present_segments(tier.root->index())) {
+      root.used_bytes += segment.roots[tier.root->index()].file_bytes;
+      ++root.segments;
+    }
+    if (tier.writer) {
+      root.evicted_segments = tier.writer->evicted_segments();
+      root.suspended = tier.writer->failing();
+    }
+    root.demoted_segments = keeper_->demoted(tier.root->index());
+  }
+  return stats;
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Depot>> Depot::open(const Options& options) {
+  return OpenDepot::open(options);
+}
+
+}  // namespace tokendepot

@@ -1,0 +1,155 @@
+#include <pthread.h>
+#include <signal.h>
+
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "base/check.h"
+#include "device/host_kernels.h"
+#include "device/host_slab.h"
+#include "device/stream_copy.h"
+#include "io/mapping.h"
+
+namespace tokendepot {
+namespace {
+
+template <typename Work>
+class WorkQueue {
+ public:
+  void push(Work* work) {
+    work->next = nullptr;
+    *tail_ = work;
+    tail_ = &work->next;
+  }
+  Work* pop() {
+    Work* work = head_;
+    if (work == nullptr) return nullptr;
+    head_ = work->next;
+    if (head_ == nullptr) tail_ = &head_;
+    work->next = nullptr;
+    return work;
+  }
+  bool empty() const { return head_ == nullptr; }
+
+ private:
+  Work* head_ = nullptr;
+  Work** tail_ = &head_;
+};
+
+void run(ScatterWork* work) {
+  ScatterOutcome outcome = ScatterOutcome::gone;
+  auto kernel = [work, &outcome] { outcome = verify_and_scatter(*work); };
+  if (!work->guarded) {
+    kernel();
+  } else if (!guard_mapping(work->payload, kernel)) {
+    outcome = ScatterOutcome::gone;
+    stream_fence();  // the kernel did not reach its own
+  }
+  work->done(work, outcome);
+}
+
+void run(GatherWork* work) {
+  bool ok = true;
+  auto kernel = [work] { gather_and_digest(*work); };
+  if (!work->guarded) {
+    kernel();
+  } else if (!guard_mapping(work->payload, kernel)) {
+    ok = false;
+    stream_fence();
+  }
+  work->done(work, ok);
+}
+
+/// Keeps the host process's signals off the threads that are started while this lives. Those that a thread
+/// brings upon itself stay open: a blocked SIGBUS would kill the process instead of reaching the mapping
+/// guard.
+class SignalsBlocked {
+ public:
+  SignalsBlocked() {
+    sigset_t blocked;
+    sigfillset(&blocked);
+    for (const int own : {SIGBUS, SIGSEGV, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS})
+      sigdelset(&blocked, own);
+    TD_CHECK(pthread_sigmask(SIG_BLOCK, &blocked, &before_) == 0);
+  }
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+  SignalsBlocked(const SignalsBlocked&) = delete;
+  SignalsBlocked& operator=(const SignalsBlocked&) = delete;
+
+ private:
+  sigset_t before_;
+};
+
+class HostDevice final : public Device {
+ public:
+  HostDevice(uint32_t threads, uint64_t slab_bytes) : slab_(slab_bytes) {
+    TD_CHECK(threads >= 1 && threads <= 64);
+    const SignalsBlocked blocked;
+    for (uint32_t i = 0; i < threads; ++i) {
+      threads_.emplace_back([this] { serve(); });
+      pthread_setname_np(threads_.back().native_handle(), "td-dev");
+    }
+  }
+
+  ~HostDevice() override {
+    {
+      const std::lock_guard lock(mutex_);
+      closing_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  const char* name() const override { return "host"; }
+  Slab& slab() override { return slab_; }
+  void submit(ScatterWork* work) override { queue(scatters_, work); }
+  void submit(GatherWork* work) override { queue(gathers_, work); }
+
+ private:
+  template <typename Work>
+  void queue(WorkQueue<Work>& to, Work* work) {
+    TD_CHECK(work->done != nullptr);
+    {
+      const std::lock_guard lock(mutex_);
+      to.push(work);
+    }
+    wake_.notify_one();
+  }
+
+  void serve() {
+    std::unique_lock lock(mutex_);
+    while (true) {
+      if (ScatterWork* scatter = scatters_.pop()) {
+        lock.unlock();
+        run(scatter);
+        lock.lock();
+      } else if (GatherWork* gather = gathers_.pop()) {
+        lock.unlock();
+        run(gather);
+        lock.lock();
+      } else if (closing_) {
+        return;
+      } else {
+        wake_.wait(lock);
+      }
+    }
+  }
+
+  HostSlab slab_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  WorkQueue<ScatterWork> scatters_;
+  WorkQueue<GatherWork> gathers_;
+  bool closing_ = false;
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace
+
+std::unique_ptr<Device> make_host_device(uint32_t threads, uint64_t slab_bytes) {
+  return std::make_unique<HostDevice>(threads, slab_bytes);
+}
+
+}  // namespace tokendepot

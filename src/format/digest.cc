@@ -1,0 +1,40 @@
+#include "format/digest.h"
+
+#define XXH_STATIC_LINKING_ONLY
+#include <xxhash.h>
+// The library's own choice of vector width at run time; its plain functions stay at the compiler's baseline.
+#if defined(__x86_64__) && __has_include(<xxh_x86dispatch.h>)
+#include <xxh_x86dispatch.h>
+#endif
+
+#include <algorithm>
+
+#include "base/check.h"
+#include "tokendepot/layout.h"
+
+namespace tokendepot {
+
+uint64_t xxh3(std::span<const std::byte> bytes) {
+  return XXH3_64bits(bytes.data(), bytes.size());
+}
+
+uint64_t shard_digest_of_pages(std::span<const uint64_t> page_digests) {
+  return XXH3_64bits(page_digests.data(), page_digests.size_bytes());
+}
+
+uint64_t shard_digest(std::span<const std::byte> shard) {
+  TD_CHECK(shard.size() % kPageBytes == 0);
+  XXH3_state_t state;
+  XXH3_64bits_reset(&state);
+  constexpr size_t kBatch = 64;
+  uint64_t pages[kBatch];
+  while (!shard.empty()) {
+    const size_t count = std::min(kBatch, shard.size() / kPageBytes);
+    for (size_t i = 0; i < count; ++i) pages[i] = xxh3(shard.subspan(i * kPageBytes, kPageBytes));
+    XXH3_64bits_update(&state, pages, count * sizeof(uint64_t));
+    shard = shard.subspan(count * kPageBytes);
+  }
+  return XXH3_64bits_digest(&state);
+}
+
+}  // namespace tokendepot

@@ -1,0 +1,143 @@
+#include <fmt/format.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <condition_variable>
+#include <cstring>
+#include <mutex>
+#include <vector>
+
+#include "base/check.h"
+#include "base/clock.h"
+#include "io/engine.h"
+#include "io/scratch_file.h"
+
+namespace tokendepot {
+namespace {
+
+constexpr uint64_t kProbeBytes = 32ull << 20;
+constexpr uint32_t kPieceBytes = 1u << 20;
+constexpr uint64_t kWriteStepBytes = 4ull << 20;
+constexpr uint64_t kWriteBudgetNs = 80'000'000;
+constexpr uint64_t kBudgetNs = 300'000'000;
+constexpr size_t kRounds = 3;
+
+class ProbeMemory {
+ public:
+  ProbeMemory()
+      : address_(::mmap(nullptr, kProbeBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) {
+    TD_CHECK(address_ != MAP_FAILED);
+    // Not zeros: a file system that compresses or skips them would be measured at something else.
+    uint64_t state = 1;
+    auto* const words = static_cast<uint64_t*>(address_);
+    for (uint64_t i = 0; i < kProbeBytes / sizeof(uint64_t); ++i) {
+      state = state * 6364136223846793005ull + 1442695040888963407ull;
+      words[i] = state;
+    }
+  }
+  ProbeMemory(const ProbeMemory&) = delete;
+  ProbeMemory& operator=(const ProbeMemory&) = delete;
+  ~ProbeMemory() { ::munmap(address_, kProbeBytes); }
+  std::byte* data() const { return static_cast<std::byte*>(address_); }
+
+ private:
+  void* address_;
+};
+
+// Counts operations down and keeps the first error.
+class Pass {
+ public:
+  // Moves [offset, offset + bytes) of the file in pieces; zero or an errno.
+  static int run(IoEngine& engine, int fd, bool write, std::byte* buffer, uint64_t offset, uint64_t bytes) {
+    Pass pass(bytes / kPieceBytes);
+    std::vector<IoOperation> operations(pass.left_);
+    for (size_t i = 0; i < operations.size(); ++i) {
+      const uint64_t at = offset + i * kPieceBytes;
+      operations[i] = {
+          .fd = fd,
+          .write = write,
+          .buffer = buffer + at,
+          .offset = at,
+          .bytes = kPieceBytes,
+          .done = [](IoOperation* self, int error) { static_cast<Pass*>(self->owner)->count(error); },
+          .owner = &pass};
+    }
+    for (IoOperation& operation : operations) engine.submit(&operation);
+    std::unique_lock lock(pass.mutex_);
+    pass.ended_.wait(lock, [&pass] { return pass.left_ == 0; });
+    return pass.error_;
+  }
+
+ private:
+  explicit Pass(size_t operations) : left_(operations) {}
+  void count(int error) {
+    const std::lock_guard lock(mutex_);
+    if (error_ == 0) error_ = error;
+    if (--left_ == 0) ended_.notify_one();  // under the lock: the waiter owns this object
+  }
+
+  std::mutex mutex_;
+  std::condition_variable ended_;
+  size_t left_;
+  int error_ = 0;
+};
+
+double median(std::vector<double> values) {
+  std::ranges::sort(values);
+  return values[values.size() / 2];
+}
+
+EngineChoice threads_because(std::unique_ptr<IoEngine> threads, std::string reason) {
+  return {std::move(threads), std::move(reason)};
+}
+
+}  // namespace
+
+EngineChoice choose_engine(const std::string& directory, bool direct, uint32_t depth) {
+  std::unique_ptr<IoEngine> threads = make_thread_engine(depth);
+  Result<std::unique_ptr<IoEngine>> uring = make_uring_engine(depth);
+  if (!uring) return threads_because(std::move(threads), uring.error().message);
+
+  const Result<ScratchFile> file = ScratchFile::create(directory, direct);
+  if (!file) return threads_because(std::move(threads), "not measured: " + file.error().message);
+
+  const ProbeMemory memory;
+  const Clock& clock = system_clock();
+  const uint64_t start = clock.steady_ns();
+  // On a slow disk a smaller file has to do.
+  uint64_t bytes = 0;
+  while (bytes < kProbeBytes && (bytes == 0 || clock.steady_ns() - start < kWriteBudgetNs)) {
+    if (const int error = Pass::run(*threads, file->fd(), true, memory.data(), bytes, kWriteStepBytes);
+        error != 0) {
+      return threads_because(
+          std::move(threads),
+          fmt::format("not measured: cannot write a probe file in {}: {}", directory, std::strerror(error)));
+    }
+    bytes += kWriteStepBytes;
+  }
+
+  std::vector<double> rates[2];
+  for (size_t round = 0; round < kRounds; ++round) {
+    // Each engine is first every other time; what the one leaves in caches would favour the other.
+    for (const size_t which : {round % 2, 1 - round % 2}) {
+      IoEngine& engine = which == 0 ? *threads : **uring;
+      const uint64_t before = clock.steady_ns();
+      if (const int error = Pass::run(engine, file->fd(), false, memory.data(), 0, bytes); error != 0) {
+        return threads_because(std::move(threads),
+                               fmt::format("not measured: {} cannot read a probe file in {}: {}",
+                                           engine.name(), directory, std::strerror(error)));
+      }
+      const uint64_t took = std::max<uint64_t>(clock.steady_ns() - before, 1);
+      rates[which].push_back(static_cast<double>(bytes) / static_cast<double>(took));
+    }
+    if (clock.steady_ns() - start > kBudgetNs * 2 / 3) break;
+  }
+  const double with_threads = median(rates[0]);
+  const double with_uring = median(rates[1]);
+  std::string reason = fmt::format("threads {:.1f} GB/s, uring {:.1f} GB/s", with_threads, with_uring);
+  if (with_uring > 1.1 * with_threads) return {std::move(*uring), std::move(reason)};
+  return threads_because(std::move(threads), std::move(reason));
+}
+
+}  // namespace tokendepot

@@ -1,0 +1,181 @@
+#include "io/mapping.h"
+
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <mutex>
+#include <utility>
+
+#include "base/errors.h"
+#include "tokendepot/layout.h"
+
+namespace tokendepot {
+
+Mapping::Mapping(Mapping&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+
+Mapping& Mapping::operator=(Mapping&& other) noexcept {
+  if (this != &other) {
+    if (data_ != nullptr) ::munmap(data_, size_);
+    data_ = std::exchange(other.data_, nullptr);
+    size_ = std::exchange(other.size_, 0);
+  }
+  return *this;
+}
+
+Mapping::~Mapping() {
+  if (data_ != nullptr) ::munmap(data_, size_);
+}
+
+Result<Mapping> Mapping::map(const File& file, uint64_t bytes, bool writable) {
+  const Result<uint64_t> size = file.size();
+  if (!size) return std::unexpected(size.error());
+  if (bytes == 0 || *size < bytes) {
+    return fail(ErrorKind::invalid_argument, "cannot map {} bytes of {}, expected 1 to its size of {}", bytes,
+                file.path(), *size);
+  }
+  void* const address =
+      ::mmap(nullptr, bytes, PROT_READ | (writable ? PROT_WRITE : 0), MAP_SHARED, file.fd(), 0);
+  if (address == MAP_FAILED) return fail_errno(errno, "cannot map {} bytes of {}", bytes, file.path());
+  // Only tmpfs takes the advice, and only where the machine allows it: fewer faults and less to register.
+  (void)::madvise(address, bytes, MADV_HUGEPAGE);
+  Mapping mapping;
+  mapping.data_ = static_cast<std::byte*>(address);
+  mapping.size_ = bytes;
+  return mapping;
+}
+
+void Mapping::populate() const {
+#ifdef MADV_POPULATE_WRITE
+  (void)::madvise(data_, size_, MADV_POPULATE_WRITE);
+#endif
+}
+
+namespace {
+
+struct GuardFrame {
+  uintptr_t begin;  // whole pages: bad memory is reported by page
+  uintptr_t end;
+  GuardFrame* outer;
+  sigjmp_buf back;
+};
+
+// Initial-exec: the handler must not be the first to touch these in a thread, which could allocate.
+__attribute__((tls_model("initial-exec"))) thread_local GuardFrame* innermost = nullptr;
+__attribute__((tls_model("initial-exec"))) thread_local bool chaining = false;
+__attribute__((tls_model("initial-exec"))) thread_local bool unblocked = false;
+
+// Handlers found in our place, oldest first. Slots are written once, then published: the handler reads
+// without locks.
+constexpr int kMostPrevious = 8;
+struct sigaction previous[kMostPrevious];
+int previous_count = 0;  // under install_mutex
+std::atomic<const struct sigaction*> next_in_chain{nullptr};
+std::mutex install_mutex;
+
+void die_of_sigbus() {
+  struct sigaction standard{};
+  standard.sa_handler = SIG_DFL;
+  ::sigaction(SIGBUS, &standard, nullptr);
+  ::raise(SIGBUS);
+}
+
+void on_sigbus(int signal, siginfo_t* info, void* context) {
+  const bool sent = info->si_code <= 0;  // by kill() or raise(): no fault, so the address means nothing
+  if (!sent) {
+    const auto address = reinterpret_cast<uintptr_t>(info->si_addr);
+    for (GuardFrame* frame = innermost; frame != nullptr; frame = frame->outer) {
+      if (address >= frame->begin && address < frame->end) {
+        innermost = frame->outer;
+        siglongjmp(frame->back, 1);
+      }
+    }
+  }
+  // A handler that came after ours may have us as its own previous one: let it run once, then end as it wants
+  // to.
+  const struct sigaction* const next = next_in_chain.load(std::memory_order_acquire);
+  if (chaining || next == nullptr) return die_of_sigbus();
+  chaining = true;
+  if ((next->sa_flags & SA_SIGINFO) != 0) {
+    next->sa_sigaction(signal, info, context);
+  } else if (next->sa_handler == SIG_IGN) {
+    if (!sent) die_of_sigbus();  // returning would fault for ever
+  } else if (next->sa_handler == SIG_DFL) {
+    die_of_sigbus();
+  } else {
+    next->sa_handler(signal);
+  }
+  chaining = false;
+}
+
+bool same_handler(const struct sigaction& a, const struct sigaction& b) {
+  if ((a.sa_flags & SA_SIGINFO) != (b.sa_flags & SA_SIGINFO)) return false;
+  return (a.sa_flags & SA_SIGINFO) != 0 ? a.sa_sigaction == b.sa_sigaction : a.sa_handler == b.sa_handler;
+}
+
+bool is_ours(const struct sigaction& action) {
+  return (action.sa_flags & SA_SIGINFO) != 0 && action.sa_sigaction == on_sigbus;
+}
+
+// Puts our handler on top of whoever is there now (a crash reporter may have come after us). Costs one system
+// call when nothing has changed.
+void ensure_handler() {
+  struct sigaction current;
+  ::sigaction(SIGBUS, nullptr, &current);
+  if (is_ours(current)) return;
+
+  const std::lock_guard lock(install_mutex);
+  ::sigaction(SIGBUS, nullptr, &current);
+  if (is_ours(current)) return;
+  int slot = 0;
+  while (slot < previous_count && !same_handler(previous[slot], current)) ++slot;
+  if (slot == previous_count) {
+    if (previous_count == kMostPrevious) return;  // somebody installs new ones all the time: let them
+    previous[previous_count++] = current;
+  }
+  next_in_chain.store(&previous[slot], std::memory_order_release);
+
+  struct sigaction ours{};
+  ours.sa_sigaction = on_sigbus;
+  // NODEFER: the handler is left by a jump that restores no mask, so the mask must not change on entry.
+  ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+  sigemptyset(&ours.sa_mask);
+  ::sigaction(SIGBUS, &ours, nullptr);
+}
+
+// A blocked SIGBUS kills the process without asking any handler.
+void unblock_once() {
+  if (unblocked) return;
+  sigset_t only;
+  sigemptyset(&only);
+  sigaddset(&only, SIGBUS);
+  pthread_sigmask(SIG_UNBLOCK, &only, nullptr);
+  unblocked = true;
+}
+
+}  // namespace
+
+bool run_guarded(std::span<const std::byte> guarded, GuardedBody body, void* context) {
+  unblock_once();
+  ensure_handler();
+  GuardFrame frame;
+  const auto begin = reinterpret_cast<uintptr_t>(guarded.data());
+  frame.begin = begin / kPageBytes * kPageBytes;
+  frame.end = align_up(begin + guarded.size());
+  frame.outer = innermost;
+  if (frame.outer == nullptr) chaining = false;  // a handler that jumped away may have left it set
+  if (sigsetjmp(frame.back, 0) != 0) return false;
+  innermost = &frame;
+  std::atomic_signal_fence(std::memory_order_seq_cst);
+  body(context);
+  std::atomic_signal_fence(std::memory_order_seq_cst);
+  innermost = frame.outer;
+  return true;
+}
+
+}  // namespace tokendepot

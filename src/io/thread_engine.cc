@@ -1,0 +1,99 @@
+#include <unistd.h>
+
+#include <cerrno>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "io/engine.h"
+#include "io/io_thread.h"
+#include "io/operation_queue.h"
+
+namespace tokendepot {
+namespace {
+
+int transfer(const IoOperation& operation) {
+  uint32_t moved = 0;
+  while (moved < operation.bytes) {
+    std::byte* const buffer = operation.buffer + moved;
+    const size_t wanted = operation.bytes - moved;
+    const auto at = static_cast<off_t>(operation.offset + moved);
+    const ssize_t result = operation.write ? ::pwrite(operation.fd, buffer, wanted, at)
+                                           : ::pread(operation.fd, buffer, wanted, at);
+    if (result > 0) {
+      moved += static_cast<uint32_t>(result);
+    } else if (result == 0) {
+      return operation.write ? EIO : ENODATA;
+    } else if (errno != EINTR) {
+      return errno;
+    }
+  }
+  return 0;
+}
+
+class ThreadEngine final : public IoEngine {
+ public:
+  explicit ThreadEngine(uint32_t depth) {
+    threads_.reserve(depth);
+    for (uint32_t i = 0; i < depth; ++i) {
+      std::thread thread =
+          start_io_thread([](void* self) { static_cast<ThreadEngine*>(self)->work(); }, this);
+      if (!thread.joinable()) {
+        log(LogLevel::warning, "only {} of {} I/O threads could be started", i, depth);
+        break;
+      }
+      threads_.push_back(std::move(thread));
+    }
+    TD_CHECK(!threads_.empty());
+  }
+
+  ~ThreadEngine() override {
+    {
+      const std::lock_guard lock(mutex_);
+      stopping_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  void submit(IoOperation* operation) override {
+    {
+      const std::lock_guard lock(mutex_);
+      queue_.push(operation);
+    }
+    wake_.notify_one();
+  }
+
+  const char* name() const override { return "threads"; }
+
+ private:
+  void work() {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [this] { return stopping_ || !queue_.empty(); });
+      if (queue_.empty()) return;
+      IoOperation* const operation = queue_.pop();
+      lock.unlock();
+      operation->done(operation, transfer(*operation));
+      lock.lock();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  OperationQueue queue_;   // under mutex_
+  bool stopping_ = false;  // under mutex_
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace
+
+std::unique_ptr<IoEngine> make_thread_engine(uint32_t depth) {
+  TD_CHECK(depth >= 1 && depth <= 128);
+  return std::make_unique<ThreadEngine>(depth);
+}
+
+}  // namespace tokendepot

@@ -1,0 +1,48 @@
+#include <nlohmann/json.hpp>
+
+#include "tokendepot/stats.h"
+
+namespace tokendepot {
+namespace {
+
+using Json = nlohmann::json;
+
+Json json_of(const FailureCounts& f) {
+  return {{"absent", f.absent},     {"mismatch", f.mismatch},   {"corrupt", f.corrupt},
+          {"io_error", f.io_error}, {"timed_out", f.timed_out}, {"cancelled", f.cancelled},
+          {"dropped", f.dropped}};
+}
+
+Json json_of(const TransferStats& t) {
+  return {{"extents", t.extents},
+          {"bytes", t.bytes},
+          {"nanoseconds", t.nanoseconds},
+          {"failures", json_of(t.failures)}};
+}
+
+Json json_of(const RootStats& r) {
+  return {{"path", r.path},
+          {"transport", r.transport},
+          {"reason", r.reason},
+          {"capacity_bytes", r.capacity_bytes},
+          {"used_bytes", r.used_bytes},
+          {"segments", r.segments},
+          {"evicted_segments", r.evicted_segments},
+          {"demoted_segments", r.demoted_segments},
+          {"writable", r.writable},
+          {"suspended", r.suspended}};
+}
+
+}  // namespace
+
+std::string to_json(const DepotStats& s) {
+  Json roots = Json::array();
+  for (const RootStats& root : s.roots) roots.push_back(json_of(root));
+  const Json stats{{"load", json_of(s.load)},      {"store", json_of(s.store)},
+                   {"entries", s.entries},         {"catalog_bytes", s.catalog_bytes},
+                   {"lookups", s.lookups},         {"journal_records", s.journal_records},
+                   {"bad_records", s.bad_records}, {"roots", roots}};
+  return stats.dump(-1, ' ', false, Json::error_handler_t::replace);
+}
+
+}  // namespace tokendepot

@@ -1,0 +1,142 @@
+#include "store/journal_file.h"
+
+#include <openssl/rand.h>
+
+#include <algorithm>
+#include <charconv>
+
+#include "base/errors.h"
+
+namespace tokendepot {
+namespace {
+
+constexpr uint64_t kReadBytes = 1 << 20;
+static_assert(kReadBytes % kRecordBytes == 0);
+
+std::optional<uint64_t> parse_hex(std::string_view text, size_t digits) {
+  if (text.size() != digits) return std::nullopt;
+  if (!std::ranges::all_of(text, [](char c) { return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f'); })) {
+    return std::nullopt;
+  }
+  uint64_t value = 0;
+  std::from_chars(text.data(), text.data() + text.size(), value, 16);
+  return value;
+}
+
+}  // namespace
+
+std::string journal_name(uint64_t writer) {
+  return fmt::format("{:016x}.log", writer);
+}
+
+std::optional<uint64_t> writer_of_journal(const std::string& name) {
+  if (!name.ends_with(".log")) return std::nullopt;
+  return parse_hex(std::string_view(name).substr(0, name.size() - 4), 16);
+}
+
+std::string segment_name(const SegmentId& id) {
+  return fmt::format("{:016x}-{:08x}.seg", id.writer, id.sequence);
+}
+
+std::optional<SegmentId> segment_of_name(const std::string& name) {
+  const std::string_view text = name;
+  if (text.size() != 29 || text[16] != '-' || !text.ends_with(".seg")) return std::nullopt;
+  const auto writer = parse_hex(text.substr(0, 16), 16);
+  const auto sequence = parse_hex(text.substr(17, 8), 8);
+  if (!writer || !sequence) return std::nullopt;
+  return SegmentId{*writer, static_cast<uint32_t>(*sequence)};
+}
+
+Result<JournalReader> JournalReader::open(const std::string& path, uint64_t writer) {
+  auto file = File::open(path, {});
+  if (!file) return std::unexpected(file.error());
+  JournalReader reader;
+  reader.file_ = std::move(*file);
+  reader.writer_ = writer;
+  return reader;
+}
+
+Result<uint64_t> JournalReader::read_new(const std::function<void(const Record&)>& visit) {
+  const auto size = file_.size();
+  if (!size) return std::unexpected(size.error());
+  const uint64_t slots = *size / kRecordBytes;
+  uint64_t index = next_index_;
+  uint64_t good = 0;
+  uint64_t pending_bad = 0;
+  std::vector<std::byte> buffer;
+  while (index < slots) {
+    const uint64_t count = std::min(slots - index, kReadBytes / kRecordBytes);
+    buffer.resize(count * kRecordBytes);
+    if (auto read = file_.read_at(buffer, index * kRecordBytes); !read) {
+      if (read.error().kind == ErrorKind::not_found) break;  // cut off by a new owner since size()
+      return std::unexpected(read.error());
+    }
+    for (uint64_t i = 0; i < count; ++i, ++index) {
+      const auto slot =
+          std::span<const std::byte, kRecordBytes>(buffer.data() + i * kRecordBytes, kRecordBytes);
+      const auto record = decode_record(slot, writer_, index);
+      if (!record) {
+        ++pending_bad;
+        continue;
+      }
+      bad_records_ += pending_bad;
+      pending_bad = 0;
+      next_index_ = index + 1;
+      ++good;
+      visit(*record);
+    }
+  }
+  has_tail_ = *size > next_index_ * kRecordBytes;
+  return good;
+}
+
+Result<JournalWriter> JournalWriter::create(const std::string& directory) {
+  uint64_t writer = 0;
+  while (writer == 0) {
+    if (RAND_bytes(reinterpret_cast<unsigned char*>(&writer), sizeof writer) != 1) {
+      return fail(ErrorKind::io, "no random bytes for a writer id");
+    }
+  }
+  auto file =
+      File::open(directory + "/" + journal_name(writer), {.write = true, .create = true, .exclusive = true});
+  if (!file) return std::unexpected(file.error());
+  const auto locked = file->try_lock_exclusive();
+  if (!locked) return std::unexpected(locked.error());
+  if (!*locked) return fail(ErrorKind::busy, "{}: new journal is already locked", file->path());
+  JournalWriter journal;
+  journal.file_ = std::move(*file);
+  journal.writer_ = writer;
+  return journal;
+}
+
+Result<std::optional<JournalWriter>> JournalWriter::lock(const std::string& path, uint64_t writer) {
+  auto file = File::open(path, {.write = true});
+  if (!file) return std::unexpected(file.error());
+  const auto locked = file->try_lock_exclusive();
+  if (!locked) return std::unexpected(locked.error());
+  if (!*locked) return std::optional<JournalWriter>();
+  JournalWriter journal;
+  journal.file_ = std::move(*file);
+  journal.writer_ = writer;
+  return std::optional<JournalWriter>(std::move(journal));
+}
+
+Status JournalWriter::append_at(uint64_t next_index) {
+  next_index_ = next_index;
+  return file_.truncate(next_index * kRecordBytes);
+}
+
+Status JournalWriter::append(std::span<Record> records) {
+  buffer_.resize(records.size() * kRecordBytes);
+  for (size_t i = 0; i < records.size(); ++i) {
+    records[i].journal = writer_;
+    records[i].index = next_index_ + i;
+    encode_record(records[i],
+                  std::span<std::byte, kRecordBytes>(buffer_.data() + i * kRecordBytes, kRecordBytes));
+  }
+  auto written = file_.write_at(buffer_, next_index_ * kRecordBytes);
+  if (written) next_index_ += records.size();
+  return written;
+}
+
+}  // namespace tokendepot

@@ -1,0 +1,162 @@
+#include "store/keeper.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+
+#include "base/log.h"
+#include "io/io_thread.h"
+
+namespace tokendepot {
+namespace {
+
+constexpr auto kSlowInterval = std::chrono::seconds(1);
+constexpr uint32_t kRoundsPerTidying = 10;
+constexpr uint64_t kCopyPiece = 4ull << 20;
+
+}  // namespace
+
+Keeper::Keeper(std::vector<Tier> tiers, SegmentTable& segments, Catalog* catalog, uint32_t poll_ms,
+               std::function<void()> space_ready)
+    : tiers_(std::move(tiers)),
+      segments_(segments),
+      catalog_(catalog),
+      poll_ms_(poll_ms),
+      space_ready_(std::move(space_ready)) {
+  make_space_ready();  // before the first store, which would have to wait for it
+  fast_ = start_io_thread([](void* self) { static_cast<Keeper*>(self)->run_fast(); }, this);
+  slow_ = start_io_thread([](void* self) { static_cast<Keeper*>(self)->run_slow(); }, this);
+}
+
+Keeper::~Keeper() {
+  {
+    std::lock_guard lock(mutex_);
+    stop_ = true;
+  }
+  wake_fast_.notify_all();
+  wake_slow_.notify_all();
+  if (fast_.joinable()) fast_.join();
+  if (slow_.joinable()) slow_.join();
+}
+
+RootWriter* Keeper::store_target() const {
+  for (const Tier& tier : tiers_) {
+    if (tier.writer != nullptr) return tier.writer;
+  }
+  return nullptr;
+}
+
+void Keeper::wake() {
+  {
+    std::lock_guard lock(mutex_);
+    woken_ = true;
+  }
+  wake_fast_.notify_one();
+}
+
+void Keeper::poll_journals() {
+  bool condemned = false;
+  for (const Tier& tier : tiers_) {
+    tier.replay->poll();
+    condemned |= tier.replay->take_condemned();
+  }
+  if (condemned && catalog_ != nullptr) catalog_->sweep();
+}
+
+void Keeper::make_space_ready() {
+  RootWriter* target = store_target();
+  if (target == nullptr || !target->wants_spare()) return;
+  const auto tier = static_cast<size_t>(
+      std::ranges::find(tiers_, target, [](const Tier& t) { return t.writer; }) - tiers_.begin());
+  const auto ready = target->prepare_spare([this, tier](uint32_t slot) { demote(tier, slot); });
+  if (ready) {
+    last_complaint_.clear();
+    if (space_ready_) space_ready_();
+  } else if (ready.error().kind != ErrorKind::busy && ready.error().message != last_complaint_) {
+    last_complaint_ = ready.error().message;
+    log(LogLevel::warning, "no space for stores: {}", last_complaint_);
+  }
+}
+
+void Keeper::run_fast() {
+  std::unique_lock lock(mutex_);
+  while (!stop_) {
+    wake_fast_.wait_for(lock, std::chrono::milliseconds(poll_ms_), [this] { return woken_ || stop_; });
+    if (stop_) return;
+    woken_ = false;
+    lock.unlock();
+    make_space_ready();
+    poll_journals();
+    lock.lock();
+  }
+}
+
+bool Keeper::is_wanted_below(size_t tier, uint32_t slot, size_t* below) const {
+  for (*below = tier + 1; *below < tiers_.size(); ++*below) {
+    if (tiers_[*below].writer == nullptr) continue;
+    const SegmentTable::PerRoot state = segments_.get(slot).roots[tiers_[*below].root->index()];
+    return !state.present && !state.condemned;
+  }
+  return false;
+}
+
+bool Keeper::demote(size_t tier, uint32_t slot) {
+  size_t below = 0;
+  const SegmentTable::Segment segment = segments_.get(slot);
+  const SegmentTable::PerRoot& state = segment.roots[tiers_[tier].root->index()];
+  if (!state.sealed || state.extents == 0 || !is_wanted_below(tier, slot, &below)) return false;
+  auto source = tiers_[tier].root->files().open(segment.id);
+  if (!source) return false;
+  RootWriter& target = *tiers_[below].writer;
+  auto copy =
+      target.open_copy(segment.id, (*source)->bytes, [this, below](uint32_t next) { demote(below, next); });
+  if (!copy) return false;
+  const std::unique_ptr<std::byte, void (*)(void*)> piece(
+      static_cast<std::byte*>(std::aligned_alloc(kPageBytes, kCopyPiece)), &std::free);
+  const uint64_t used = std::min(align_up(state.used_bytes), (*source)->bytes);
+  Status moved;
+  for (uint64_t at = 0; at < used && moved; at += kCopyPiece) {
+    const std::span<std::byte> bytes(piece.get(), std::min(kCopyPiece, used - at));
+    moved = (*source)->file.read_at(bytes, at);
+    if (moved) moved = copy->write_at(bytes, at);
+  }
+  if (moved) moved = target.publish_copy(segment.id, *copy, used);
+  if (!moved) {
+    log(LogLevel::warning, "segment {} was not demoted to \"{}\": {}", segment_name(segment.id),
+        target.root().path(), moved.error().message);
+    if (auto removed = remove_file(copy->path()); !removed)
+      log(LogLevel::debug, "{}", removed.error().message);
+    return false;
+  }
+  ++demoted_[tiers_[tier].root->index()];
+  return true;
+}
+
+void Keeper::run_slow() {
+  std::unique_lock lock(mutex_);
+  for (uint32_t round = 1; !stop_; ++round) {
+    wake_slow_.wait_for(lock, kSlowInterval, [this] { return stop_; });
+    if (stop_) return;
+    lock.unlock();
+    for (size_t tier = 0; tier + 1 < tiers_.size(); ++tier) {
+      for (const auto& [slot, segment] : segments_.present_segments(tiers_[tier].root->index())) {
+        {
+          std::lock_guard stopping(mutex_);
+          if (stop_) break;
+        }
+        demote(tier, slot);
+      }
+    }
+    if (round % kRoundsPerTidying == 0) {
+      for (const Tier& tier : tiers_) {
+        if (tier.writer == nullptr) continue;
+        tier.writer->tend_dead_writers();
+        tier.writer->remove_orphans();
+        tier.writer->compact_journal();
+      }
+    }
+    lock.lock();
+  }
+}
+
+}  // namespace tokendepot

@@ -1,0 +1,156 @@
+#include "store/replay.h"
+
+#include <algorithm>
+
+#include "base/log.h"
+
+namespace tokendepot {
+namespace {
+
+constexpr size_t kMostBadPlaces = 1 << 20;
+
+}  // namespace
+
+Replay::Replay(Root& root, SegmentTable& segments, Catalog* catalog)
+    : root_(root), segments_(segments), catalog_(catalog) {}
+
+void Replay::find_journals() {
+  const auto entries = list_directory(root_.journals_dir());
+  if (!entries) return;
+  std::set<uint64_t> listed;
+  for (const DirectoryEntry& entry : *entries) {
+    const auto writer = writer_of_journal(entry.name);
+    if (!writer || !entry.regular) continue;
+    listed.insert(*writer);
+    if (*writer == own_journal_ || journals_.contains(*writer)) continue;
+    auto reader = JournalReader::open(root_.journals_dir() + "/" + entry.name, *writer);
+    if (reader) {
+      journals_.emplace(*writer, std::move(*reader));
+    } else if (reader.error().kind != ErrorKind::not_found) {
+      log(LogLevel::warning, "root \"{}\": journal {} is left alone: {}", root_.path(), entry.name,
+          reader.error().message);
+    }
+  }
+  // A journal that was compacted away has been read to its end through the open descriptor first.
+  for (auto at = journals_.begin(); at != journals_.end();) {
+    if (listed.contains(at->first)) {
+      ++at;
+      continue;
+    }
+    read(at->second);
+    at = journals_.erase(at);
+  }
+}
+
+void Replay::read(JournalReader& reader) {
+  const uint64_t bad_before = reader.bad_records();
+  const auto count = reader.read_new([this](const Record& record) { apply(record); });
+  if (count) records_ += *count;
+  const uint64_t bad = reader.bad_records() - bad_before;
+  if (bad > 0) {
+    bad_records_ += bad;
+    log(LogLevel::warning, "root \"{}\": journal {} has {} damaged records; what they spoke of is not served",
+        root_.path(), journal_name(reader.writer()), bad);
+  }
+}
+
+Status Replay::first() {
+  std::lock_guard lock(read_mutex_);
+  find_journals();
+  for (auto& [writer, reader] : journals_) read(reader);
+  // Listed after reading: a record follows the file that it speaks of.
+  const auto entries = list_directory(root_.segments_dir());
+  if (!entries) {
+    if (entries.error().kind == ErrorKind::not_found) return {};  // a read-only root without segments
+    return std::unexpected(entries.error());
+  }
+  std::map<SegmentId, uint64_t> files;
+  for (const DirectoryEntry& entry : *entries) {
+    const auto id = segment_of_name(entry.name);
+    if (id && entry.regular) files.emplace(*id, entry.bytes);
+  }
+  for (const auto& [slot, segment] : segments_.present_segments(root_.index())) {
+    if (const auto file = files.find(segment.id); file != files.end()) {
+      segments_.set_present(slot, root_.index(), file->second);
+    } else {
+      segments_.condemn(slot, root_.index());
+      condemned_ = true;
+    }
+  }
+  return {};
+}
+
+void Replay::poll() {
+  std::lock_guard lock(read_mutex_);
+  find_journals();
+  for (auto& [writer, reader] : journals_) read(reader);
+}
+
+std::vector<uint64_t> Replay::writers() const {
+  std::lock_guard lock(read_mutex_);
+  std::vector<uint64_t> found;
+  for (const auto& [writer, reader] : journals_) found.push_back(writer);
+  return found;
+}
+
+uint64_t Replay::next_index(uint64_t writer) const {
+  std::lock_guard lock(read_mutex_);
+  const auto found = journals_.find(writer);
+  return found == journals_.end() ? 0 : found->second.next_index();
+}
+
+uint64_t Replay::take_over(uint64_t writer) {
+  std::lock_guard lock(read_mutex_);
+  own_journal_ = writer;
+  uint64_t next = 0;
+  if (const auto found = journals_.find(writer); found != journals_.end()) {
+    next = found->second.next_index();
+    journals_.erase(found);
+  }
+  return next;
+}
+
+void Replay::catch_up(uint64_t writer) {
+  std::lock_guard lock(read_mutex_);
+  if (const auto found = journals_.find(writer); found != journals_.end()) read(found->second);
+}
+
+void Replay::apply(const Record& record) {
+  std::lock_guard lock(apply_mutex_);
+  const uint32_t slot = segments_.slot_of(record.where.segment);
+  const RootIndex root = root_.index();
+  switch (record.type) {
+    case RecordType::open_segment:
+    case RecordType::adopt_segment:
+      if (!segments_.condemned(slot, root)) segments_.set_present(slot, root, record.where.bytes);
+      break;
+    case RecordType::put: {
+      if (segments_.condemned(slot, root)) break;
+      segments_.add_extent(slot, root, record.where.offset + record.where.bytes, record.time_ns);
+      if (catalog_ == nullptr || bad_places_.contains({slot, record.where.offset})) break;
+      const auto part = catalog_->part_id({record.group, record.kind, record.part, record.tokens});
+      if (part) catalog_->put(record.key, *part, slot, record.where);
+      break;
+    }
+    case RecordType::seal:
+      segments_.seal(slot, root, record.where.offset);
+      break;
+    case RecordType::condemn_extent: {
+      if (catalog_ == nullptr) break;
+      if (bad_places_.size() < kMostBadPlaces) bad_places_.insert({slot, record.where.offset});
+      const auto part = catalog_->part_id({record.group, record.kind, record.part, record.tokens});
+      if (part) catalog_->erase_at(record.key, *part, slot, record.where.offset);
+      break;
+    }
+    case RecordType::condemn_segment:
+      segments_.condemn(slot, root);
+      root_.files().drop(record.where.segment);
+      condemned_ = true;
+      break;
+    case RecordType::touch:
+      segments_.touch(slot, record.time_ns);
+      break;
+  }
+}
+
+}  // namespace tokendepot

@@ -1,0 +1,62 @@
+// Tails all journals of one root into the segment table and, where there is one, the catalog.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <set>
+#include <vector>
+
+#include "store/catalog.h"
+#include "store/journal_file.h"
+#include "store/root.h"
+#include "store/segment_table.h"
+
+namespace tokendepot {
+
+/// Thread-safe: one mutex for reading journals, one for applying records.
+class Replay {
+ public:
+  /// `catalog` may be null: then puts count for their segments only.
+  Replay(Root& root, SegmentTable& segments, Catalog* catalog);
+
+  /// Reads everything, then drops what the journals speak of but the directory does not hold.
+  Status first();
+  /// Reads what was appended since. Never fails: what cannot be read now is read at the next poll.
+  void poll();
+
+  /// Applies a record that this process wrote itself (its own journal is not tailed).
+  void apply(const Record& record);
+  /// The journal from now on written by this process. Returns how far it was read (0 for a new one).
+  uint64_t take_over(uint64_t writer);
+  /// Reads one journal to its end now.
+  void catch_up(uint64_t writer);
+  /// The writers of all journals found so far, this process's own left out.
+  std::vector<uint64_t> writers() const;
+  /// Index behind the last good record of another writer's journal.
+  uint64_t next_index(uint64_t writer) const;
+
+  uint64_t records() const { return records_; }
+  uint64_t bad_records() const { return bad_records_; }
+  /// A segment was condemned since the last call: its catalog entries want sweeping.
+  bool take_condemned() { return condemned_.exchange(false); }
+
+ private:
+  void find_journals();
+  void read(JournalReader& reader);
+
+  Root& root_;
+  SegmentTable& segments_;
+  Catalog* catalog_;
+  mutable std::mutex read_mutex_;  // journals_, own_journal_
+  std::map<uint64_t, JournalReader> journals_;
+  uint64_t own_journal_ = 0;
+  std::mutex apply_mutex_;                              // bad_places_
+  std::set<std::pair<uint32_t, uint64_t>> bad_places_;  // (slot, offset): condemned extents, bounded
+  std::atomic<uint64_t> records_ = 0;
+  std::atomic<uint64_t> bad_records_ = 0;
+  std::atomic<bool> condemned_ = false;
+};
+
+}  // namespace tokendepot

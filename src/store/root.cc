@@ -1,0 +1,197 @@
+#include "store/root.h"
+
+#include <openssl/rand.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <thread>
+
+#include "base/clock.h"
+#include "base/errors.h"
+#include "base/log.h"
+
+namespace tokendepot {
+namespace {
+
+constexpr uint64_t kMiB = 1ull << 20;
+constexpr uint64_t kLargestSegment = 256 * kMiB;
+constexpr uint64_t kSmallestSegment = 1 * kMiB;
+constexpr uint64_t kSegmentsPerRoot = 32;  // fewer would make each eviction forget too much at once
+
+uint64_t default_segment_bytes(uint64_t capacity) {
+  return std::clamp(capacity / kSegmentsPerRoot / kMiB * kMiB, kSmallestSegment, kLargestSegment);
+}
+
+size_t files_kept_open() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return 64;
+  return std::clamp<size_t>(limit.rlim_cur / 8, 4, 4096);
+}
+
+bool writable_directory(const std::string& path) {
+  return access(path.c_str(), W_OK | X_OK) == 0;
+}
+
+}  // namespace
+
+Status Root::open_marker() {
+  const std::string file = path() + "/DEPOT";
+  auto content = read_file(file, 1 << 16);
+  if (!content && content.error().kind == ErrorKind::not_found) {
+    const auto entries = list_directory(path());
+    if (!entries) return std::unexpected(entries.error());
+    for (const DirectoryEntry& entry : *entries) {
+      if (entry.name == "lost+found" || entry.name.starts_with(".tmp-")) continue;
+      return fail(ErrorKind::invalid_argument,
+                  "root \"{}\" holds something else (\"{}\") and no DEPOT marker; expected an empty "
+                  "directory or a depot",
+                  path(), entry.name);
+    }
+    if (!writable_) {
+      return fail(ErrorKind::permission,
+                  "root \"{}\" is not a depot yet and cannot be written to make it one", path());
+    }
+    Marker fresh;
+    fresh.created_ns = system_clock().wall_ns();
+    if (RAND_bytes(fresh.root_id.data(), static_cast<int>(fresh.root_id.size())) != 1) {
+      return fail(ErrorKind::io, "root \"{}\": no random bytes for a root id", path());
+    }
+    std::array<std::byte, kPageBytes> page;
+    encode_marker(fresh, page);
+    if (auto written = write_file_atomically(file, page); !written) return written;
+    content = read_file(file, 1 << 16);  // another process may have been at it too; whoever came last counts
+  }
+  if (!content) return std::unexpected(content.error());
+  auto marker = decode_marker(*content);
+  if (!marker) {
+    return std::unexpected(
+        Error{marker.error().kind, 0, fmt::format("root \"{}\": {}", path(), marker.error().message)});
+  }
+  marker_ = *marker;
+  if (!writable_) return {};
+  for (const std::string& directory : {segments_dir(), journals_dir(), manifests_dir()}) {
+    if (auto made = make_directory(directory); !made) return made;
+  }
+  return {};
+}
+
+Status Root::choose_transport(const FileSystemInfo& system, uint32_t io_depth) {
+  const bool want_mapped = options_.transport == TransportChoice::mapped ||
+                           (options_.transport == TransportChoice::automatic && system.memory);
+  if (want_mapped) {
+    if (!system.memory) {
+      return fail(ErrorKind::invalid_argument,
+                  "root \"{}\": transport=mapped needs a memory file system (tmpfs), but this is {}", path(),
+                  system.type);
+    }
+    mapped_ = true;
+    transport_ = "mapped";
+    reason_ = system.type + " is memory";
+    return {};
+  }
+  if (options_.transport != TransportChoice::buffered) {
+    const auto alignment = writable_ ? probe_direct_alignment(segments_dir()) : Result<uint32_t>(4096u);
+    if (alignment && *alignment <= kPageBytes) {
+      direct_ = true;
+    } else if (options_.transport == TransportChoice::direct) {
+      return fail(ErrorKind::unsupported, "root \"{}\": transport=direct is not possible here: {}", path(),
+                  alignment ? fmt::format("alignment {} is larger than 4096", *alignment)
+                            : alignment.error().message);
+    } else {
+      reason_ = alignment ? fmt::format("O_DIRECT needs alignment {}; ", *alignment)
+                          : fmt::format("O_DIRECT refused ({}); ", alignment.error().message);
+      log(LogLevel::warning, "root \"{}\": {}using the page cache", path(), reason_);
+    }
+  }
+  if (options_.io == IoChoice::uring) {
+    auto engine = make_uring_engine(io_depth);
+    if (!engine) {
+      return fail(engine.error().kind, "root \"{}\": io=uring is not possible here: {}", path(),
+                  engine.error().message);
+    }
+    engine_ = std::move(*engine);
+    reason_ += "io=uring asked for";
+  } else if (options_.io == IoChoice::threads || !writable_) {
+    engine_ = make_thread_engine(io_depth);
+    reason_ += writable_ ? "io=threads asked for" : "read-only";
+  } else {
+    auto choice = choose_engine(segments_dir(), direct_, io_depth);
+    engine_ = std::move(choice.engine);
+    reason_ += choice.reason;
+  }
+  transport_ = fmt::format("{}-{}", direct_ ? "direct" : "buffered", engine_->name());
+  return {};
+}
+
+Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex index, const Options& depot) {
+  std::unique_ptr<Root> root(new Root);
+  root->options_ = options;
+  root->index_ = index;
+  const bool missing = access(options.path.c_str(), F_OK) != 0;
+  if (missing && !options.read_only) {
+    if (auto made = make_directory(options.path); !made) return std::unexpected(made.error());
+  }
+  const auto system = file_system_of(options.path);
+  if (!system) return std::unexpected(system.error());
+  root->writable_ = !options.read_only && !system->read_only && writable_directory(options.path);
+  if (!options.read_only && !root->writable_) {
+    log(LogLevel::warning, "root \"{}\" is not writable ({}): serving what it holds, storing nothing there",
+        options.path, system->read_only ? "read-only file system" : "no permission");
+  }
+  if (options.capacity_bytes > system->total_bytes) {
+    return fail(ErrorKind::no_space,
+                "root \"{}\": capacity={} is larger than its file system ({} bytes of {})", options.path,
+                options.capacity_bytes, system->total_bytes, system->type);
+  }
+  root->segment_bytes_ = options.segment_bytes != 0 ? align_up(options.segment_bytes)
+                                                    : default_segment_bytes(options.capacity_bytes);
+  if (root->writable_ && root->segment_bytes_ * 3 > options.capacity_bytes) {
+    return fail(ErrorKind::invalid_argument,
+                "root \"{}\": capacity={} holds fewer than 3 segments of {} bytes; give at least {} bytes",
+                options.path, options.capacity_bytes, root->segment_bytes_, root->segment_bytes_ * 3);
+  }
+  if (auto marked = root->open_marker(); !marked) return std::unexpected(marked.error());
+  if (auto chosen = root->choose_transport(*system, depot.io_depth); !chosen)
+    return std::unexpected(chosen.error());
+  root->files_ =
+      std::make_unique<SegmentFiles>(root->segments_dir(), root->mapped_, root->direct_, files_kept_open());
+  log(LogLevel::info, "root \"{}\": {} ({}), capacity {} MiB, segments of {} MiB{}", options.path,
+      root->transport_, root->reason_, options.capacity_bytes / kMiB, root->segment_bytes_ / kMiB,
+      root->writable_ ? "" : ", read-only");
+  return root;
+}
+
+Status Root::fit_extent(uint64_t extent_bytes) {
+  const uint64_t wanted = std::max(segment_bytes_, align_up(extent_bytes));
+  if (wanted * 3 > capacity()) {
+    return fail(ErrorKind::invalid_argument,
+                "root \"{}\": capacity={} is too small for extents of {} bytes; give at least {} bytes",
+                path(), capacity(), extent_bytes, wanted * 3);
+  }
+  segment_bytes_ = wanted;
+  return {};
+}
+
+Status Root::keep_manifest(const std::string& digest_hex, const std::string& canonical) const {
+  const std::string file = manifests_dir() + "/" + digest_hex + ".json";
+  const auto bytes = std::as_bytes(std::span(canonical));
+  if (const auto stored = read_file(file, 1 << 20); stored && std::ranges::equal(*stored, bytes)) return {};
+  return write_file_atomically(file, bytes);
+}
+
+Result<std::optional<File>> Root::lock_keeper(uint32_t patience_ms) const {
+  auto file = File::open(path() + "/keeper.lock", {.write = true, .create = true});
+  if (!file) return std::unexpected(file.error());
+  constexpr uint32_t kPauseMs = 5;
+  for (uint32_t waited = 0;; waited += kPauseMs) {
+    const auto locked = file->try_lock_exclusive();
+    if (!locked) return std::unexpected(locked.error());
+    if (*locked) return std::optional<File>(std::move(*file));
+    if (waited >= patience_ms) return std::optional<File>();
+    std::this_thread::sleep_for(std::chrono::milliseconds(kPauseMs));
+  }
+}
+
+}  // namespace tokendepot

@@ -1,0 +1,75 @@
+// One root: a directory that is a depot tier, and the way bytes move in and out of it.
+//
+// Effect of failure: a root that cannot be opened makes Depot::open fail with one sentence; a root whose file
+// system is read-only is served read-only. Files that the depot did not create are left alone.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "format/marker.h"
+#include "io/engine.h"
+#include "io/file.h"
+#include "store/segment_files.h"
+#include "store/segment_table.h"
+#include "tokendepot/depot.h"
+#include "tokendepot/error.h"
+
+namespace tokendepot {
+
+class Root {
+ public:
+  /// Checks the options against the file system, creates marker and directories when the directory is empty
+  /// or missing, chooses the transport.
+  static Result<std::unique_ptr<Root>> open(const RootOptions& options, RootIndex index,
+                                            const Options& depot);
+
+  RootIndex index() const { return index_; }
+  const std::string& path() const { return options_.path; }
+  uint64_t capacity() const { return options_.capacity_bytes; }
+  bool writable() const { return writable_; }
+  bool mapped() const { return mapped_; }
+  /// Only where not mapped.
+  IoEngine& engine() const { return *engine_; }
+  bool direct() const { return direct_; }
+  const std::string& transport() const { return transport_; }
+  const std::string& reason() const { return reason_; }
+  SegmentFiles& files() { return *files_; }
+
+  std::string segments_dir() const { return path() + "/segments"; }
+  std::string journals_dir() const { return path() + "/journals"; }
+  std::string manifests_dir() const { return path() + "/manifests"; }
+
+  /// Size of the segment files that are made from now on; grows when larger extents are attached.
+  uint64_t segment_bytes() const { return segment_bytes_; }
+  /// `invalid_argument` when an extent of this size cannot be kept within the capacity.
+  Status fit_extent(uint64_t extent_bytes);
+
+  /// Stores the manifest unless it is there. An equal file is left as it is; a damaged one is replaced.
+  Status keep_manifest(const std::string& digest_hex, const std::string& canonical) const;
+
+  /// Sole right to create, recycle and remove segments, held by at most one process. Waits up to
+  /// `patience_ms`.
+  Result<std::optional<File>> lock_keeper(uint32_t patience_ms) const;
+
+ private:
+  Root() = default;
+  Status open_marker();
+  Status choose_transport(const FileSystemInfo& system, uint32_t io_depth);
+
+  RootOptions options_;
+  RootIndex index_ = 0;
+  Marker marker_;
+  bool writable_ = false;
+  bool mapped_ = false;
+  bool direct_ = false;
+  uint64_t segment_bytes_ = 0;
+  std::string transport_;
+  std::string reason_;
+  std::unique_ptr<IoEngine> engine_;
+  std::unique_ptr<SegmentFiles> files_;
+};
+
+}  // namespace tokendepot

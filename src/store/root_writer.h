@@ -1,0 +1,108 @@
+// The writing half of a root: this process's journal, the segment it fills, and the space for the next ones.
+//
+// Order that everything rests on: bytes first, then the journal record. Failure of either is a store that did
+// not happen. Capacity: the segment files of a root, spares included, never exceed its capacity, and the file
+// system's free space never falls under the reserve by the depot's doing; when no space can be had, stores
+// are dropped.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+
+#include "base/clock.h"
+#include "store/journal_file.h"
+#include "store/replay.h"
+#include "store/root.h"
+
+namespace tokendepot {
+
+class RootWriter {
+ public:
+  /// Takes over the journal (and half-filled segment) of a dead writer, or starts a new one. `replay.first()`
+  /// has been called.
+  static Result<std::unique_ptr<RootWriter>> open(Root& root, Replay& replay, SegmentTable& segments,
+                                                  const Clock& clock, uint64_t free_space_reserve);
+  ~RootWriter();
+
+  struct Place {
+    uint32_t slot = 0;
+    ExtentRef where;
+    SegmentLease segment;
+  };
+  /// Space for one extent, never waiting: `busy` while the next segment is being prepared, `no_space` when
+  /// none can be had. Thread-safe, as are the calls below.
+  Result<Place> reserve(uint64_t bytes);
+
+  /// Makes a written extent known: the store is acknowledged when this returns success.
+  Status acknowledge(const Place& place, Record put);
+  /// Tells everybody that an extent is bad.
+  void condemn_extent(Record record);
+  /// Notes that a segment was used, at most once a minute each.
+  void touch(uint32_t slot);
+
+  // --- the keeper's thread only ---
+  /// Has the next segment ready: creates one within the capacity, or recycles the coldest. `evict_first`,
+  /// when given, is asked to save a segment before it goes (demotion).
+  Status prepare_spare(const std::function<void(uint32_t slot)>& before_eviction);
+  bool wants_spare() const;
+  /// Seals what dead writers left half-filled and makes their unjournaled extents known. Returns journals
+  /// tended.
+  uint32_t tend_dead_writers();
+  /// Removes segment files that no journal speaks of and no live writer owns.
+  void remove_orphans();
+  /// Rewrites the journal without what is gone, when it is large and mostly stale.
+  void compact_journal();
+  /// A file for a copy of another root's sealed segment: created or recycled, locked name, right size.
+  Result<File> open_copy(const SegmentId& id, uint64_t bytes,
+                         const std::function<void(uint32_t)>& before_eviction);
+  /// Publishes the finished copy under its name and journals its content.
+  Status publish_copy(const SegmentId& id, const File& copy, uint64_t used_bytes);
+
+  uint64_t evicted_segments() const { return evicted_; }
+  /// The last attempt to have space ready failed; it is repeated in the background.
+  bool failing() const { return failing_; }
+  uint64_t writer_id() const { return journal_.writer(); }
+  Root& root() { return root_; }
+
+ private:
+  RootWriter(Root& root, Replay& replay, SegmentTable& segments, const Clock& clock, uint64_t reserve);
+  Status adopt_or_create();
+  /// Scans what lies behind the last journaled extent of a segment and journals it. Returns the end.
+  Result<uint64_t> recover_tail(JournalWriter& journal, const SegmentId& id, uint64_t used);
+  Status start_segment(const SegmentId& id, File file, uint64_t used, bool journaled);
+  Status append(Record record);
+  /// A file of `bytes` under `path`: new within the capacity, else the coldest segment's. Holds the keeper's
+  /// lock.
+  Result<File> make_file(const std::string& path, uint64_t bytes,
+                         const std::function<void(uint32_t)>& before_eviction);
+  Result<uint64_t> bytes_on_medium() const;
+  Status evict_coldest(const std::function<void(uint32_t)>& before_eviction, const std::string& recycle_as,
+                       uint64_t wanted_bytes, bool* recycled);
+
+  Root& root_;
+  Replay& replay_;
+  SegmentTable& segments_;
+  const Clock& clock_;
+  const uint64_t free_space_reserve_;
+
+  mutable std::mutex mutex_;  // everything below
+  JournalWriter journal_;
+  uint32_t next_sequence_ = 0;
+  struct Current {
+    uint32_t slot = 0;
+    SegmentId id;
+    SegmentLease segment;
+    uint64_t used = 0;
+    uint64_t bytes = 0;
+  };
+  std::optional<Current> current_;
+  std::optional<Current> spare_;
+  std::atomic<uint64_t> evicted_ = 0;
+  std::atomic<bool> failing_ = false;
+  std::atomic<bool> no_space_ = false;
+};
+
+}  // namespace tokendepot

@@ -1,0 +1,73 @@
+#include "store/scan.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "base/errors.h"
+#include "format/digest.h"
+
+namespace tokendepot {
+namespace {
+
+constexpr uint64_t kPatience = 64ull << 20;
+constexpr uint64_t kWindow = 1 << 20;
+constexpr uint64_t kLongestHeader = 16 * kPageBytes;  // 8,000 shards
+
+/// Page-aligned memory, so that the same code reads files opened with O_DIRECT.
+struct AlignedBuffer {
+  explicit AlignedBuffer(uint64_t bytes)
+      : memory(static_cast<std::byte*>(std::aligned_alloc(kPageBytes, align_up(bytes))), &std::free),
+        size(bytes) {}
+  std::unique_ptr<std::byte, void (*)(void*)> memory;
+  uint64_t size;
+  std::span<std::byte> first(uint64_t bytes) { return {memory.get(), bytes}; }
+};
+
+bool payload_is_whole(const File& file, const ExtentHeader& header, uint64_t payload_offset) {
+  const GroupShape shape = header.shape();
+  AlignedBuffer shard(shape.shard_stride());
+  for (uint32_t i = 0; i < shape.shards(); ++i) {
+    const auto bytes = shard.first(shape.shard_stride());
+    if (!file.read_at(bytes, payload_offset + i * shape.shard_stride())) return false;
+    if (shard_digest(bytes) != header.shard_digests[i]) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+Result<uint64_t> scan_extents(const File& file, const SegmentId& id, uint64_t from, bool verify,
+                              const std::function<void(const ExtentHeader&, uint64_t bytes)>& visit) {
+  const auto size = file.size();
+  if (!size) return std::unexpected(size.error());
+  AlignedBuffer window(kWindow);
+  uint64_t window_at = 0;
+  uint64_t window_bytes = 0;
+  uint64_t end = from;
+  for (uint64_t at = align_up(from); at + kPageBytes <= *size && at - end < kPatience;) {
+    const uint64_t ahead = std::min(kLongestHeader, (*size - at) / kPageBytes * kPageBytes);
+    if (at < window_at || at + ahead > window_at + window_bytes) {
+      window_at = at;
+      window_bytes = std::min(kWindow, (*size - at) / kPageBytes * kPageBytes);
+      if (auto read = file.read_at(window.first(window_bytes), at); !read)
+        return std::unexpected(read.error());
+    }
+    const auto header = decode_extent_header({window.memory.get() + (at - window_at), ahead});
+    if (!header || header->segment != id || header->offset != at) {
+      at += kPageBytes;
+      continue;
+    }
+    const uint64_t head = extent_header_bytes(static_cast<uint32_t>(header->shard_digests.size()));
+    const uint64_t bytes = head + header->shape().payload_bytes();
+    if (bytes > *size - at || (verify && !payload_is_whole(file, *header, at + head))) {
+      at += kPageBytes;
+      continue;
+    }
+    visit(*header, bytes);
+    at += bytes;
+    end = at;
+  }
+  return end;
+}
+
+}  // namespace tokendepot

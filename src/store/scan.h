@@ -1,0 +1,19 @@
+// Reads the extents that lie in a segment file from their headers, for recovery and for copies between roots.
+#pragma once
+
+#include <functional>
+
+#include "format/extent.h"
+#include "io/file.h"
+#include "tokendepot/error.h"
+
+namespace tokendepot {
+
+/// Visits, in order, every extent from `from` on whose header decodes, names `id` and its own offset, and
+/// fits the file. `verify` also reads and checks the payload; then a torn extent is passed over. Gives up
+/// after 64 MiB without an extent: what comes later was never acknowledged. Returns the end of the last
+/// extent (or `from`).
+Result<uint64_t> scan_extents(const File& file, const SegmentId& id, uint64_t from, bool verify,
+                              const std::function<void(const ExtentHeader&, uint64_t bytes)>& visit);
+
+}  // namespace tokendepot

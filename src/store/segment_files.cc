@@ -1,0 +1,108 @@
+#include "store/segment_files.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/check.h"
+#include "store/journal_file.h"
+
+namespace tokendepot {
+
+SegmentLease::SegmentLease(SegmentLease&& other) noexcept
+    : owner_(std::exchange(other.owner_, nullptr)), file_(std::exchange(other.file_, nullptr)) {}
+
+SegmentLease& SegmentLease::operator=(SegmentLease&& other) noexcept {
+  std::swap(owner_, other.owner_);
+  std::swap(file_, other.file_);
+  return *this;
+}
+
+SegmentLease::~SegmentLease() {
+  if (owner_ != nullptr) owner_->release(file_);
+}
+
+SegmentFiles::SegmentFiles(std::string directory, bool mapped, bool direct, size_t max_open)
+    : directory_(std::move(directory)), mapped_(mapped), direct_(direct), max_open_(max_open) {}
+
+std::string SegmentFiles::path_of(const SegmentId& id) const {
+  return directory_ + "/" + segment_name(id);
+}
+
+Result<SegmentLease> SegmentFiles::open(const SegmentId& id) {
+  {
+    std::lock_guard lock(mutex_);
+    if (const auto found = files_.find(id); found != files_.end()) {
+      ++found->second->leases;
+      found->second->last_lease = ++lease_clock_;
+      return SegmentLease(this, found->second.get());
+    }
+  }
+  auto opened = File::open(path_of(id), {.direct = direct_});
+  if (!opened) return std::unexpected(opened.error());
+  auto segment = std::make_unique<SegmentFile>();
+  segment->id = id;
+  segment->file = std::move(*opened);
+  return insert(std::move(segment));
+}
+
+Result<SegmentLease> SegmentFiles::adopt(const SegmentId& id, File file) {
+  drop(id);
+  auto segment = std::make_unique<SegmentFile>();
+  segment->id = id;
+  segment->file = std::move(file);
+  segment->writable = true;
+  return insert(std::move(segment));
+}
+
+Result<SegmentLease> SegmentFiles::insert(std::unique_ptr<SegmentFile> segment) {
+  const auto size = segment->file.size();
+  if (!size) return std::unexpected(size.error());
+  segment->bytes = *size;
+  if (mapped_ && *size > 0) {
+    auto mapping = Mapping::map(segment->file, *size, segment->writable);
+    if (!mapping) return std::unexpected(mapping.error());
+    segment->mapping = std::move(*mapping);
+  }
+  std::lock_guard lock(mutex_);
+  close_idle(max_open_ > 0 ? max_open_ - 1 : 0);
+  const auto [place, fresh] = files_.try_emplace(segment->id);
+  if (fresh) place->second = std::move(segment);  // else another thread was faster; its copy serves both
+  ++place->second->leases;
+  place->second->last_lease = ++lease_clock_;
+  return SegmentLease(this, place->second.get());
+}
+
+void SegmentFiles::close_idle(size_t keep) {
+  while (files_.size() > keep) {
+    auto victim = files_.end();
+    for (auto at = files_.begin(); at != files_.end(); ++at) {
+      if (at->second->leases == 0 &&
+          (victim == files_.end() || at->second->last_lease < victim->second->last_lease)) {
+        victim = at;
+      }
+    }
+    if (victim == files_.end()) return;  // all in use: the bound gives way rather than the load
+    files_.erase(victim);
+  }
+}
+
+void SegmentFiles::drop(const SegmentId& id) {
+  std::lock_guard lock(mutex_);
+  const auto found = files_.find(id);
+  if (found == files_.end()) return;
+  if (found->second->leases > 0) {
+    found->second->doomed = true;
+    doomed_.push_back(std::move(found->second));
+  }
+  files_.erase(found);
+}
+
+void SegmentFiles::release(SegmentFile* file) {
+  std::lock_guard lock(mutex_);
+  TD_CHECK(file->leases > 0);
+  if (--file->leases == 0 && file->doomed) {
+    std::erase_if(doomed_, [file](const auto& entry) { return entry.get() == file; });
+  }
+}
+
+}  // namespace tokendepot

@@ -1,0 +1,79 @@
+// Open segment files of one root: descriptors and mappings, cached, counted while in use, bounded in number.
+#pragma once
+
+#include <cstdint>
+#include <list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "io/file.h"
+#include "io/mapping.h"
+#include "tokendepot/error.h"
+#include "tokendepot/plan.h"
+
+namespace tokendepot {
+
+struct SegmentFile {
+  SegmentId id;
+  File file;
+  Mapping mapping;     // only on mapped roots
+  uint64_t bytes = 0;  // size when opened
+  bool writable = false;
+  uint32_t leases = 0;  // guarded by the cache's mutex
+  bool doomed = false;  // close when the last lease ends
+  uint64_t last_lease = 0;
+};
+
+class SegmentFiles;
+
+/// Keeps a SegmentFile open. Move-only.
+class SegmentLease {
+ public:
+  SegmentLease() = default;
+  SegmentLease(SegmentLease&& other) noexcept;
+  SegmentLease& operator=(SegmentLease&& other) noexcept;
+  ~SegmentLease();
+  SegmentFile* operator->() const { return file_; }
+  explicit operator bool() const { return file_ != nullptr; }
+
+ private:
+  friend class SegmentFiles;
+  SegmentLease(SegmentFiles* owner, SegmentFile* file) : owner_(owner), file_(file) {}
+  SegmentFiles* owner_ = nullptr;
+  SegmentFile* file_ = nullptr;
+};
+
+/// Thread-safe.
+class SegmentFiles {
+ public:
+  SegmentFiles(std::string directory, bool mapped, bool direct, size_t max_open);
+
+  /// Opens the segment for reading, or hands out the copy that is open already. `not_found` when there is no
+  /// file.
+  Result<SegmentLease> open(const SegmentId& id);
+  /// Puts in a file that this process writes. Replaces a copy opened for reading.
+  Result<SegmentLease> adopt(const SegmentId& id, File file);
+  /// Lets go of the file as soon as nobody uses it: the segment was recycled or removed.
+  void drop(const SegmentId& id);
+
+  std::string path_of(const SegmentId& id) const;
+
+ private:
+  friend class SegmentLease;
+  void release(SegmentFile* file);
+  void close_idle(size_t keep);
+  Result<SegmentLease> insert(std::unique_ptr<SegmentFile> file);
+
+  const std::string directory_;
+  const bool mapped_;
+  const bool direct_;
+  const size_t max_open_;
+  std::mutex mutex_;
+  uint64_t lease_clock_ = 0;
+  std::map<SegmentId, std::unique_ptr<SegmentFile>> files_;
+  std::list<std::unique_ptr<SegmentFile>> doomed_;  // dropped while leased
+};
+
+}  // namespace tokendepot

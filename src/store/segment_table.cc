@@ -1,0 +1,136 @@
+#include "store/segment_table.h"
+
+#include <algorithm>
+
+#include "base/check.h"
+
+namespace tokendepot {
+
+uint32_t SegmentTable::slot_of(const SegmentId& id) {
+  {
+    std::shared_lock lock(mutex_);
+    if (const auto found = slots_.find(id); found != slots_.end()) return found->second;
+  }
+  std::unique_lock lock(mutex_);
+  const auto [place, fresh] = slots_.try_emplace(id, static_cast<uint32_t>(segments_.size()));
+  if (fresh) {
+    const uint32_t block = place->second / kBlock;
+    TD_CHECK(block < kBlocks);
+    if (masks_[block].load(std::memory_order_relaxed) == nullptr) {
+      mask_owner_.push_back(std::make_unique<MaskBlock>());
+      masks_[block].store(mask_owner_.back().get(), std::memory_order_release);
+    }
+    segments_.emplace_back().id = id;
+  }
+  return place->second;
+}
+
+std::optional<uint32_t> SegmentTable::find(const SegmentId& id) const {
+  std::shared_lock lock(mutex_);
+  const auto found = slots_.find(id);
+  return found == slots_.end() ? std::nullopt : std::optional(found->second);
+}
+
+SegmentId SegmentTable::id_of(uint32_t slot) const {
+  std::shared_lock lock(mutex_);
+  return segments_[slot].id;
+}
+
+void SegmentTable::publish_mask(uint32_t slot) {
+  uint8_t mask = 0;
+  for (RootIndex r = 0; r < kMaxRoots; ++r) {
+    const PerRoot& root = segments_[slot].roots[r];
+    if (root.present && !root.condemned) mask |= static_cast<uint8_t>(1u << r);
+  }
+  MaskBlock* block = masks_[slot / kBlock].load(std::memory_order_relaxed);
+  (*block)[slot % kBlock].store(mask, std::memory_order_release);
+}
+
+uint32_t SegmentTable::present_in(uint32_t slot) const {
+  const MaskBlock* block = masks_[slot / kBlock].load(std::memory_order_acquire);
+  return (*block)[slot % kBlock].load(std::memory_order_acquire);
+}
+
+void SegmentTable::set_present(uint32_t slot, RootIndex root, uint64_t file_bytes) {
+  std::unique_lock lock(mutex_);
+  PerRoot& at = segments_[slot].roots[root];
+  at.present = true;
+  at.file_bytes = std::max(at.file_bytes, file_bytes);
+  publish_mask(slot);
+}
+
+void SegmentTable::add_extent(uint32_t slot, RootIndex root, uint64_t end, uint64_t time_ns) {
+  std::unique_lock lock(mutex_);
+  Segment& segment = segments_[slot];
+  PerRoot& at = segment.roots[root];
+  at.present = true;
+  at.used_bytes = std::max(at.used_bytes, end);
+  ++at.extents;
+  segment.last_used_ns = std::max(segment.last_used_ns, time_ns);
+  publish_mask(slot);
+}
+
+void SegmentTable::seal(uint32_t slot, RootIndex root, uint64_t used_bytes) {
+  std::unique_lock lock(mutex_);
+  PerRoot& at = segments_[slot].roots[root];
+  at.sealed = true;
+  at.used_bytes = std::max(at.used_bytes, used_bytes);
+}
+
+void SegmentTable::condemn(uint32_t slot, RootIndex root) {
+  std::unique_lock lock(mutex_);
+  segments_[slot].roots[root].condemned = true;
+  publish_mask(slot);
+}
+
+bool SegmentTable::condemned(uint32_t slot, RootIndex root) const {
+  std::shared_lock lock(mutex_);
+  return segments_[slot].roots[root].condemned;
+}
+
+void SegmentTable::touch(uint32_t slot, uint64_t time_ns) {
+  std::unique_lock lock(mutex_);
+  segments_[slot].last_used_ns = std::max(segments_[slot].last_used_ns, time_ns);
+}
+
+bool SegmentTable::touch_due(uint32_t slot, uint64_t now_ns, uint64_t interval_ns) {
+  std::unique_lock lock(mutex_);
+  Segment& segment = segments_[slot];
+  segment.last_used_ns = std::max(segment.last_used_ns, now_ns);
+  // A wall clock that was set back must not silence touches for ever.
+  if (segment.last_touch_record_ns <= now_ns && now_ns - segment.last_touch_record_ns < interval_ns)
+    return false;
+  segment.last_touch_record_ns = now_ns;
+  return true;
+}
+
+void SegmentTable::acquire(uint32_t slot) {
+  std::unique_lock lock(mutex_);
+  ++segments_[slot].in_use;
+}
+
+void SegmentTable::release(uint32_t slot) {
+  std::unique_lock lock(mutex_);
+  TD_CHECK(segments_[slot].in_use > 0);
+  --segments_[slot].in_use;
+}
+
+SegmentTable::Segment SegmentTable::get(uint32_t slot) const {
+  std::shared_lock lock(mutex_);
+  return segments_[slot];
+}
+
+std::vector<std::pair<uint32_t, SegmentTable::Segment>> SegmentTable::present_segments(RootIndex root) const {
+  std::vector<std::pair<uint32_t, Segment>> found;
+  {
+    std::shared_lock lock(mutex_);
+    for (uint32_t slot = 0; slot < segments_.size(); ++slot) {
+      const PerRoot& at = segments_[slot].roots[root];
+      if (at.present && !at.condemned) found.emplace_back(slot, segments_[slot]);
+    }
+  }
+  std::ranges::sort(found, {}, [](const auto& entry) { return entry.second.last_used_ns; });
+  return found;
+}
+
+}  // namespace tokendepot

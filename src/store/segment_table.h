@@ -1,0 +1,80 @@
+// Every segment that the journals speak of, in all roots: where it is present, whether it is sealed, how warm
+// it is.
+//
+// Slots are handed out once and never reused, so a catalog entry that names a slot cannot come to mean
+// another segment. Thread-safe.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <shared_mutex>
+#include <vector>
+
+#include "tokendepot/plan.h"
+
+namespace tokendepot {
+
+using RootIndex = uint32_t;
+inline constexpr RootIndex kMaxRoots = 8;
+
+class SegmentTable {
+ public:
+  struct PerRoot {
+    bool present = false;    // a file is there, as far as is known
+    bool condemned = false;  // for ever: ids are not reused
+    bool sealed = false;
+    uint64_t file_bytes = 0;
+    uint64_t used_bytes = 0;  // end of the last extent known
+    uint64_t extents = 0;     // puts seen
+  };
+  struct Segment {
+    SegmentId id;
+    PerRoot roots[kMaxRoots];
+    uint64_t last_used_ns = 0;
+    uint64_t last_touch_record_ns = 0;
+    uint32_t in_use = 0;  // loads in flight in this process
+  };
+
+  /// The slot of a segment, made when it is new.
+  uint32_t slot_of(const SegmentId& id);
+  std::optional<uint32_t> find(const SegmentId& id) const;
+  SegmentId id_of(uint32_t slot) const;
+
+  void set_present(uint32_t slot, RootIndex root, uint64_t file_bytes);
+  void add_extent(uint32_t slot, RootIndex root, uint64_t end, uint64_t time_ns);
+  void seal(uint32_t slot, RootIndex root, uint64_t used_bytes);
+  void condemn(uint32_t slot, RootIndex root);
+  bool condemned(uint32_t slot, RootIndex root) const;
+  void touch(uint32_t slot, uint64_t time_ns);
+  /// True once per `interval_ns`: the caller then writes a touch record.
+  bool touch_due(uint32_t slot, uint64_t now_ns, uint64_t interval_ns);
+
+  /// Bit r set = present and not condemned in root r.
+  uint32_t present_in(uint32_t slot) const;
+  bool alive(uint32_t slot) const { return present_in(slot) != 0; }
+
+  void acquire(uint32_t slot);
+  void release(uint32_t slot);
+
+  Segment get(uint32_t slot) const;
+  /// Copies of all segments present in `root`, coldest first.
+  std::vector<std::pair<uint32_t, Segment>> present_segments(RootIndex root) const;
+
+ private:
+  mutable std::shared_mutex mutex_;
+  std::map<SegmentId, uint32_t> slots_;
+  std::vector<Segment> segments_;
+  // Read on every catalog probe without the lock; grown by whole blocks that never move.
+  static constexpr uint32_t kBlock = 4096;
+  static constexpr uint32_t kBlocks = 16384;
+  using MaskBlock = std::array<std::atomic<uint8_t>, kBlock>;
+  std::array<std::atomic<MaskBlock*>, kBlocks> masks_{};
+  std::vector<std::unique_ptr<MaskBlock>> mask_owner_;
+  void publish_mask(uint32_t slot);
+};
+
+}  // namespace tokendepot

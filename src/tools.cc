@@ -1,0 +1,464 @@
+// A root seen from outside: journals replayed read-only, extents checked one by one, records appended to a
+// journal of our own. Nothing here trusts another process to stand still: what vanishes meanwhile is reported
+// as not found.
+#include "tokendepot/tools.h"
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <map>
+#include <optional>
+#include <set>
+#include <thread>
+#include <tuple>
+#include <utility>
+
+#include "base/clock.h"
+#include "base/errors.h"
+#include "format/digest.h"
+#include "format/extent.h"
+#include "format/journal.h"
+#include "format/manifest.h"
+#include "format/marker.h"
+#include "io/file.h"
+#include "store/journal_file.h"
+
+namespace tokendepot {
+namespace {
+
+constexpr uint64_t kManifestLimit = 1 << 20;
+constexpr uint64_t kReadPiece = 1 << 20;
+static_assert(kReadPiece % kPageBytes == 0);
+
+struct SegmentTrace {
+  bool sealed = false;
+  bool condemned = false;
+  uint64_t last_used_ns = 0;
+};
+
+// What all journals of one root say, taken together. Order between journals does not matter: a segment id or
+// an offset in it is never used twice, so what is condemned stays condemned.
+struct Replay {
+  std::vector<JournalInfo> journals;
+  std::map<SegmentId, SegmentTrace> segments;
+  std::map<SegmentId, uint64_t> files;  // bytes of the segment files that are there
+  std::vector<StoredExtent> extents;    // live, ordered by place
+  std::vector<std::string> foreign_files;
+};
+
+StoredExtent extent_of(const Record& r) {
+  return {r.key, r.ns_prefix, r.group, r.kind, r.part, r.tokens, r.where, r.time_ns};
+}
+
+auto place_of(const StoredExtent& e) {
+  return std::pair(e.where.segment, e.where.offset);
+}
+
+bool has_live_writer(const std::string& path) {
+  const auto file = File::open(path, {});
+  if (!file) return false;
+  return file->is_locked_by_another().value_or(false);
+}
+
+bool is_temporary(const std::string& name) {
+  return name.starts_with(".tmp-");
+}
+
+Result<Marker> read_marker(const std::string& path) {
+  const auto bytes = read_file(path + "/DEPOT", kPageBytes);
+  if (!bytes) {
+    if (bytes.error().kind == ErrorKind::not_found || bytes.error().os_errno == ENOTDIR) {
+      return fail(ErrorKind::not_found, "{} is not the root of a depot: it has no file DEPOT", path);
+    }
+    return std::unexpected(bytes.error());
+  }
+  auto marker = decode_marker(*bytes);
+  if (!marker) return fail(marker.error().kind, "{}/DEPOT: {}", path, marker.error().message);
+  return marker;
+}
+
+// A directory that was never created holds nothing.
+Result<std::vector<DirectoryEntry>> entries_of(const std::string& path) {
+  auto entries = list_directory(path);
+  if (!entries && entries.error().kind == ErrorKind::not_found) return std::vector<DirectoryEntry>();
+  return entries;
+}
+
+Status replay_journals(const std::string& path, Replay& replay) {
+  const auto entries = entries_of(path + "/journals");
+  if (!entries) return std::unexpected(entries.error());
+  std::set<std::pair<SegmentId, uint64_t>> condemned;
+  for (const DirectoryEntry& entry : *entries) {
+    const auto writer = writer_of_journal(entry.name);
+    if (is_temporary(entry.name)) continue;
+    if (!writer || !entry.regular) {
+      replay.foreign_files.push_back("journals/" + entry.name);
+      continue;
+    }
+    JournalInfo info;
+    info.writer = *writer;
+    info.file = entry.name;
+    const std::string file = path + "/journals/" + entry.name;
+    info.in_use = has_live_writer(file);
+    auto reader = JournalReader::open(file, *writer);
+    if (!reader) {
+      if (reader.error().kind == ErrorKind::not_found) continue;
+      return std::unexpected(reader.error());
+    }
+    const auto records = reader->read_new([&](const Record& r) {
+      SegmentTrace& segment = replay.segments[r.where.segment];
+      switch (r.type) {
+        case RecordType::put:
+          replay.extents.push_back(extent_of(r));
+          [[fallthrough]];
+        case RecordType::touch:
+          segment.last_used_ns = std::max(segment.last_used_ns, r.time_ns);
+          break;
+        case RecordType::seal:
+        case RecordType::adopt_segment:
+          segment.sealed = true;
+          break;
+        case RecordType::condemn_extent:
+          condemned.emplace(r.where.segment, r.where.offset);
+          break;
+        case RecordType::condemn_segment:
+          segment.condemned = true;
+          break;
+        case RecordType::open_segment:
+          break;
+      }
+    });
+    if (!records) return std::unexpected(records.error());
+    info.records = *records;
+    info.bad_records = reader->bad_records();
+    info.damaged = info.bad_records > 0 || (reader->has_tail() && !info.in_use);
+    replay.journals.push_back(std::move(info));
+  }
+  std::erase_if(replay.extents, [&](const StoredExtent& e) {
+    return replay.segments[e.where.segment].condemned || condemned.contains(place_of(e));
+  });
+  return {};
+}
+
+Status list_segment_files(const std::string& path, Replay& replay) {
+  const auto entries = entries_of(path + "/segments");
+  if (!entries) return std::unexpected(entries.error());
+  for (const DirectoryEntry& entry : *entries) {
+    const auto id = segment_of_name(entry.name);
+    if (id && entry.regular) {
+      replay.files[*id] = entry.bytes;
+    } else if (!is_temporary(entry.name)) {
+      replay.foreign_files.push_back("segments/" + entry.name);
+    }
+  }
+  return {};
+}
+
+Result<Replay> replay_root(const std::string& path) {
+  Replay replay;
+  if (auto replayed = replay_journals(path, replay); !replayed) return std::unexpected(replayed.error());
+  // Listed after reading: a record follows the file that it speaks of.
+  if (auto listed = list_segment_files(path, replay); !listed) return std::unexpected(listed.error());
+  std::erase_if(replay.extents,
+                [&](const StoredExtent& e) { return !replay.files.contains(e.where.segment); });
+  std::ranges::sort(replay.extents, {}, place_of);
+  const auto doubles = std::ranges::unique(replay.extents, {}, place_of);
+  replay.extents.erase(doubles.begin(), doubles.end());
+  return replay;
+}
+
+// What is at the top of a root besides the depot's own.
+Status list_foreign_at_top(const std::string& path, Replay& replay) {
+  constexpr std::array<std::string_view, 6> kOurs{"DEPOT",    "manifests",   "segments",
+                                                  "journals", "keeper.lock", "lost+found"};
+  const auto entries = list_directory(path);
+  if (!entries) return std::unexpected(entries.error());
+  for (const DirectoryEntry& entry : *entries) {
+    if (std::ranges::find(kOurs, entry.name) == kOurs.end() && !is_temporary(entry.name)) {
+      replay.foreign_files.push_back(entry.name);
+    }
+  }
+  return {};
+}
+
+// The sole right to remove segments; engines hold it for moments.
+Result<File> lock_keeper(const std::string& path) {
+  constexpr auto kPatience = std::chrono::seconds(2);
+  constexpr auto kPause = std::chrono::milliseconds(5);
+  auto file = File::open(path + "/keeper.lock", {.write = true, .create = true});
+  if (!file) return file;
+  for (auto waited = std::chrono::milliseconds(0);; waited += kPause) {
+    const auto locked = file->try_lock_exclusive();
+    if (!locked) return std::unexpected(locked.error());
+    if (*locked) return file;
+    if (waited >= kPatience) {
+      return fail(ErrorKind::busy,
+                  "{} is held by an engine that is making space; expected it free within {} s", file->path(),
+                  kPatience.count());
+    }
+    std::this_thread::sleep_for(kPause);
+  }
+}
+
+std::optional<NamespaceDigest> digest_of_name(const std::string& name) {
+  constexpr std::string_view kEnding = ".json";
+  NamespaceDigest digest;
+  if (name.size() != 2 * digest.bytes.size() + kEnding.size() || !name.ends_with(kEnding))
+    return std::nullopt;
+  const auto nibble = [](char c) {
+    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+  };
+  for (size_t i = 0; i < digest.bytes.size(); ++i) {
+    const int high = nibble(name[2 * i]);
+    const int low = nibble(name[2 * i + 1]);
+    if (high < 0 || low < 0) return std::nullopt;
+    digest.bytes[i] = static_cast<uint8_t>(high * 16 + low);
+  }
+  return digest;
+}
+
+NamespaceInfo read_namespace(const std::string& file, const NamespaceDigest& digest) {
+  NamespaceInfo info;
+  info.digest_hex = to_hex(digest.bytes);
+  const auto bytes = read_file(file, kManifestLimit);
+  if (bytes) {
+    const auto manifest =
+        check_manifest({reinterpret_cast<const char*>(bytes->data()), bytes->size()}, digest);
+    if (manifest) info.manifest = manifest->canonical;
+  }
+  info.damaged = info.manifest.empty();
+  return info;
+}
+
+Result<std::vector<NamespaceInfo>> read_namespaces(const std::string& path, Replay& replay) {
+  const auto entries = entries_of(path + "/manifests");
+  if (!entries) return std::unexpected(entries.error());
+  std::map<uint64_t, NamespaceInfo> by_prefix;
+  for (const DirectoryEntry& entry : *entries) {
+    const auto digest = digest_of_name(entry.name);
+    if (digest && entry.regular) {
+      by_prefix.emplace(prefix_of(*digest), read_namespace(path + "/manifests/" + entry.name, *digest));
+    } else if (!is_temporary(entry.name)) {
+      replay.foreign_files.push_back("manifests/" + entry.name);
+    }
+  }
+  for (const StoredExtent& extent : replay.extents) {
+    const auto [at, missing] = by_prefix.try_emplace(extent.ns_prefix);
+    NamespaceInfo& info = at->second;
+    if (missing) {
+      std::array<uint8_t, 32> bytes{};
+      for (size_t i = 0; i < 8; ++i) bytes[i] = static_cast<uint8_t>(extent.ns_prefix >> (8 * i));
+      info.digest_hex = to_hex(bytes).substr(0, 16);
+      info.damaged = true;
+    }
+    ++info.extents;
+    info.bytes += extent.where.bytes;
+  }
+  std::vector<NamespaceInfo> namespaces;
+  for (auto& [prefix, info] : by_prefix) namespaces.push_back(std::move(info));
+  std::ranges::sort(namespaces, {}, &NamespaceInfo::digest_hex);
+  return namespaces;
+}
+
+std::vector<SegmentInfo> describe_segments(const Replay& replay) {
+  std::map<SegmentId, SegmentInfo> infos;
+  for (const auto& [id, bytes] : replay.files) {
+    SegmentInfo info;
+    info.id = id;
+    info.file = segment_name(id);
+    info.file_bytes = bytes;
+    if (const auto trace = replay.segments.find(id); trace != replay.segments.end()) {
+      info.sealed = trace->second.sealed;
+      info.last_used_ns = trace->second.last_used_ns;
+    }
+    infos.emplace(id, std::move(info));
+  }
+  for (const StoredExtent& extent : replay.extents) {
+    SegmentInfo& info = infos.at(extent.where.segment);
+    ++info.extents;
+    info.live_bytes += extent.where.bytes;
+  }
+  std::vector<SegmentInfo> segments;
+  for (auto& [id, info] : infos) segments.push_back(std::move(info));
+  return segments;
+}
+
+// Asks without writing: direct I/O is tried on a segment that is there.
+std::string transport_of(const std::string& path, const FileSystemInfo& file_system, const Replay& replay) {
+  if (file_system.memory) return "mapped";
+  if (replay.files.empty()) return "";
+  const auto segment =
+      File::open(path + "/segments/" + segment_name(replay.files.begin()->first), {.direct = true});
+  if (segment) return "direct";
+  return segment.error().kind == ErrorKind::unsupported ? "buffered" : "";
+}
+
+constexpr std::string_view kMovedAway = "the segment has gone meanwhile";
+
+Status check_header(const ExtentHeader& header, const StoredExtent& extent, const std::string& where) {
+  if (header.segment != extent.where.segment || header.offset != extent.where.offset) {
+    return fail(ErrorKind::corrupt, "{}: the header belongs to another place", where);
+  }
+  if (header.key != extent.key || prefix_of(header.ns) != extent.ns_prefix) {
+    return fail(ErrorKind::corrupt, "{}: the header names another key or namespace than the journal", where);
+  }
+  if (header.group != extent.group || header.kind != extent.kind || header.part != extent.part ||
+      header.tokens != extent.tokens || extent_bytes(header.shape()) != extent.where.bytes) {
+    return fail(ErrorKind::corrupt, "{}: the header describes another shape than the journal", where);
+  }
+  return {};
+}
+
+Status check_shards(const File& file, const ExtentHeader& header, uint64_t payload_at,
+                    const std::string& where) {
+  const uint64_t stride = header.shape().shard_stride();
+  std::vector<std::byte> piece(std::min(stride, kReadPiece));
+  std::vector<uint64_t> pages;
+  for (size_t shard = 0; shard < header.shard_digests.size(); ++shard) {
+    pages.clear();
+    for (uint64_t at = 0; at < stride; at += piece.size()) {
+      const auto bytes = std::span(piece).first(std::min<uint64_t>(piece.size(), stride - at));
+      if (auto read = file.read_at(bytes, payload_at + shard * stride + at); !read) return read;
+      for (size_t page = 0; page < bytes.size(); page += kPageBytes)
+        pages.push_back(xxh3(bytes.subspan(page, kPageBytes)));
+    }
+    if (shard_digest_of_pages(pages) != header.shard_digests[shard]) {
+      return fail(ErrorKind::corrupt, "{}: shard {} of {} differs from its digest", where, shard,
+                  header.shard_digests.size());
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
+Result<RootInfo> inspect_root(const std::string& path) {
+  const auto marker = read_marker(path);
+  if (!marker) return std::unexpected(marker.error());
+  const auto file_system = file_system_of(path);
+  if (!file_system) return std::unexpected(file_system.error());
+  auto replay = replay_root(path);
+  if (!replay) return std::unexpected(replay.error());
+  if (auto listed = list_foreign_at_top(path, *replay); !listed) return std::unexpected(listed.error());
+  auto namespaces = read_namespaces(path, *replay);
+  if (!namespaces) return std::unexpected(namespaces.error());
+
+  RootInfo info;
+  info.path = path;
+  std::array<uint8_t, 32> id{};
+  std::ranges::copy(marker->root_id, id.begin());
+  info.root_id_hex = to_hex(id).substr(0, 2 * marker->root_id.size());
+  info.format_version = kFormatVersion;  // the only one that decode_marker() accepts
+  info.created_ns = marker->created_ns;
+  info.file_system = file_system->type;
+  info.available_bytes = file_system->available_bytes;
+  info.transport = transport_of(path, *file_system, *replay);
+  info.namespaces = std::move(*namespaces);
+  info.segments = describe_segments(*replay);
+  info.journals = std::move(replay->journals);
+  std::ranges::sort(info.journals, {}, &JournalInfo::writer);
+  info.foreign_files = std::move(replay->foreign_files);
+  std::ranges::sort(info.foreign_files);
+  return info;
+}
+
+Result<std::vector<StoredExtent>> list_extents(const std::string& path) {
+  if (const auto marker = read_marker(path); !marker) return std::unexpected(marker.error());
+  auto replay = replay_root(path);
+  if (!replay) return std::unexpected(replay.error());
+  return std::move(replay->extents);
+}
+
+Status verify_extent(const std::string& path, const StoredExtent& extent) {
+  const std::string name = path + "/segments/" + segment_name(extent.where.segment);
+  const std::string where = fmt::format("{} at {}", name, extent.where.offset);
+  const auto file = File::open(name, {});
+  if (!file) {
+    if (file.error().kind == ErrorKind::not_found)
+      return fail(ErrorKind::not_found, "{}: {}", where, kMovedAway);
+    return std::unexpected(file.error());
+  }
+  const auto size = file->size();
+  if (!size) return std::unexpected(size.error());
+  const uint32_t shards = extent.kind == LayoutKind::canonical ? extent.part.heads() : extent.part.layers();
+  const uint64_t header_bytes = extent_header_bytes(shards);
+  if (extent.where.offset > *size || extent.where.bytes > *size - extent.where.offset ||
+      header_bytes > extent.where.bytes) {
+    return fail(ErrorKind::corrupt, "{}: the extent of {} bytes ends behind the file of {} bytes", where,
+                extent.where.bytes, *size);
+  }
+  std::vector<std::byte> bytes(header_bytes);
+  if (auto read = file->read_at(bytes, extent.where.offset); !read) return read;
+  const auto header = decode_extent_header(bytes);
+  if (!header) return fail(header.error().kind, "{}: {}", where, header.error().message);
+  if (auto same = check_header(*header, extent, where); !same) return same;
+  return check_shards(*file, *header, extent.where.offset + header_bytes, where);
+}
+
+Result<uint64_t> remove_extents(const std::string& path, const std::vector<StoredExtent>& extents) {
+  const auto live = list_extents(path);
+  if (!live) return std::unexpected(live.error());
+  std::set<std::pair<SegmentId, uint64_t>> wanted;
+  for (const StoredExtent& extent : extents) wanted.insert(place_of(extent));
+  std::vector<Record> records;
+  for (const StoredExtent& extent : *live) {
+    if (!wanted.contains(place_of(extent))) continue;
+    Record& record = records.emplace_back();
+    record.type = RecordType::condemn_extent;
+    record.kind = extent.kind;
+    record.group = extent.group;
+    record.key = extent.key;
+    record.where = extent.where;
+    record.part = extent.part;
+    record.tokens = extent.tokens;
+    record.time_ns = system_clock().wall_ns();
+  }
+  if (records.empty()) return 0;
+  auto journal = JournalWriter::create(path + "/journals");
+  if (!journal) return std::unexpected(journal.error());
+  if (auto written = journal->append(records); !written) return std::unexpected(written.error());
+  if (auto synced = journal->sync(); !synced) return std::unexpected(synced.error());
+  return records.size();
+}
+
+Result<Evicted> evict_segments(const std::string& path, uint64_t bytes, bool dry_run) {
+  if (const auto marker = read_marker(path); !marker) return std::unexpected(marker.error());
+  std::optional<File> keeper;  // held to the end
+  if (!dry_run) {
+    auto locked = lock_keeper(path);
+    if (!locked) return std::unexpected(locked.error());
+    keeper = std::move(*locked);
+  }
+  const auto replay = replay_root(path);
+  if (!replay) return std::unexpected(replay.error());
+  auto segments = describe_segments(*replay);
+  std::erase_if(segments, [](const SegmentInfo& s) { return !s.sealed; });
+  std::ranges::sort(segments, {}, [](const SegmentInfo& s) { return std::pair(s.last_used_ns, s.id); });
+
+  Evicted evicted;
+  std::optional<JournalWriter> journal;
+  for (const SegmentInfo& segment : segments) {
+    if (evicted.bytes >= bytes) break;
+    if (!dry_run) {
+      if (!journal) {
+        auto created = JournalWriter::create(path + "/journals");
+        if (!created) return std::unexpected(created.error());
+        journal = std::move(*created);
+      }
+      // The record first: a reader that obeys it stops promising what is about to vanish.
+      Record record;
+      record.type = RecordType::condemn_segment;
+      record.where.segment = segment.id;
+      record.time_ns = system_clock().wall_ns();
+      if (auto written = journal->append(record); !written) return std::unexpected(written.error());
+      auto removed = remove_file(path + "/segments/" + segment.file);
+      if (!removed && removed.error().kind != ErrorKind::not_found) return std::unexpected(removed.error());
+      if (!removed) continue;
+    }
+    ++evicted.segments;
+    evicted.bytes += segment.file_bytes;
+  }
+  return evicted;
+}
+
+}  // namespace tokendepot

@@ -1,0 +1,346 @@
+// The steps of a load: find the place, read, check who it is, verify and scatter, report.
+#include <algorithm>
+#include <cstring>
+
+#include "base/errors.h"
+#include "base/log.h"
+#include "io/mapping.h"
+#include "transfer/tasks.h"
+#include "transfer/transfers.h"
+
+namespace tokendepot {
+namespace {
+
+/// Whether a plan's item can be read into this cache at all.
+bool suits(const LoadItem& item, const PagedCache& cache) {
+  const GroupShape& shape = cache.shape;
+  if (item.kind != shape.kind || item.tokens != shape.tokens) return false;
+  if (item.kind == LayoutKind::opaque &&
+      (item.part.head_begin != shape.part.head_begin || item.part.head_end != shape.part.head_end)) {
+    return false;
+  }
+  if (item.blocks.size() != shape.blocks()) return false;
+  return std::ranges::all_of(item.blocks, [&](int32_t block) {
+    return block == kSkipBlock || (block >= 0 && static_cast<uint32_t>(block) < cache.block_count);
+  });
+}
+
+GroupShape shape_of_extent(const LoadItem& item, const PagedCache& cache) {
+  GroupShape shape = cache.shape;
+  shape.part = item.part;
+  return shape;
+}
+
+}  // namespace
+
+Status Transfers::submit_load(uint64_t id, LoadPlan plan) {
+  const uint64_t now = clock_.steady_ns();
+  std::unique_lock lock(mutex_);
+  if (stop_) return fail(ErrorKind::closed, "the depot is closed");
+  const auto [place, fresh] = jobs_.try_emplace(id);
+  if (!fresh) return fail(ErrorKind::busy, "job {} is in use", id);
+  Job& job = place->second;
+  job.completion.job = id;
+  job.completion.kind = JobKind::load;
+  job.submitted_ns = now;
+  if (plan.deadline_ns != 0) job.deadline_ns = now + plan.deadline_ns;
+  for (uint32_t i = 0; i < plan.items.size(); ++i) {
+    LoadItem& item = plan.items[i];
+    const auto cache = caches_.find(item.group);
+    if (cache == caches_.end() || !item.part.intersects(cache->second->shape.part))
+      continue;  // another rank's
+    ++job.unresolved;
+    if (!suits(item, *cache->second)) {
+      resolve_locked(job, i, item.chunk, item.group, Reason::mismatch, 0);
+      continue;
+    }
+    if (std::ranges::all_of(item.blocks, [](int32_t block) { return block == kSkipBlock; })) {
+      resolve_locked(job, i, item.chunk, item.group, std::nullopt, 0);
+      continue;
+    }
+    auto owned = std::make_unique<LoadTask>();
+    LoadTask& task = *owned;
+    load_tasks_.emplace(&task, std::move(owned));
+    task.transfers = this;
+    task.job = id;
+    task.item_index = i;
+    task.ns = plan.ns;
+    task.cache = cache->second.get();
+    task.submitted_ns = now;
+    task.deadline_ns = job.deadline_ns;
+    const GroupShape extent = shape_of_extent(item, *task.cache);
+    const Part& mine = task.cache->shape.part;
+    if (item.kind == LayoutKind::canonical) {
+      const uint16_t begin = std::max(mine.head_begin, item.part.head_begin);
+      task.first_shard = begin - item.part.head_begin;
+      task.shards = std::min(mine.head_end, item.part.head_end) - begin;
+    } else {
+      const uint16_t begin = std::max(mine.layer_begin, item.part.layer_begin);
+      task.first_shard = begin - item.part.layer_begin;
+      task.shards = std::min(mine.layer_end, item.part.layer_end) - begin;
+    }
+    task.header_bytes = extent_header_bytes(extent.shards());
+    task.run_offset = task.first_shard * extent.shard_stride();
+    task.run_bytes = task.shards * extent.shard_stride();
+    task.item = std::move(item);
+    if (task.item.where.bytes != task.header_bytes + extent.payload_bytes()) {
+      resolve_locked(job, i, task.item.chunk, task.item.group, Reason::mismatch, 0);
+      load_tasks_.erase(&task);
+      continue;
+    }
+    job.loads.push_back(&task);
+    queued_loads_.emplace(task.deadline_ns, &task);
+  }
+  end_job_locked(id);
+  work_ = true;
+  lock.unlock();
+  wake_.notify_one();
+  return {};
+}
+
+bool Transfers::start_load(LoadTask& task) {
+  const bool staged = std::ranges::any_of(tiers_, [](const Tier& tier) { return !tier.root->mapped(); });
+  if (staged && task.staging == nullptr) {
+    task.staging = device_.slab().allocate(task.header_bytes + task.run_bytes);
+    if (task.staging == nullptr) return false;
+  }
+  if (!open_place(task)) {
+    fail_load(task, Reason::absent, false);
+    return true;
+  }
+  if (tiers_[task.tier].root->mapped()) {
+    read_mapped(task);
+  } else {
+    read_staged(task);
+  }
+  return true;
+}
+
+bool Transfers::open_place(LoadTask& task) {
+  task.slot = segments_.slot_of(task.item.where.segment);
+  const uint32_t mask = segments_.present_in(task.slot);
+  for (; task.tier < tiers_.size(); ++task.tier) {
+    Root& root = *tiers_[task.tier].root;
+    // A segment that this process has not heard of yet may be anywhere: the plan's maker has seen it.
+    if (mask != 0 && (mask >> root.index() & 1u) == 0) continue;
+    auto segment = root.files().open(task.item.where.segment);
+    if (!segment) continue;
+    if (task.item.where.offset + task.item.where.bytes > (*segment)->bytes) continue;
+    task.segment = std::move(*segment);
+    segments_.acquire(task.slot);
+    task.slot_held = true;
+    return true;
+  }
+  return false;
+}
+
+void Transfers::read_mapped(LoadTask& task) {
+  const std::span<const std::byte> extent(task.segment->mapping.data() + task.item.where.offset,
+                                          task.item.where.bytes);
+  std::vector<std::byte> copy(task.header_bytes);
+  auto copy_header = [&copy, extent] { std::memcpy(copy.data(), extent.data(), copy.size()); };
+  if (!guard_mapping(extent, copy_header)) return fail_load(task, Reason::absent, true);
+  if (!check_header(task, copy)) return;
+  start_scatter(task, extent.subspan(task.header_bytes + task.run_offset, task.run_bytes), true);
+}
+
+void Transfers::read_staged(LoadTask& task) {
+  IoOperation pattern;
+  pattern.fd = task.segment->file.fd();
+  pattern.owner = &task;
+  pattern.done = [](IoOperation* self, int error) {
+    auto* load = static_cast<LoadTask*>(self->owner);
+    if (error != 0) load->io_error.store(error, std::memory_order_relaxed);
+    if (load->pieces_left.fetch_sub(1, std::memory_order_acq_rel) == 1) load->transfers->pieces_read(*load);
+  };
+  task.pieces.clear();
+  task.io_error = 0;
+  const uint64_t at = task.item.where.offset;
+  if (task.run_offset == 0) {
+    cut_pieces(task.pieces, pattern, task.staging, at, task.header_bytes + task.run_bytes);
+  } else {
+    cut_pieces(task.pieces, pattern, task.staging, at, task.header_bytes);
+    cut_pieces(task.pieces, pattern, task.staging + task.header_bytes,
+               at + task.header_bytes + task.run_offset, task.run_bytes);
+  }
+  task.pieces_left = static_cast<uint32_t>(task.pieces.size());
+  // The last completion may end the task while the loop still runs: nothing of it is touched after its
+  // submit.
+  IoEngine& engine = tiers_[task.tier].root->engine();
+  IoOperation* const first = task.pieces.data();
+  const size_t count = task.pieces.size();
+  for (size_t i = 0; i < count; ++i) engine.submit(first + i);
+}
+
+void Transfers::pieces_read(LoadTask& task) {
+  if (const int error = task.io_error.load(); error != 0) {
+    return fail_load(task, error == ENODATA ? Reason::absent : Reason::io_error, error == ENODATA);
+  }
+  if (!check_header(task, {task.staging, task.header_bytes})) return;
+  start_scatter(task, {task.staging + task.header_bytes, task.run_bytes}, false);
+}
+
+bool Transfers::check_header(LoadTask& task, std::span<const std::byte> header_bytes) {
+  auto header = decode_extent_header(header_bytes);
+  if (!header) {
+    fail_load(task, header.error().kind == ErrorKind::unsupported ? Reason::mismatch : Reason::corrupt, true);
+    return false;
+  }
+  const bool at_home = header->segment == task.item.where.segment &&
+                       header->offset == task.item.where.offset && header->key == task.item.key &&
+                       header->ns == task.ns && header->group == task.item.group;
+  if (!at_home) {
+    fail_load(task, Reason::absent, false);  // recycled since the promise
+    return false;
+  }
+  const GroupShape& mine = task.cache->shape;
+  const GroupShape found = header->shape();
+  bool same = found.kind == mine.kind && found.part == task.item.part && found.tokens == mine.tokens &&
+              found.planes == mine.planes && found.row_bytes == mine.row_bytes &&
+              found.page_bytes == mine.page_bytes;
+  if (found.kind == LayoutKind::opaque) same = same && found.block_tokens == mine.block_tokens;
+  if (!same) {
+    fail_load(task, Reason::mismatch, false);
+    return false;
+  }
+  task.header = std::move(*header);
+  return true;
+}
+
+void Transfers::start_scatter(LoadTask& task, std::span<const std::byte> run, bool guarded) {
+  {
+    std::lock_guard lock(mutex_);
+    if (task.resolved) {
+      --loads_in_motion_;
+      return retire(task);
+    }
+    task.state = LoadTask::State::scattering;
+  }
+  task.scatter = ScatterWork{};
+  task.scatter.cache = task.cache;
+  task.scatter.header = &task.header;
+  task.scatter.payload = run;
+  task.scatter.first_shard = task.first_shard;
+  task.scatter.shards = task.shards;
+  task.scatter.blocks = task.item.blocks;
+  task.scatter.guarded = guarded;
+  task.scatter.owner = &task;
+  task.scatter.done = [](ScatterWork* self, ScatterOutcome outcome) {
+    auto* load = static_cast<LoadTask*>(self->owner);
+    load->transfers->scattered(*load, outcome);
+  };
+  device_.submit(&task.scatter);
+}
+
+void Transfers::scattered(LoadTask& task, ScatterOutcome outcome) {
+  if (outcome == ScatterOutcome::corrupt) return fail_load(task, Reason::corrupt, true);
+  if (outcome == ScatterOutcome::gone) return fail_load(task, Reason::absent, true);
+  if (RootWriter* writer = tiers_[task.tier].writer) {
+    writer->touch(task.slot);
+  } else {
+    segments_.touch(task.slot, clock_.wall_ns());
+  }
+  let_go(task);
+  std::lock_guard lock(mutex_);
+  resolve_load_locked(task, std::nullopt);
+  --loads_in_motion_;
+  work_ = true;
+  wake_.notify_one();
+  retire(task);
+}
+
+void Transfers::let_go(LoadTask& task) {
+  if (task.staging != nullptr) device_.slab().release(std::exchange(task.staging, nullptr));
+  if (std::exchange(task.slot_held, false)) segments_.release(task.slot);
+  task.segment = SegmentLease();
+}
+
+void Transfers::fail_load(LoadTask& task, Reason reason, bool bad_on_medium) {
+  const bool had_place = static_cast<bool>(task.segment);
+  if (had_place) {
+    log(LogLevel::warning, "load of chunk {} (group {}) from \"{}\" {} offset {}: {}; it is recomputed",
+        task.item.chunk, task.item.group, tiers_[task.tier].root->path(),
+        segment_name(task.item.where.segment), task.item.where.offset, tokendepot::name(reason));
+    if (bad_on_medium && tiers_[task.tier].writer != nullptr) {
+      Record record;
+      record.kind = task.item.kind;
+      record.group = task.item.group;
+      record.key = task.item.key;
+      record.where = task.item.where;
+      record.part = task.item.part;
+      record.tokens = task.item.tokens;
+      tiers_[task.tier].writer->condemn_extent(record);
+    }
+  }
+  let_go(task);
+  std::lock_guard lock(mutex_);
+  --loads_in_motion_;
+  work_ = true;
+  wake_.notify_one();
+  const uint32_t elsewhere = segments_.present_in(task.slot);
+  if (!task.resolved && had_place && !stop_) {
+    for (size_t next = task.tier + 1; next < tiers_.size(); ++next) {
+      if ((elsewhere >> tiers_[next].root->index() & 1u) == 0) continue;
+      task.tier = next;
+      task.state = LoadTask::State::queued;
+      queued_loads_.emplace(task.deadline_ns, &task);
+      return;
+    }
+  }
+  resolve_load_locked(task, reason);
+  retire(task);
+}
+
+void Transfers::resolve_load_locked(LoadTask& task, std::optional<Reason> failure) {
+  if (std::exchange(task.resolved, true)) return;
+  const auto found = jobs_.find(task.job);
+  TD_CHECK(found != jobs_.end());
+  Job& job = found->second;
+  std::erase(job.loads, &task);
+  resolve_locked(job, task.item_index, task.item.chunk, task.item.group, failure,
+                 task.header_bytes + task.run_bytes);
+  end_job_locked(task.job);
+}
+
+void Transfers::retire(LoadTask& task) {
+  let_go(task);
+  task.state = LoadTask::State::over;
+  load_tasks_.erase(&task);
+  settled_.notify_all();
+}
+
+void Transfers::abandon(LoadTask& task, Reason reason) {
+  const bool queued = task.state == LoadTask::State::queued;
+  if (queued) {
+    const auto [begin, end] = queued_loads_.equal_range(task.deadline_ns);
+    const auto found = std::find_if(begin, end, [&](const auto& entry) { return entry.second == &task; });
+    if (found == end) return;  // the dispatcher has it in hand and will see `resolved`
+    queued_loads_.erase(found);
+  }
+  resolve_load_locked(task, reason);
+  if (queued) retire(task);
+}
+
+void Transfers::enforce_deadlines() {
+  const uint64_t now = clock_.steady_ns();
+  std::vector<LoadTask*> late;
+  for (const auto& [id, job] : jobs_) {
+    if (job.deadline_ns > now) continue;
+    for (LoadTask* task : job.loads) {
+      if (task->state != LoadTask::State::scattering) late.push_back(task);
+    }
+  }
+  for (LoadTask* task : late) abandon(*task, Reason::timed_out);
+}
+
+void Transfers::cancel(uint64_t id) {
+  std::lock_guard lock(mutex_);
+  const auto found = jobs_.find(id);
+  if (found == jobs_.end() || found->second.completion.kind != JobKind::load) return;
+  const std::vector<LoadTask*> tasks = found->second.loads;
+  for (LoadTask* task : tasks) {
+    if (task->state != LoadTask::State::scattering) abandon(*task, Reason::cancelled);
+  }
+}
+
+}  // namespace tokendepot

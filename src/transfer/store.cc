@@ -1,0 +1,210 @@
+// The steps of a store: take space, gather and digest, write, journal, report. Bytes before journal.
+#include <algorithm>
+#include <cstring>
+
+#include "base/errors.h"
+#include "base/log.h"
+#include "io/mapping.h"
+#include "transfer/tasks.h"
+#include "transfer/transfers.h"
+
+namespace tokendepot {
+namespace {
+
+bool suits(const StoreItem& item, const PagedCache& cache) {
+  return item.blocks.size() == cache.shape.blocks() && std::ranges::all_of(item.blocks, [&](int32_t block) {
+           return block >= 0 && static_cast<uint32_t>(block) < cache.block_count;
+         });
+}
+
+}  // namespace
+
+Status Transfers::submit_store(uint64_t id, StorePlan plan, Keeper& keeper) {
+  RootWriter* writer = keeper.store_target();
+  const uint64_t now = clock_.steady_ns();
+  std::unique_lock lock(mutex_);
+  if (stop_) return fail(ErrorKind::closed, "the depot is closed");
+  keeper_ = &keeper;
+  const auto [place, fresh] = jobs_.try_emplace(id);
+  if (!fresh) return fail(ErrorKind::busy, "job {} is in use", id);
+  Job& job = place->second;
+  job.completion.job = id;
+  job.completion.kind = JobKind::store;
+  job.submitted_ns = now;
+  for (uint32_t i = 0; i < plan.items.size(); ++i) {
+    StoreItem& item = plan.items[i];
+    const auto cache = caches_.find(item.group);
+    if (cache == caches_.end()) continue;  // this worker holds nothing of the group
+    ++job.unresolved;
+    if (!suits(item, *cache->second)) {
+      resolve_locked(job, i, item.chunk, item.group, Reason::mismatch, 0);
+      continue;
+    }
+    const uint64_t bytes = extent_bytes(cache->second->shape);
+    if (writer == nullptr || store_bytes_ + bytes > store_queue_bytes_) {
+      resolve_locked(job, i, item.chunk, item.group, Reason::dropped, 0);
+      continue;
+    }
+    auto owned = std::make_unique<StoreTask>();
+    StoreTask& task = *owned;
+    store_tasks_.emplace(&task, std::move(owned));
+    task.transfers = this;
+    task.job = id;
+    task.item_index = i;
+    task.item = std::move(item);
+    task.ns = plan.ns;
+    task.cache = cache->second.get();
+    task.writer = writer;
+    task.bytes = bytes;
+    task.header_bytes = extent_header_bytes(task.cache->shape.shards());
+    task.submitted_ns = now;
+    store_bytes_ += bytes;
+    ++ungathered_;
+    queued_stores_.push_back(&task);
+  }
+  end_job_locked(id);
+  work_ = true;
+  lock.unlock();
+  wake_.notify_one();
+  return {};
+}
+
+Transfers::Start Transfers::start_store(StoreTask& task) {
+  const bool mapped = task.writer->root().mapped();
+  if (!mapped && task.staging == nullptr) {
+    {
+      // Half of the slab stays free for loads, unless a single extent needs more.
+      std::lock_guard lock(mutex_);
+      if (staged_store_bytes_ > 0 && staged_store_bytes_ + task.bytes > device_.slab().size() / 2)
+        return Start::later;
+    }
+    task.staging = device_.slab().allocate(task.bytes);
+    if (task.staging == nullptr) return Start::later;
+    std::lock_guard lock(mutex_);
+    staged_store_bytes_ += task.bytes;
+  }
+  auto place = task.writer->reserve(task.bytes);
+  if (task.writer->wants_spare()) keeper_->wake();
+  if (!place) {
+    if (place.error().kind == ErrorKind::busy) return Start::later;
+    finish_store(task, false, Reason::dropped);
+    return Start::over;
+  }
+  task.place = std::move(*place);
+  segments_.acquire(task.place.slot);
+  ExtentHeader& header = task.header;
+  const GroupShape& shape = task.cache->shape;
+  header.key = task.item.key;
+  header.ns = task.ns;
+  header.segment = task.place.where.segment;
+  header.offset = task.place.where.offset;
+  header.group = shape.group;
+  header.kind = shape.kind;
+  header.part = shape.part;
+  header.tokens = shape.tokens;
+  header.block_tokens = shape.block_tokens;
+  header.planes = shape.planes;
+  header.row_bytes = shape.row_bytes;
+  header.page_bytes = shape.page_bytes;
+  header.stored_at_ns = clock_.wall_ns();
+  header.shard_digests.resize(shape.shards());
+  std::byte* const extent =
+      mapped ? task.place.segment->mapping.data() + task.place.where.offset : task.staging;
+  task.gather.cache = task.cache;
+  task.gather.blocks = task.item.blocks;
+  task.gather.payload = {extent + task.header_bytes, task.bytes - task.header_bytes};
+  task.gather.digests = header.shard_digests;
+  task.gather.guarded = mapped;
+  task.gather.owner = &task;
+  task.gather.done = [](GatherWork* self, bool ok) {
+    auto* store = static_cast<StoreTask*>(self->owner);
+    store->transfers->gathered(*store, ok);
+  };
+  device_.submit(&task.gather);
+  return Start::started;
+}
+
+void Transfers::gathered(StoreTask& task, bool ok) {
+  {
+    std::lock_guard lock(mutex_);
+    --ungathered_;
+    task.counted_ungathered = false;
+    settled_.notify_all();
+  }
+  if (!ok) return finish_store(task, false, Reason::io_error);
+  std::byte* const extent = task.gather.payload.data() - task.header_bytes;
+  if (!task.gather.guarded) {
+    encode_extent_header(task.header, {extent, task.header_bytes});
+    return write_pieces(task);
+  }
+  std::vector<std::byte> encoded(task.header_bytes);
+  encode_extent_header(task.header, encoded);
+  auto copy_header = [&encoded, extent] { std::memcpy(extent, encoded.data(), encoded.size()); };
+  const bool written = guard_mapping(std::span<const std::byte>(extent, task.header_bytes), copy_header);
+  if (!written) return finish_store(task, false, Reason::io_error);
+  pieces_written(task);
+}
+
+void Transfers::write_pieces(StoreTask& task) {
+  IoOperation pattern;
+  pattern.fd = task.place.segment->file.fd();
+  pattern.write = true;
+  pattern.owner = &task;
+  pattern.done = [](IoOperation* self, int error) {
+    auto* store = static_cast<StoreTask*>(self->owner);
+    if (error != 0) store->io_error.store(error, std::memory_order_relaxed);
+    if (store->pieces_left.fetch_sub(1, std::memory_order_acq_rel) == 1)
+      store->transfers->pieces_written(*store);
+  };
+  cut_pieces(task.pieces, pattern, task.staging, task.place.where.offset, task.bytes);
+  task.pieces_left = static_cast<uint32_t>(task.pieces.size());
+  // The last completion may end the task while the loop still runs.
+  IoEngine& engine = task.writer->root().engine();
+  IoOperation* const first = task.pieces.data();
+  const size_t count = task.pieces.size();
+  for (size_t i = 0; i < count; ++i) engine.submit(first + i);
+}
+
+void Transfers::pieces_written(StoreTask& task) {
+  if (const int error = task.io_error.load(); error != 0) {
+    log(LogLevel::warning, "store of chunk {} (group {}) to \"{}\": {}; it is dropped", task.item.chunk,
+        task.item.group, task.writer->root().path(), std::strerror(error));
+    return finish_store(task, false, Reason::io_error);
+  }
+  Record put;
+  put.kind = task.header.kind;
+  put.group = task.header.group;
+  put.key = task.header.key;
+  put.ns_prefix = prefix_of(task.header.ns);
+  put.part = task.header.part;
+  put.tokens = task.header.tokens;
+  if (auto known = task.writer->acknowledge(task.place, put); !known) {
+    log(LogLevel::warning, "store of chunk {} (group {}): {}; it is dropped", task.item.chunk,
+        task.item.group, known.error().message);
+    return finish_store(task, false, Reason::io_error);
+  }
+  finish_store(task, true, Reason::dropped);
+}
+
+void Transfers::finish_store(StoreTask& task, bool stored, Reason reason) {
+  const bool staged = task.staging != nullptr;
+  if (staged) device_.slab().release(std::exchange(task.staging, nullptr));
+  if (task.place.segment) {
+    task.place.segment = SegmentLease();
+    segments_.release(task.place.slot);
+  }
+  std::lock_guard lock(mutex_);
+  if (staged) staged_store_bytes_ -= task.bytes;
+  if (task.counted_ungathered) --ungathered_;
+  store_bytes_ -= task.bytes;
+  Job& job = jobs_.at(task.job);
+  resolve_locked(job, task.item_index, task.item.chunk, task.item.group,
+                 stored ? std::nullopt : std::optional(reason), task.bytes);
+  end_job_locked(task.job);
+  store_tasks_.erase(&task);
+  work_ = true;
+  wake_.notify_one();
+  settled_.notify_all();
+}
+
+}  // namespace tokendepot

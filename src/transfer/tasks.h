@@ -1,0 +1,76 @@
+// One extent on its way in or out. Owned by Transfers; plain data driven from step to step.
+#pragma once
+
+#include <atomic>
+#include <vector>
+
+#include "device/device.h"
+#include "format/extent.h"
+#include "io/engine.h"
+#include "store/root_writer.h"
+#include "transfer/transfers.h"
+
+namespace tokendepot {
+
+// One operation of the kernel: large enough for full bandwidth, small enough that a single extent fills the
+// queue.
+inline constexpr uint64_t kPieceBytes = 1ull << 20;
+
+struct LoadTask {
+  enum class State : uint8_t { queued, reading, scattering, over };
+
+  Transfers* transfers = nullptr;
+  uint64_t job = 0;
+  uint32_t item_index = 0;
+  LoadItem item;
+  NamespaceDigest ns;
+  const PagedCache* cache = nullptr;
+  uint32_t first_shard = 0;
+  uint32_t shards = 0;
+  uint64_t header_bytes = 0;
+  uint64_t run_bytes = 0;   // the shards wanted
+  uint64_t run_offset = 0;  // in the payload
+  uint64_t submitted_ns = 0;
+  uint64_t deadline_ns = UINT64_MAX;
+
+  State state = State::queued;  // guarded by Transfers::mutex_
+  bool resolved = false;        // its job knows the outcome; only buffers are still in use
+  size_t tier = 0;              // root in use; on failure the next one that holds the segment
+  uint32_t slot = 0;
+  bool slot_held = false;
+  SegmentLease segment;
+  std::byte* staging = nullptr;
+  std::vector<IoOperation> pieces;
+  std::atomic<uint32_t> pieces_left = 0;
+  std::atomic<int> io_error = 0;
+  ExtentHeader header;
+  ScatterWork scatter;
+};
+
+struct StoreTask {
+  Transfers* transfers = nullptr;
+  uint64_t job = 0;
+  uint32_t item_index = 0;
+  StoreItem item;
+  NamespaceDigest ns;
+  const PagedCache* cache = nullptr;
+  RootWriter* writer = nullptr;
+  uint64_t header_bytes = 0;
+  uint64_t bytes = 0;
+  uint64_t submitted_ns = 0;
+
+  bool counted_ungathered = true;  // guarded by Transfers::mutex_
+  RootWriter::Place place;
+  std::byte* staging = nullptr;
+  ExtentHeader header;
+  GatherWork gather;
+  std::vector<IoOperation> pieces;
+  std::atomic<uint32_t> pieces_left = 0;
+  std::atomic<int> io_error = 0;
+};
+
+/// Cuts [offset, offset + bytes) of a file into operations between it and `memory`.
+void cut_pieces(std::vector<IoOperation>& pieces, const IoOperation& pattern, std::byte* memory,
+                uint64_t offset, uint64_t bytes);
+
+}  // namespace tokendepot

@@ -1,0 +1,222 @@
+#include "transfer/transfers.h"
+
+#include <algorithm>
+#include <chrono>
+
+#include "base/errors.h"
+#include "base/log.h"
+#include "io/io_thread.h"
+#include "transfer/tasks.h"
+
+namespace tokendepot {
+namespace {
+
+// Stores that have not started after this long inside wait_gathered() are dropped: law 5, never slow the
+// engine.
+constexpr uint64_t kStorePatienceNs = 250ull * 1000 * 1000;
+constexpr uint64_t kDeadlineTickMs = 10;
+// Mapped loads have no staging that bounds them; more in motion would only defeat earliest-deadline-first.
+constexpr uint32_t kMostLoadsInMotion = 32;
+
+}  // namespace
+
+void cut_pieces(std::vector<IoOperation>& pieces, const IoOperation& pattern, std::byte* memory,
+                uint64_t offset, uint64_t bytes) {
+  for (uint64_t at = 0; at < bytes; at += kPieceBytes) {
+    IoOperation& piece = pieces.emplace_back(pattern);
+    piece.buffer = memory + at;
+    piece.offset = offset + at;
+    piece.bytes = static_cast<uint32_t>(std::min(kPieceBytes, bytes - at));
+  }
+}
+
+Transfers::Transfers(Device& device, std::vector<Tier> tiers, SegmentTable& segments, const Clock& clock,
+                     uint64_t store_queue_bytes)
+    : device_(device),
+      tiers_(std::move(tiers)),
+      segments_(segments),
+      clock_(clock),
+      store_queue_bytes_(store_queue_bytes) {
+  dispatcher_ = start_io_thread([](void* self) { static_cast<Transfers*>(self)->run(); }, this);
+}
+
+Transfers::~Transfers() {
+  close();
+}
+
+void Transfers::close() {
+  {
+    std::lock_guard lock(mutex_);
+    if (std::exchange(stop_, true)) return;
+  }
+  wake_.notify_all();
+  if (dispatcher_.joinable()) dispatcher_.join();
+  std::unique_lock lock(mutex_);
+  while (!queued_loads_.empty()) abandon(*queued_loads_.begin()->second, Reason::cancelled);
+  while (!queued_stores_.empty()) {
+    StoreTask& task = *queued_stores_.front();
+    queued_stores_.pop_front();
+    lock.unlock();
+    finish_store(task, false, Reason::cancelled);
+    lock.lock();
+  }
+  settled_.wait(lock, [this] { return load_tasks_.empty() && store_tasks_.empty(); });
+}
+
+Status Transfers::attach(const PagedCache& cache) {
+  if (auto valid = validate(cache); !valid) return valid;
+  const uint64_t bytes = extent_bytes(cache.shape);
+  for (const Tier& tier : tiers_) {
+    if (tier.root->mapped() || bytes <= device_.slab().size()) continue;
+    return fail(ErrorKind::invalid_argument, "slab={} is smaller than one extent of group {} ({} bytes)",
+                device_.slab().size(), cache.shape.group, bytes);
+  }
+  for (const Tier& tier : tiers_) {
+    if (tier.writer == nullptr) continue;
+    if (auto fits = tier.root->fit_extent(bytes); !fits) return fits;
+  }
+  std::lock_guard lock(mutex_);
+  const auto [place, fresh] = caches_.try_emplace(cache.shape.group);
+  if (!fresh) return fail(ErrorKind::invalid_argument, "group {} is attached already", cache.shape.group);
+  place->second = std::make_unique<PagedCache>(cache);
+  return {};
+}
+
+void Transfers::count(FailureCounts& counts, Reason reason) {
+  switch (reason) {
+    case Reason::absent:
+      ++counts.absent;
+      break;
+    case Reason::mismatch:
+      ++counts.mismatch;
+      break;
+    case Reason::corrupt:
+      ++counts.corrupt;
+      break;
+    case Reason::io_error:
+      ++counts.io_error;
+      break;
+    case Reason::timed_out:
+      ++counts.timed_out;
+      break;
+    case Reason::cancelled:
+      ++counts.cancelled;
+      break;
+    case Reason::dropped:
+      ++counts.dropped;
+      break;
+  }
+}
+
+void Transfers::resolve_locked(Job& job, uint32_t item, uint32_t chunk, uint16_t group,
+                               std::optional<Reason> failure, uint64_t bytes) {
+  TransferStats& stats = job.completion.kind == JobKind::load ? load_stats_ : store_stats_;
+  if (failure) {
+    job.completion.failures.push_back({item, chunk, group, *failure});
+    count(stats.failures, *failure);
+  } else {
+    ++job.completion.items_ok;
+    job.completion.bytes += bytes;
+    stats.bytes += bytes;
+    if (bytes > 0) ++stats.extents;
+    stats.nanoseconds += clock_.steady_ns() - job.submitted_ns;
+  }
+  TD_CHECK(job.unresolved > 0);
+  --job.unresolved;
+}
+
+void Transfers::end_job_locked(uint64_t id) {
+  const auto found = jobs_.find(id);
+  if (found == jobs_.end() || found->second.unresolved > 0) return;
+  Job& job = found->second;
+  job.completion.nanoseconds = clock_.steady_ns() - job.submitted_ns;
+  ended_.push_back(std::move(job.completion));
+  jobs_.erase(found);
+}
+
+std::vector<Completion> Transfers::poll() {
+  std::lock_guard lock(mutex_);
+  enforce_deadlines();
+  return std::exchange(ended_, {});
+}
+
+bool Transfers::wait_gathered(uint64_t timeout_ns) {
+  std::unique_lock lock(mutex_);
+  const auto all = [this] { return ungathered_ == 0; };
+  const auto patience = std::chrono::nanoseconds(std::min(timeout_ns, kStorePatienceNs));
+  if (settled_.wait_for(lock, patience, all)) return true;
+  std::deque<StoreTask*> late;
+  late.swap(queued_stores_);
+  lock.unlock();
+  for (StoreTask* task : late) finish_store(*task, false, Reason::dropped);
+  lock.lock();
+  const auto rest = timeout_ns > kStorePatienceNs ? timeout_ns - kStorePatienceNs : 0;
+  return settled_.wait_for(lock, std::chrono::nanoseconds(rest), all);
+}
+
+bool Transfers::flush(uint64_t timeout_ns) {
+  std::unique_lock lock(mutex_);
+  return settled_.wait_for(lock, std::chrono::nanoseconds(timeout_ns),
+                           [this] { return store_tasks_.empty(); });
+}
+
+void Transfers::space_ready() {
+  {
+    std::lock_guard lock(mutex_);
+    work_ = true;
+  }
+  wake_.notify_one();
+}
+
+void Transfers::run() {
+  std::unique_lock lock(mutex_);
+  while (true) {
+    // The tick serves stores that wait for slab or segments, and deadlines when nobody polls.
+    const bool waiting = !queued_loads_.empty() || !queued_stores_.empty() || !jobs_.empty();
+    const auto woken = [this] { return work_ || stop_; };
+    if (waiting) {
+      wake_.wait_for(lock, std::chrono::milliseconds(kDeadlineTickMs), woken);
+    } else {
+      wake_.wait(lock, woken);
+    }
+    if (stop_) return;
+    work_ = false;
+    enforce_deadlines();
+    while (!stop_ && !queued_loads_.empty() && loads_in_motion_ < kMostLoadsInMotion) {
+      LoadTask& task = *queued_loads_.begin()->second;
+      queued_loads_.erase(queued_loads_.begin());
+      task.state = LoadTask::State::reading;
+      ++loads_in_motion_;
+      lock.unlock();
+      const bool started = start_load(task);
+      lock.lock();
+      if (started) continue;
+      --loads_in_motion_;
+      task.state = LoadTask::State::queued;
+      if (task.resolved) {
+        retire(task);
+        continue;
+      }
+      queued_loads_.emplace(task.deadline_ns, &task);
+      break;
+    }
+    while (!stop_ && !queued_stores_.empty()) {
+      StoreTask& task = *queued_stores_.front();
+      queued_stores_.pop_front();
+      lock.unlock();
+      const Start start = start_store(task);
+      lock.lock();
+      if (start != Start::later) continue;
+      queued_stores_.push_front(&task);
+      break;
+    }
+  }
+}
+
+void Transfers::add_to(DepotStats& stats) const {
+  std::lock_guard lock(mutex_);
+  stats.load = load_stats_;
+  stats.store = store_stats_;
+}
+
+}  // namespace tokendepot

@@ -1,0 +1,82 @@
+"""The document, the verdict on the rows, and the model directory."""
+
+import dataclasses
+
+import pytest
+from rich.console import Console
+
+import document
+import model
+import report
+
+GOOD = report.Row(
+    context=1000, prompt_tokens=1072, cold_s=4.0, restart_cold_s=5.0, restart_warm_s=0.5, loaded_bytes=40_000_000,
+    load_s=0.02, cached_tokens=1024, answers_equal=True, warm_answer=" a", cold_answer=" a",
+)  # fmt: skip
+
+
+def test_a_book_is_the_same_every_time_and_no_two_books_share_a_prefix():
+    books = [document.day_book(number, 40) for number in range(8)]
+    assert books == [document.day_book(number, 40) for number in range(8)]
+    openings = {book[:30] for book in books}
+    assert len(openings) == len(books)
+
+
+def test_a_book_is_long_enough_for_its_context():
+    for context in (300, 1000, 8000):
+        assert len(document.day_book(0, context // 30).split()) >= context
+
+
+def test_good_rows_have_no_complaint():
+    assert report.complaints([GOOD]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"answers_equal": False, "warm_answer": " b"}, "differs"),
+        ({"loaded_bytes": 0}, "nothing was loaded"),
+        ({"cached_tokens": 0}, "no cached token"),
+        ({"restart_warm_s": 4.0}, "not faster"),
+        ({"restart_cold_s": 0.4}, "not faster"),
+    ],
+)
+def test_each_fault_of_a_row_is_a_complaint_that_names_the_context(change, complaint):
+    found = report.complaints([GOOD, dataclasses.replace(GOOD, context=2000, **change)])
+    assert len(found) == 1
+    assert found[0].startswith("context 2000: ")
+    assert complaint in found[0]
+
+
+def test_no_rows_is_a_complaint():
+    assert report.complaints([]) == ["no context was measured"]
+
+
+def test_the_table_shows_every_figure():
+    console = Console(width=120, record=True, quiet=True)
+    console.print(report.table([GOOD, dataclasses.replace(GOOD, answers_equal=False)]))
+    text = console.export_text()
+    for figure in ("1,072", "4.00 s", "5.00 s", "0.50 s", "10.0 x", "1,024 tok", "40.0 MB", "2.00 GB/s", "equal", "DIFFER"):
+        assert figure in text
+
+
+def test_a_half_written_model_is_never_taken_for_a_whole_one(tmp_path):
+    target = tmp_path / "m"
+
+    def breaks(directory):
+        (directory / "config.json").write_text("{}")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        model._once(target, breaks)
+    assert not target.exists()
+    model._once(target, lambda directory: (directory / "weights").write_text("w"))
+    assert [file.name for file in target.iterdir()] == ["weights"]
+    model._once(target, breaks)
+
+
+def test_tensor_names_follow_the_checkpoint_and_unknown_ones_are_refused():
+    assert model._checkpoint_name("blk.17.ffn_norm.weight") == "model.layers.17.pre_feedforward_layernorm.weight"
+    assert model._checkpoint_name("token_embd.weight") == "model.embed_tokens.weight"
+    with pytest.raises(ValueError, match="rope.freqs"):
+        model._checkpoint_name("vision.rope.freqs.weight")

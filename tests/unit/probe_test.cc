@@ -1,0 +1,157 @@
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/mount.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "forked_child.h"
+#include "io/engine.h"
+#include "io/file.h"
+#include "io/scratch_file.h"
+#include "temporary_directory.h"
+
+namespace tokendepot {
+namespace {
+
+TEST(DirectProbe, FindsAnAlignmentThatReallyWritesAndReads) {
+  for (const char* parent : {"/tmp", "/dev/shm"}) {
+    const TemporaryDirectory directory(parent);
+    const auto alignment = probe_direct_alignment(directory.path());
+    EXPECT_EQ(directory.entries(), 0u);
+    if (!alignment) {
+      EXPECT_EQ(alignment.error().kind, ErrorKind::unsupported) << alignment.error().message;
+      continue;
+    }
+    const uint32_t bytes = *alignment;
+    const auto file = File::open(directory / "a", {.write = true, .create = true, .direct = true});
+    ASSERT_TRUE(file) << file.error().message;
+    std::byte* const memory = static_cast<std::byte*>(std::aligned_alloc(bytes, 2 * size_t{bytes}));
+    std::fill(memory, memory + bytes, std::byte{7});
+    EXPECT_TRUE(file->write_at({memory, bytes}, 3 * bytes));
+    EXPECT_TRUE(file->read_at({memory + bytes, bytes}, 3 * bytes));
+    EXPECT_TRUE(std::equal(memory, memory + bytes, memory + bytes));
+    std::free(memory);
+  }
+}
+
+TEST(DirectProbe, SaysWhyWhenTheDirectoryCannotBeWritten) {
+  EXPECT_EQ(probe_direct_alignment("/nowhere/at/all").error().kind, ErrorKind::not_found);
+  const TemporaryDirectory directory;
+  if (::mount("tmpfs", directory.path().c_str(), "tmpfs", MS_RDONLY, "size=1m") != 0)
+    GTEST_SKIP() << "cannot mount";
+  EXPECT_EQ(probe_direct_alignment(directory.path()).error().kind, ErrorKind::permission);
+  ::umount(directory.path().c_str());
+}
+
+TEST(DirectProbe, OnAFullFileSystemIsNoSpaceNotUnsupported) {
+  const TemporaryDirectory directory;
+  if (::mount("tmpfs", directory.path().c_str(), "tmpfs", 0, "size=64k") != 0) GTEST_SKIP() << "cannot mount";
+  {
+    const auto file = File::open(directory / "a", {.write = true, .create = true});
+    EXPECT_FALSE(file->write_at(std::vector<std::byte>(1 << 20), 0));
+    const auto alignment = probe_direct_alignment(directory.path());
+    ASSERT_FALSE(alignment);
+    EXPECT_EQ(alignment.error().kind, ErrorKind::no_space) << alignment.error().message;
+  }
+  ::umount(directory.path().c_str());
+}
+
+// A disk with sectors of 4 KiB accepts the open and refuses smaller transfers.
+TEST(DirectProbe, FindsTheSectorsOfADiskThatRefusesSmallerTransfers) {
+  const TemporaryDirectory directory;
+  const auto shell = [&](const std::string& command) {
+    return std::system(("cd " + directory.path() + " && (" + command + ") >/dev/null 2>&1").c_str()) == 0;
+  };
+  if (!shell("truncate -s 64M image && mkfs.ext4 -q -b 4096 image && mkdir disk &&"
+             " losetup -b 4096 -f --show image > loop")) {
+    GTEST_SKIP() << "no loop device here";
+  }
+  if (shell("mount $(cat loop) disk")) {
+    EXPECT_EQ(probe_direct_alignment(directory / "disk").value_or(0), 4096u);
+    EXPECT_TRUE(shell("umount disk"));
+  } else {
+    ADD_FAILURE() << "the loop device cannot be mounted";
+  }
+  EXPECT_TRUE(shell("losetup -d $(cat loop)"));
+}
+
+TEST(ScratchFile, HasNoNameAlsoWhereOnlyNamedFilesCanBeMade) {
+  const TemporaryDirectory directory;
+  const auto file = ScratchFile::create(directory.path(), false);
+  ASSERT_TRUE(file) << file.error().message;
+  EXPECT_EQ(directory.entries(), 0u);
+  struct stat info;
+  ASSERT_EQ(::fstat(file->fd(), &info), 0);
+  EXPECT_TRUE(S_ISREG(info.st_mode));
+  EXPECT_EQ(info.st_nlink, 0u);
+}
+
+TEST(ChooseEngine, MeasuresBothAndLeavesNothingBehind) {
+  for (const char* parent : {"/tmp", "/dev/shm"}) {
+    for (const bool direct : {false, true}) {
+      const TemporaryDirectory directory(parent);
+      const EngineChoice choice = choose_engine(directory.path(), direct, 8);
+      ASSERT_NE(choice.engine, nullptr);
+      EXPECT_EQ(directory.entries(), 0u);
+      const bool measured = choice.reason.starts_with("threads ");
+      const bool refused =
+          choice.reason.starts_with("io_uring: ") || choice.reason.starts_with("not measured: ");
+      EXPECT_TRUE(measured || refused) << choice.reason;
+    }
+  }
+}
+
+TEST(ChooseEngine, TakesThreadsWithTheReasonWhenTheProbeCannotBeWritten) {
+  const EngineChoice missing = choose_engine("/nowhere/at/all", false, 2);
+  EXPECT_STREQ(missing.engine->name(), "threads");
+  EXPECT_FALSE(missing.reason.empty());
+
+  const TemporaryDirectory directory;
+  if (::mount("tmpfs", directory.path().c_str(), "tmpfs", 0, "size=1m") != 0) GTEST_SKIP() << "cannot mount";
+  const EngineChoice full = choose_engine(directory.path(), false, 2);
+  EXPECT_STREQ(full.engine->name(), "threads");
+  if (!full.reason.starts_with("io_uring: ")) {
+    EXPECT_NE(full.reason.find("No space left"), std::string::npos) << full.reason;
+  }
+  EXPECT_EQ(directory.entries(), 0u);
+  EXPECT_EQ(file_system_of(directory.path())->available_bytes, 1u << 20);
+  ::umount(directory.path().c_str());
+}
+
+TEST(ChooseEngine, StartsWithoutMemoryToLock) {
+  const TemporaryDirectory directory;
+  ASSERT_EQ(::chmod(directory.path().c_str(), 0777), 0);
+  EXPECT_EQ(exit_code_of_child([&] {
+              const rlimit none{};
+              if (::setrlimit(RLIMIT_MEMLOCK, &none) != 0) return 1;
+              if (::getuid() == 0 && ::setuid(65534) != 0) return 2;
+              const EngineChoice choice = choose_engine(directory.path(), false, 128);
+              return choice.engine != nullptr && !choice.reason.empty() ? 0 : 3;
+            }),
+            0);
+}
+
+TEST(ChooseEngine, StartsOnThreadsWhereIoUringIsBlocked) {
+  for (const int refusal : {EPERM, ENOSYS}) {
+    const TemporaryDirectory directory;
+    EXPECT_EQ(exit_code_of_child([&] {
+                if (!forbid_calls({SYS_io_uring_setup, SYS_io_uring_enter, SYS_io_uring_register}, refusal))
+                  return 1;
+                const EngineChoice choice = choose_engine(directory.path(), false, 4);
+                if (std::string_view(choice.engine->name()) != "threads") return 2;
+                return choice.reason.starts_with("io_uring: ") ? 0 : 3;
+              }),
+              0);
+  }
+}
+
+}  // namespace
+}  // namespace tokendepot

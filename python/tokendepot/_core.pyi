@@ -100,10 +100,15 @@ def describe_plan(plan: bytes) -> dict[str, Any]:
 
 # --- tools: read a root without opening it as an engine (safe while engines run) ---
 def inspect_root(path: str) -> dict[str, Any]:
-    """root id, format version, created, manifests (digest -> JSON text), segments (id, file bytes, entries, live
-    bytes, sealed, last used), journals (writer, records, bad records, live owner), totals."""
+    """path, root_id, format_version, created, file_system, available_bytes, transport, extents, live_bytes, file_bytes,
+    namespaces (digest, manifest, damaged, extents, bytes), segments (segment, file, file_bytes, live_bytes, extents,
+    sealed, last_used), journals (writer, file, records, bad_records, damaged, in_use), foreign_files. Times are
+    seconds since 1970. See include/tokendepot/tools.h."""
+
 def list_extents(path: str) -> list[dict[str, Any]]:
-    """Every live extent of a root: key, namespace, group, part, tokens, segment, offset, bytes, stored_at."""
+    """Every live extent of a root: key (bytes), namespace (the first 16 hex digits of its digest), group, kind, part,
+    tokens, segment ("<writer>-<sequence>"), offset, bytes, stored_at."""
+
 def verify_extents(path: str, extents: Sequence[dict[str, Any]]) -> list[str]:
     """"ok", or "<kind>: <message>" of the failure, for each extent of list_extents (reads and checks all its bytes)."""
 def remove_extents(path: str, extents: Sequence[dict[str, Any]]) -> int:

@@ -29,6 +29,7 @@ STORED_BYTES = "tokendepot_store_bytes_total"
 ANSWER_TOKENS = 24
 QUESTION_TOKENS = 256  # room for two questions and two answers
 START_TIMEOUT_S = 300.0
+QUIET_S = 2.0  # no store acknowledged for so long: the depot has what it was given
 GIB = 1 << 30
 
 
@@ -149,11 +150,11 @@ class Demo:
         """Until the depot has acknowledged what it was given: a user takes longer to think than this."""
         stored, since = -1.0, time.monotonic()
         deadline = since + 30
-        while time.monotonic() < deadline and time.monotonic() - since < 2:
+        while time.monotonic() < deadline and time.monotonic() - since < QUIET_S:
             now = api.metrics().get(STORED_BYTES, 0.0)
             if now != stored:
                 stored, since = now, time.monotonic()
-            time.sleep(0.25)
+            time.sleep(QUIET_S / 8)
         self.say(f"the depot holds {stored / 1e6:.1f} MB")
 
 

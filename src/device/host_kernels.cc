@@ -175,7 +175,7 @@ ScatterOutcome verify_and_scatter(const ScatterWork& work) {
   const GroupShape from = work.header->shape();
   check_scatter(work, from);
   if (!shards_match(work, from.shard_stride())) return ScatterOutcome::corrupt;
-  const CopyRows copy_rows = pick_stream_copy();
+  const CopyRows copy_rows = stream_copies().front();
   if (from.kind == LayoutKind::canonical) {
     scatter_canonical(work, from, copy_rows);
   } else {

@@ -82,10 +82,13 @@ inline void stream_lines_sse2(std::byte* to, const std::byte* from, uint64_t byt
 
 }  // namespace
 
-CopyRows pick_stream_copy() {
-  if (__builtin_cpu_supports("avx512f")) return stream_rows<stream_lines_avx512>;
-  if (__builtin_cpu_supports("avx2")) return stream_rows<stream_lines_avx2>;
-  return stream_rows<stream_lines_sse2>;
+std::array<CopyRows, 3> stream_copies() {
+  constexpr CopyRows kAvx512 = stream_rows<stream_lines_avx512>;
+  constexpr CopyRows kAvx2 = stream_rows<stream_lines_avx2>;
+  constexpr CopyRows kSse2 = stream_rows<stream_lines_sse2>;
+  if (__builtin_cpu_supports("avx512f")) return {kAvx512, kAvx2, kSse2};
+  if (__builtin_cpu_supports("avx2")) return {kAvx2, kSse2, nullptr};
+  return {kSse2, nullptr, nullptr};
 }
 
 void stream_fence() {
@@ -94,8 +97,8 @@ void stream_fence() {
 
 #else
 
-CopyRows pick_stream_copy() {
-  return copy_rows_cached;
+std::array<CopyRows, 3> stream_copies() {
+  return {copy_rows_cached, nullptr, nullptr};
 }
 
 void stream_fence() {

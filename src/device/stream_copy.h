@@ -2,6 +2,7 @@
 // them.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -22,10 +23,10 @@ using CopyRows = void (*)(const RowCopy& copy);
 /// Through the caches: for bytes that are read again soon.
 void copy_rows_cached(const RowCopy& copy);
 
-/// The best copy of this CPU for bytes that nobody reads soon: whole cache lines are written without being
-/// read from memory first. Such stores are weakly ordered: stream_fence() before anybody is told that the
-/// bytes are there.
-CopyRows pick_stream_copy();
+/// Copies for bytes that nobody reads soon: whole cache lines are written without being read from memory
+/// first. All that this CPU can run, best first; the places behind them are null. Their stores are weakly
+/// ordered: call stream_fence() before anybody is told that the bytes are there.
+std::array<CopyRows, 3> stream_copies();
 void stream_fence();
 
 }  // namespace tokendepot

@@ -115,33 +115,46 @@ void Replay::catch_up(uint64_t writer) {
   if (const auto found = journals_.find(writer); found != journals_.end()) read(found->second);
 }
 
+uint32_t Replay::slot_of(const SegmentId& id) {
+  // Records of one segment come in runs.
+  if (!last_slot_ || last_segment_ != id) {
+    last_segment_ = id;
+    last_slot_ = segments_.slot_of(id);
+  }
+  return *last_slot_;
+}
+
+std::optional<PartId> Replay::part_of(const Record& record) {
+  const PartShape shape{record.group, record.kind, record.part, record.tokens};
+  if (!last_part_ || last_shape_ != shape) {
+    last_shape_ = shape;
+    last_part_ = catalog_->part_id(shape);
+  }
+  return last_part_;
+}
+
 void Replay::apply(const Record& record) {
   std::lock_guard lock(apply_mutex_);
-  const uint32_t slot = segments_.slot_of(record.where.segment);
+  const uint32_t slot = slot_of(record.where.segment);
   const RootIndex root = root_.index();
   switch (record.type) {
     case RecordType::open_segment:
     case RecordType::adopt_segment:
       if (!segments_.condemned(slot, root)) segments_.set_present(slot, root, record.where.bytes);
       break;
-    case RecordType::put: {
-      if (segments_.condemned(slot, root)) break;
-      segments_.add_extent(slot, root, record.where.offset + record.where.bytes, record.time_ns);
+    case RecordType::put:
+      if (!segments_.add_extent(slot, root, record.where.offset + record.where.bytes, record.time_ns)) break;
       if (catalog_ == nullptr || bad_places_.contains({slot, record.where.offset})) break;
-      const auto part = catalog_->part_id({record.group, record.kind, record.part, record.tokens});
-      if (part) catalog_->put(record.key, *part, slot, record.where);
+      if (const auto part = part_of(record)) catalog_->put(record.key, *part, slot, record.where);
       break;
-    }
     case RecordType::seal:
       segments_.seal(slot, root, record.where.offset);
       break;
-    case RecordType::condemn_extent: {
+    case RecordType::condemn_extent:
       if (catalog_ == nullptr) break;
       if (bad_places_.size() < kMostBadPlaces) bad_places_.insert({slot, record.where.offset});
-      const auto part = catalog_->part_id({record.group, record.kind, record.part, record.tokens});
-      if (part) catalog_->erase_at(record.key, *part, slot, record.where.offset);
+      if (const auto part = part_of(record)) catalog_->erase_at(record.key, *part, slot, record.where.offset);
       break;
-    }
     case RecordType::condemn_segment:
       segments_.condemn(slot, root);
       root_.files().drop(record.where.segment);

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <vector>
 
@@ -45,6 +46,8 @@ class Replay {
  private:
   void find_journals();
   void read(JournalReader& reader);
+  uint32_t slot_of(const SegmentId& id);
+  std::optional<PartId> part_of(const Record& record);
 
   Root& root_;
   SegmentTable& segments_;
@@ -52,7 +55,11 @@ class Replay {
   mutable std::mutex read_mutex_;  // journals_, own_journal_
   std::map<uint64_t, JournalReader> journals_;
   uint64_t own_journal_ = 0;
-  std::mutex apply_mutex_;                              // bad_places_
+  std::mutex apply_mutex_;  // the five below
+  std::optional<uint32_t> last_slot_;
+  SegmentId last_segment_;
+  std::optional<PartId> last_part_;
+  PartShape last_shape_;
   std::set<std::pair<uint32_t, uint64_t>> bad_places_;  // (slot, offset): condemned extents, bounded
   std::atomic<uint64_t> records_ = 0;
   std::atomic<uint64_t> bad_records_ = 0;

@@ -1,6 +1,7 @@
 #include "store/segment_table.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "base/check.h"
 
@@ -59,15 +60,16 @@ void SegmentTable::set_present(uint32_t slot, RootIndex root, uint64_t file_byte
   publish_mask(slot);
 }
 
-void SegmentTable::add_extent(uint32_t slot, RootIndex root, uint64_t end, uint64_t time_ns) {
+bool SegmentTable::add_extent(uint32_t slot, RootIndex root, uint64_t end, uint64_t time_ns) {
   std::unique_lock lock(mutex_);
   Segment& segment = segments_[slot];
   PerRoot& at = segment.roots[root];
-  at.present = true;
+  if (at.condemned) return false;
   at.used_bytes = std::max(at.used_bytes, end);
   ++at.extents;
   segment.last_used_ns = std::max(segment.last_used_ns, time_ns);
-  publish_mask(slot);
+  if (!std::exchange(at.present, true)) publish_mask(slot);
+  return true;
 }
 
 void SegmentTable::seal(uint32_t slot, RootIndex root, uint64_t used_bytes) {

@@ -45,7 +45,8 @@ class SegmentTable {
   SegmentId id_of(uint32_t slot) const;
 
   void set_present(uint32_t slot, RootIndex root, uint64_t file_bytes);
-  void add_extent(uint32_t slot, RootIndex root, uint64_t end, uint64_t time_ns);
+  /// False: the segment is condemned there, the extent is gone with it.
+  bool add_extent(uint32_t slot, RootIndex root, uint64_t end, uint64_t time_ns);
   void seal(uint32_t slot, RootIndex root, uint64_t used_bytes);
   void condemn(uint32_t slot, RootIndex root);
   bool condemned(uint32_t slot, RootIndex root) const;

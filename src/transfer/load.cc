@@ -258,9 +258,10 @@ void Transfers::let_go(LoadTask& task) {
 void Transfers::fail_load(LoadTask& task, Reason reason, bool bad_on_medium) {
   const bool had_place = static_cast<bool>(task.segment);
   if (had_place) {
-    log(LogLevel::warning, "load of chunk {} (group {}) from \"{}\" {} offset {}: {}; it is recomputed",
-        task.item.chunk, task.item.group, tiers_[task.tier].root->path(),
-        segment_name(task.item.where.segment), task.item.where.offset, tokendepot::name(reason));
+    note_failure(task.job,
+                 fmt::format("chunk {} of group {} in \"{}\" {} at {}: {}", task.item.chunk, task.item.group,
+                             tiers_[task.tier].root->path(), segment_name(task.item.where.segment),
+                             task.item.where.offset, tokendepot::name(reason)));
     if (bad_on_medium && tiers_[task.tier].writer != nullptr) {
       Record record;
       record.kind = task.item.kind;

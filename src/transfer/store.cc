@@ -167,8 +167,8 @@ void Transfers::write_pieces(StoreTask& task) {
 
 void Transfers::pieces_written(StoreTask& task) {
   if (const int error = task.io_error.load(); error != 0) {
-    log(LogLevel::warning, "store of chunk {} (group {}) to \"{}\": {}; it is dropped", task.item.chunk,
-        task.item.group, task.writer->root().path(), std::strerror(error));
+    note_failure(task.job, fmt::format("chunk {} of group {} to \"{}\": {}", task.item.chunk, task.item.group,
+                                       task.writer->root().path(), std::strerror(error)));
     return finish_store(task, false, Reason::io_error);
   }
   Record put;
@@ -179,8 +179,8 @@ void Transfers::pieces_written(StoreTask& task) {
   put.part = task.header.part;
   put.tokens = task.header.tokens;
   if (auto known = task.writer->acknowledge(task.place, put); !known) {
-    log(LogLevel::warning, "store of chunk {} (group {}): {}; it is dropped", task.item.chunk,
-        task.item.group, known.error().message);
+    note_failure(task.job, fmt::format("chunk {} of group {}: {}", task.item.chunk, task.item.group,
+                                       known.error().message));
     return finish_store(task, false, Reason::io_error);
   }
   finish_store(task, true, Reason::dropped);

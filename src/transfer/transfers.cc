@@ -125,10 +125,31 @@ void Transfers::resolve_locked(Job& job, uint32_t item, uint32_t chunk, uint16_t
   --job.unresolved;
 }
 
+void Transfers::note_failure(uint64_t id, std::string text) {
+  std::lock_guard lock(mutex_);
+  const auto found = jobs_.find(id);
+  if (found != jobs_.end() && found->second.first_failure.empty())
+    found->second.first_failure = std::move(text);
+}
+
 void Transfers::end_job_locked(uint64_t id) {
   const auto found = jobs_.find(id);
   if (found == jobs_.end() || found->second.unresolved > 0) return;
   Job& job = found->second;
+  if (!job.completion.failures.empty()) {
+    // Stores that a bound dropped are counted, not told: they may be many and mean no harm.
+    const bool load = job.completion.kind == JobKind::load;
+    const ItemFailure& first = job.completion.failures.front();
+    if (load || !job.first_failure.empty()) {
+      log(LogLevel::warning, "{} of {} extents {}; {}{}", job.completion.failures.size(),
+          job.completion.failures.size() + job.completion.items_ok,
+          load ? "did not load and are recomputed" : "were not stored",
+          job.first_failure.empty() ? fmt::format("chunk {} of group {}: {}", first.chunk, first.group,
+                                                  tokendepot::name(first.reason))
+                                    : job.first_failure,
+          job.completion.failures.size() > 1 ? ", and others" : "");
+    }
+  }
   job.completion.nanoseconds = clock_.steady_ns() - job.submitted_ns;
   ended_.push_back(std::move(job.completion));
   jobs_.erase(found);

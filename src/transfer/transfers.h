@@ -65,6 +65,7 @@ class Transfers {
     uint64_t deadline_ns = UINT64_MAX;  // steady clock; the largest value = none
     uint32_t unresolved = 0;
     std::vector<LoadTask*> loads;  // unresolved ones
+    std::string first_failure;     // where and why, for the job's one log line
   };
 
   void run();
@@ -93,6 +94,7 @@ class Transfers {
 
   void resolve_locked(Job& job, uint32_t item, uint32_t chunk, uint16_t group, std::optional<Reason> failure,
                       uint64_t bytes);
+  void note_failure(uint64_t job, std::string text);
   void end_job_locked(uint64_t id);
   static void count(FailureCounts& counts, Reason reason);
 

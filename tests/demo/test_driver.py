@@ -30,6 +30,7 @@ def demo(model, tmp_path, monkeypatch, capsys):
     def run(fault=""):
         monkeypatch.setenv("STUB_FAULT", fault)
         monkeypatch.setattr(driver.server, "has_gpu", lambda: False)
+        monkeypatch.setattr(driver, "QUIET_S", 0.1)
         command = f"{shlex.quote(sys.executable)} {shlex.quote(str(STUB))}"
         out = tmp_path / "out"
         code = driver.main(

@@ -53,9 +53,10 @@ def test_no_rows_is_a_complaint():
 
 
 def test_the_table_shows_every_figure():
-    console = Console(width=120, record=True, quiet=True)
-    console.print(report.table([GOOD, dataclasses.replace(GOOD, answers_equal=False)]))
-    text = console.export_text()
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(report.table([GOOD, dataclasses.replace(GOOD, answers_equal=False)]))
+    text = capture.get()
     for figure in ("1,072", "4.00 s", "5.00 s", "0.50 s", "10.0 x", "1,024 tok", "40.0 MB", "2.00 GB/s", "equal", "DIFFER"):
         assert figure in text
 

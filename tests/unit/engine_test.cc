@@ -4,7 +4,6 @@
 #include <gtest/gtest.h>
 #include <pthread.h>
 #include <signal.h>
-#include <sys/mount.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -209,8 +208,8 @@ TEST_P(Engine, CompletesAnEmptyOperation) {
 }
 
 TEST_P(Engine, ReportsAFullFileSystemAndNeverAShortWriteAsSuccess) {
-  const TemporaryDirectory directory;
-  if (::mount("tmpfs", directory.path().c_str(), "tmpfs", 0, "size=16m") != 0) GTEST_SKIP() << "cannot mount";
+  TemporaryDirectory directory;
+  if (!directory.mount_tmpfs("size=16m")) GTEST_SKIP() << "cannot mount";
   {
     const auto io = engine(8);
     constexpr uint32_t kBytes = (4 << 20) + 100;
@@ -234,7 +233,6 @@ TEST_P(Engine, ReportsAFullFileSystemAndNeverAShortWriteAsSuccess) {
     }
     EXPECT_GE(failed, 4u);
   }
-  ::umount(directory.path().c_str());
 }
 
 TEST_P(Engine, OutlivesTheFileSizeLimit) {

@@ -149,9 +149,8 @@ TEST(FileTransfer, MovesMoreThanOneCallOfTheKernelDoes) {
   // memory; the last bytes that arrive in the window are the last ones of the file.
   constexpr uint64_t kWindow = 2 << 20;
   constexpr uint64_t kBytes = (uint64_t{1} << 31) + kWindow;
-  const TemporaryDirectory directory("/tmp");
-  const TemporaryDirectory memory("/dev/shm");
-  const auto window = File::open(memory / "window", kNew);
+  const TemporaryDirectory directory("/dev/shm");
+  const auto window = File::open(directory / "window", kNew);
   ASSERT_TRUE(window->truncate(kWindow));
   void* const address =
       ::mmap(nullptr, kBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -251,8 +250,8 @@ TEST(Preallocate, WritesZerosWhereTheFileSystemCannotAllocate) {
 }
 
 TEST(Preallocate, OnAFullFileSystemIsNoSpaceAndGivesBackWhatItTook) {
-  const TemporaryDirectory directory;
-  if (::mount("tmpfs", directory.path().c_str(), "tmpfs", 0, "size=4m") != 0) GTEST_SKIP() << "cannot mount";
+  TemporaryDirectory directory;
+  if (!directory.mount_tmpfs("size=4m")) GTEST_SKIP() << "cannot mount";
   {
     const auto file = File::open(directory / "a", kNew);
     ASSERT_TRUE(file->write_at(pattern(5000), 0));
@@ -269,7 +268,6 @@ TEST(Preallocate, OnAFullFileSystemIsNoSpaceAndGivesBackWhatItTook) {
     ASSERT_FALSE(status);
     EXPECT_EQ(status.error().kind, ErrorKind::no_space);
   }
-  ::umount(directory.path().c_str());
 }
 
 TEST(FileLock, ExcludesOtherOpensAndOtherProcessesUntilClosed) {
@@ -378,13 +376,11 @@ TEST(FileSystem, TellsMemoryFromDisk) {
 }
 
 TEST(FileSystem, TellsAReadOnlyMount) {
-  const TemporaryDirectory directory;
-  if (::mount("tmpfs", directory.path().c_str(), "tmpfs", MS_RDONLY, "size=1m") != 0)
-    GTEST_SKIP() << "cannot mount";
+  TemporaryDirectory directory;
+  if (!directory.mount_tmpfs("size=1m", MS_RDONLY)) GTEST_SKIP() << "cannot mount";
   EXPECT_TRUE(file_system_of(directory.path())->read_only);
   EXPECT_EQ(File::open(directory / "a", kNew).error().kind, ErrorKind::permission);
   EXPECT_EQ(make_directory(directory / "b").error().kind, ErrorKind::permission);
-  ::umount(directory.path().c_str());
 }
 
 }  // namespace

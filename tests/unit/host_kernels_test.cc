@@ -393,7 +393,7 @@ TEST(HostKernelsDeathTest, AWrongBlockIdOrShapeIsABug) {
   EXPECT_DEATH(run(other_kind, {0, 1}), "check failed");
 }
 
-TEST(StreamCopy, CopiesExactlyItsRowsAtEveryAlignment) {
+void expect_exact_copies(CopyRows copy_rows) {
   std::mt19937 random(16);
   std::vector<std::byte> from(8192);
   for (std::byte& byte : from) byte = std::byte(random());
@@ -408,14 +408,22 @@ TEST(StreamCopy, CopiesExactlyItsRowsAtEveryAlignment) {
       std::copy_n(from.begin() + from_at + row * from_stride, bytes,
                   expected.begin() + to_at + row * to_stride);
     }
-    pick_stream_copy()({.to = to.data() + to_at,
-                        .to_stride = to_stride,
-                        .from = from.data() + from_at,
-                        .from_stride = from_stride,
-                        .row_bytes = bytes,
-                        .rows = rows});
+    copy_rows({.to = to.data() + to_at,
+               .to_stride = to_stride,
+               .from = from.data() + from_at,
+               .from_stride = from_stride,
+               .row_bytes = bytes,
+               .rows = rows});
     stream_fence();
-    ASSERT_TRUE(to == expected);
+    ASSERT_TRUE(to == expected) << bytes << " bytes to " << to_at;
+  }
+}
+
+TEST(RowCopies, EveryCopyOfThisCpuIsExactAtEveryAlignment) {
+  expect_exact_copies(copy_rows_cached);
+  ASSERT_NE(stream_copies().front(), nullptr);
+  for (const CopyRows copy_rows : stream_copies()) {
+    if (copy_rows != nullptr) expect_exact_copies(copy_rows);
   }
 }
 

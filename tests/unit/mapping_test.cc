@@ -205,6 +205,14 @@ TEST(GuardDeathTest, AnUnguardedFaultStillEndsTheProcess) {
               return 2;
             }),
             1000 + SIGBUS);
+  // A guard that has caught a fault guards no longer.
+  EXPECT_EQ(exit_code_of_child([&] {
+              standard();
+              if (readable(guarded.bytes())) return 1;
+              touch(guarded.mapping.data());
+              return 2;
+            }),
+            1000 + SIGBUS);
   EXPECT_EQ(exit_code_of_child([&] {
               standard();
               auto body = [&] { touch(other.mapping.data()); };
@@ -243,28 +251,29 @@ TEST(GuardDeathTest, GetsAlongWithACrashReporterInstalledEarlierOrLater) {
   ASSERT_TRUE(guarded.file.truncate(0));
   ASSERT_TRUE(other.file.truncate(0));
   for (const bool later : {false, true}) {
-    EXPECT_EQ(exit_code_of_child([&] {
-                struct sigaction action{};
-                action.sa_handler = SIG_DFL;
-                ::sigaction(SIGBUS, &action, nullptr);
-                if (later && readable(guarded.bytes())) return 1;
-                install_reporter();
-                for (int i = 0; i < 3; ++i) {
-                  if (readable(guarded.bytes())) return 2;
-                }
-                if (reports != 0) return 3;
-                touch(other.mapping.data());
-                return 4;
-              }),
-              1000 + SIGBUS)
-        << (later ? "later" : "earlier");
+    for (const bool crash : {false, true}) {
+      EXPECT_EQ(exit_code_of_child([&] {
+                  struct sigaction action{};
+                  action.sa_handler = SIG_DFL;
+                  ::sigaction(SIGBUS, &action, nullptr);
+                  if (later && readable(guarded.bytes())) return 1;
+                  install_reporter();
+                  for (int i = 0; i < 3; ++i) {
+                    if (readable(guarded.bytes())) return 2;
+                  }
+                  if (reports != 0) return 3;
+                  if (crash) touch(other.mapping.data());
+                  return 0;
+                }),
+                crash ? 1000 + SIGBUS : 0)
+          << (later ? "later" : "earlier");
+    }
   }
 }
 
-std::atomic<const void*> handled_address;
-void exit_with_5(int, siginfo_t* info, void*) {
-  handled_address = info->si_addr;
-  ::_exit(5);
+std::atomic<const std::byte*> expected_address = nullptr;
+void exit_with_5_at_the_expected_address(int, siginfo_t* info, void*) {
+  ::_exit(info->si_addr == expected_address ? 5 : 6);
 }
 
 TEST(GuardDeathTest, HandsOtherFaultsToTheHandlerInstalledBefore) {
@@ -274,11 +283,12 @@ TEST(GuardDeathTest, HandsOtherFaultsToTheHandlerInstalledBefore) {
   ASSERT_TRUE(other.file.truncate(0));
   EXPECT_EQ(exit_code_of_child([&] {
               struct sigaction action{};
-              action.sa_sigaction = exit_with_5;
+              action.sa_sigaction = exit_with_5_at_the_expected_address;
               action.sa_flags = SA_SIGINFO;
               ::sigaction(SIGBUS, &action, nullptr);
               if (!readable(guarded.bytes())) return 1;
-              touch(other.mapping.data() + 4096);
+              expected_address = other.mapping.data() + 4096;
+              touch(expected_address);
               return 2;
             }),
             5);

@@ -44,16 +44,14 @@ TEST(DirectProbe, FindsAnAlignmentThatReallyWritesAndReads) {
 
 TEST(DirectProbe, SaysWhyWhenTheDirectoryCannotBeWritten) {
   EXPECT_EQ(probe_direct_alignment("/nowhere/at/all").error().kind, ErrorKind::not_found);
-  const TemporaryDirectory directory;
-  if (::mount("tmpfs", directory.path().c_str(), "tmpfs", MS_RDONLY, "size=1m") != 0)
-    GTEST_SKIP() << "cannot mount";
+  TemporaryDirectory directory;
+  if (!directory.mount_tmpfs("size=1m", MS_RDONLY)) GTEST_SKIP() << "cannot mount";
   EXPECT_EQ(probe_direct_alignment(directory.path()).error().kind, ErrorKind::permission);
-  ::umount(directory.path().c_str());
 }
 
 TEST(DirectProbe, OnAFullFileSystemIsNoSpaceNotUnsupported) {
-  const TemporaryDirectory directory;
-  if (::mount("tmpfs", directory.path().c_str(), "tmpfs", 0, "size=64k") != 0) GTEST_SKIP() << "cannot mount";
+  TemporaryDirectory directory;
+  if (!directory.mount_tmpfs("size=64k")) GTEST_SKIP() << "cannot mount";
   {
     const auto file = File::open(directory / "a", {.write = true, .create = true});
     EXPECT_FALSE(file->write_at(std::vector<std::byte>(1 << 20), 0));
@@ -61,7 +59,6 @@ TEST(DirectProbe, OnAFullFileSystemIsNoSpaceNotUnsupported) {
     ASSERT_FALSE(alignment);
     EXPECT_EQ(alignment.error().kind, ErrorKind::no_space) << alignment.error().message;
   }
-  ::umount(directory.path().c_str());
 }
 
 // A disk with sectors of 4 KiB accepts the open and refuses smaller transfers.
@@ -83,15 +80,43 @@ TEST(DirectProbe, FindsTheSectorsOfADiskThatRefusesSmallerTransfers) {
   EXPECT_TRUE(shell("losetup -d $(cat loop)"));
 }
 
-TEST(ScratchFile, HasNoNameAlsoWhereOnlyNamedFilesCanBeMade) {
+TEST(DirectProbe, IsUnsupportedWhereTheOpenIsRefused) {
   const TemporaryDirectory directory;
-  const auto file = ScratchFile::create(directory.path(), false);
-  ASSERT_TRUE(file) << file.error().message;
+  EXPECT_EQ(exit_code_of_child([&] {
+              if (!forbid_open_flag(O_DIRECT, EINVAL)) return 1;
+              const auto alignment = probe_direct_alignment(directory.path());
+              if (alignment || alignment.error().kind != ErrorKind::unsupported) return 2;
+              const auto file = File::open(directory / "a", {.write = true, .create = true, .direct = true});
+              return !file && file.error().kind == ErrorKind::unsupported ? 0 : 3;
+            }),
+            0);
   EXPECT_EQ(directory.entries(), 0u);
-  struct stat info;
-  ASSERT_EQ(::fstat(file->fd(), &info), 0);
-  EXPECT_TRUE(S_ISREG(info.st_mode));
-  EXPECT_EQ(info.st_nlink, 0u);
+}
+
+TEST(ScratchFile, HasNoNameAlsoWhereOnlyNamedFilesCanBeMade) {
+  constexpr uint32_t kUnnamed = O_TMPFILE & ~O_DIRECTORY;
+  for (const int refusal : {0, EOPNOTSUPP, EISDIR}) {
+    const TemporaryDirectory directory;
+    EXPECT_EQ(exit_code_of_child([&] {
+                if (refusal != 0 && !forbid_open_flag(kUnnamed, refusal)) return 1;
+                const auto file = ScratchFile::create(directory.path(), false);
+                if (!file) return 2;
+                struct stat info;
+                if (::fstat(file->fd(), &info) != 0 || !S_ISREG(info.st_mode)) return 3;
+                return info.st_nlink == 0 && directory.entries() == 0 ? 0 : 4;
+              }),
+              0);
+  }
+}
+
+// O_TMPFILE spares the instant with a name in which a kill would leave a file.
+TEST(ScratchFile, NeedsNoNameWhereTheFileSystemCanDoWithout) {
+  const TemporaryDirectory directory("/dev/shm");
+  EXPECT_EQ(exit_code_of_child([&] {
+              if (!forbid_open_flag(O_CREAT, EACCES)) return 1;
+              return ScratchFile::create(directory.path(), false) ? 0 : 2;
+            }),
+            0);
 }
 
 TEST(ChooseEngine, MeasuresBothAndLeavesNothingBehind) {
@@ -114,8 +139,8 @@ TEST(ChooseEngine, TakesThreadsWithTheReasonWhenTheProbeCannotBeWritten) {
   EXPECT_STREQ(missing.engine->name(), "threads");
   EXPECT_FALSE(missing.reason.empty());
 
-  const TemporaryDirectory directory;
-  if (::mount("tmpfs", directory.path().c_str(), "tmpfs", 0, "size=1m") != 0) GTEST_SKIP() << "cannot mount";
+  TemporaryDirectory directory;
+  if (!directory.mount_tmpfs("size=1m")) GTEST_SKIP() << "cannot mount";
   const EngineChoice full = choose_engine(directory.path(), false, 2);
   EXPECT_STREQ(full.engine->name(), "threads");
   if (!full.reason.starts_with("io_uring: ")) {
@@ -123,7 +148,6 @@ TEST(ChooseEngine, TakesThreadsWithTheReasonWhenTheProbeCannotBeWritten) {
   }
   EXPECT_EQ(directory.entries(), 0u);
   EXPECT_EQ(file_system_of(directory.path())->available_bytes, 1u << 20);
-  ::umount(directory.path().c_str());
 }
 
 TEST(ChooseEngine, StartsWithoutMemoryToLock) {

@@ -1,9 +1,11 @@
 #pragma once
 
 #include <gtest/gtest.h>
+#include <sys/mount.h>
 
 #include <cstdlib>
 #include <filesystem>
+#include <iterator>
 #include <string>
 #include <system_error>
 
@@ -19,8 +21,15 @@ class TemporaryDirectory {
   TemporaryDirectory(const TemporaryDirectory&) = delete;
   TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
   ~TemporaryDirectory() {
+    if (mounted_) ::umount2(path_.c_str(), MNT_DETACH);
     std::error_code ignored;
     std::filesystem::remove_all(path_, ignored);
+  }
+
+  /// Puts a file system of its own here, e.g. with "size=1m"; false where the test may not mount.
+  bool mount_tmpfs(const char* options, unsigned long flags = 0) {
+    mounted_ = ::mount("tmpfs", path_.c_str(), "tmpfs", flags, options) == 0;
+    return mounted_;
   }
 
   const std::string& path() const { return path_; }
@@ -32,6 +41,7 @@ class TemporaryDirectory {
 
  private:
   std::string path_;
+  bool mounted_ = false;
 };
 
 }  // namespace tokendepot

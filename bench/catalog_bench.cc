@@ -1,0 +1,153 @@
+// The catalog alone: lookups one at a time and batched, a long prefix, bytes an entry, and recovery from a
+// journal. Limits of the same run: random reads of one cache line from a table of the same size, dependent
+// and independent ones; for recovery the digest check of the records alone.
+#include <unistd.h>
+
+#include <filesystem>
+
+#include "format/digest.h"
+#include "format/journal.h"
+#include "result.h"
+#include "rig.h"
+#include "store/catalog.h"
+#include "store/journal_file.h"
+#include "store/replay.h"
+
+namespace tokendepot::bench {
+namespace {
+
+Key key_of(uint64_t n) {
+  Key key;
+  uint64_t state = n * 0x9e3779b97f4a7c15ull + 1;
+  for (size_t i = 0; i < 4; ++i) {
+    state ^= state >> 31;
+    state *= 0xbf58476d1ce4e5b9ull;
+    state ^= state >> 29;
+    std::memcpy(key.bytes.data() + 8 * i, &state, 8);
+  }
+  return key;
+}
+
+/// Random reads a second from `bytes` of memory; dependent: the next address needs the last value.
+double random_reads(uint64_t bytes, bool dependent) {
+  std::vector<uint64_t> lines(bytes / 8);
+  std::mt19937_64 random(3);
+  for (size_t i = 0; i < lines.size(); i += 8) lines[i] = random();
+  constexpr size_t kReads = 4'000'000;
+  uint64_t carry = 1;
+  const uint64_t count = lines.size() / 8;
+  const double begin = now_s();
+  for (size_t i = 0; i < kReads; ++i) {
+    const uint64_t seed = (i + 1) * 0x9e3779b97f4a7c15ull ^ (dependent ? carry : 0);
+    carry += lines[((seed >> 32) * count >> 32) * 8];
+  }
+  const double rate = kReads / (now_s() - begin);
+  if (carry == 42) std::puts("");
+  return rate;
+}
+
+void run(const std::string& base, bool toy) {
+  const size_t entries = toy ? 20'000 : 1'000'000;
+  SegmentTable segments;
+  const uint32_t slot = segments.slot_of({1, 0});
+  segments.set_present(slot, 0, 1ull << 40);
+  Catalog catalog(segments);
+  const PartShape shape{0, LayoutKind::canonical, {0, 32, 0, 8}, 256};
+  const PartId part = *catalog.part_id(shape);
+  std::vector<Key> keys(entries);
+  for (size_t i = 0; i < entries; ++i) {
+    keys[i] = key_of(i);
+    catalog.put(keys[i], part, slot, {{1, 0}, i * 4096, 4096});
+  }
+  const uint64_t table_bytes = catalog.memory_bytes();
+  std::vector<uint32_t> order(entries);
+  for (size_t i = 0; i < entries; ++i) order[i] = static_cast<uint32_t>(i);
+  std::shuffle(order.begin(), order.end(), std::mt19937(1));
+
+  size_t found = 0;
+  double begin = now_s();
+  for (const uint32_t i : order) found += catalog.find(keys[i], part).has_value();
+  const double single = static_cast<double>(entries) / (now_s() - begin);
+  if (found != entries) stop("the catalog lost entries");
+  print_result("catalog_lookup_single", single, "1/s", random_reads(table_bytes, true));
+
+  std::vector<Key> shuffled(entries);
+  for (size_t i = 0; i < entries; ++i) shuffled[i] = keys[order[i]];
+  std::vector<uint8_t> present(entries);
+  begin = now_s();
+  catalog.count_present(shuffled, part, present, false);
+  const double batch = static_cast<double>(entries) / (now_s() - begin);
+  for (const uint8_t one : present) found -= one;
+  if (found != 0) stop("the batch lost entries");
+  print_result("catalog_lookup_batch", batch, "1/s", random_reads(table_bytes, false));
+
+  const GroupWant want{0, shape.kind, shape.part, shape.tokens, 0};
+  std::vector<double> times;
+  for (size_t n = 0; n + 500 <= entries && n < 200; ++n) {
+    const auto prompt = std::span(shuffled).subspan((n * 7919) % (entries - 500), 500);
+    begin = now_s();
+    if (catalog.longest_prefix(prompt, std::span(&want, 1)) != 500) stop("a prefix was lost");
+    times.push_back((now_s() - begin) * 1e6);
+  }
+  print_result("catalog_prefix_500", median(times), "us", 500e6 / random_reads(table_bytes, false));
+  print_result("catalog_bytes_per_entry", static_cast<double>(table_bytes) / static_cast<double>(entries),
+               "B", sizeof(uint64_t) * 4);
+
+  // Recovery: the real journal file through the real replay into a fresh catalog.
+  std::string pattern = base + "/tokendepot-bench-XXXXXX";
+  if (mkdtemp(pattern.data()) == nullptr) stop("cannot make a directory in " + base);
+  Options options;
+  const RootOptions root_options{
+      .path = pattern + "/root", .capacity_bytes = 16 << 20, .segment_bytes = 1 << 20};
+  auto root = Root::open(root_options, 0, options);
+  if (!root) stop(root.error().message);
+  {
+    auto journal = JournalWriter::create((*root)->journals_dir());
+    if (!journal) stop(journal.error().message);
+    auto segment = File::open((*root)->segments_dir() + "/" + segment_name({journal->writer(), 0}),
+                              {.write = true, .create = true});
+    if (!segment) stop(segment.error().message);
+    std::vector<Record> records(1000);
+    for (size_t at = 0; at < entries; at += records.size()) {
+      for (size_t i = 0; i < records.size(); ++i) {
+        Record& record = records[i];
+        record.key = keys[std::min(at + i, entries - 1)];
+        record.where = {{journal->writer(), 0}, (at + i) * 4096, 4096};
+        record.part = shape.part;
+        record.tokens = shape.tokens;
+        record.time_ns = 1;
+      }
+      if (auto written = journal->append(records); !written) stop(written.error().message);
+    }
+  }
+  std::vector<double> rates;
+  for (int round = 0; round < 3; ++round) {
+    SegmentTable fresh_segments;
+    Catalog fresh(fresh_segments);
+    Replay replay(**root, fresh_segments, &fresh);
+    begin = now_s();
+    if (auto read = replay.first(); !read) stop(read.error().message);
+    rates.push_back(static_cast<double>(replay.records()) / (now_s() - begin));
+    if (fresh.entries() != entries) stop("recovery lost entries");
+  }
+  std::array<std::byte, kRecordBytes> record{};
+  begin = now_s();
+  uint64_t sum = 0;
+  for (size_t i = 0; i < entries; ++i) {
+    record[0] = static_cast<std::byte>(i);
+    sum += xxh3(std::span(record).first(kRecordBytes - 8));
+  }
+  const double digests = static_cast<double>(entries) / (now_s() - begin);
+  if (sum == 42) std::puts("");
+  print_result("recovery_records", median(rates), "1/s", digests);
+  std::filesystem::remove_all(pattern);
+}
+
+}  // namespace
+}  // namespace tokendepot::bench
+
+int main(int argc, char** argv) {
+  const bool toy = argc > 1 && std::string(argv[1]) == "--toy";
+  const std::string base = argc > (toy ? 2 : 1) ? argv[argc - 1] : "/dev/shm";
+  tokendepot::bench::run(base, toy);
+}

@@ -1,0 +1,89 @@
+// Host path on tmpfs: 2.5 MiB extents, 8 in flight, digest on. Limit: two threads of plain memcpy of the same
+// bytes between the same memories in the same run.
+#include <fcntl.h>
+#include <sys/mman.h>
+
+#include <thread>
+
+#include "rig.h"
+
+namespace tokendepot::bench {
+namespace {
+
+/// GB/s of two threads that copy `bytes` between a mapped tmpfs file and the cache, in pieces of 2.5 MiB.
+double memcpy_limit(const std::string& directory, std::byte* cache, uint64_t cache_bytes, uint64_t bytes,
+                    bool to_file) {
+  const std::string file = directory + "/limit";
+  const int fd = open(file.c_str(), O_RDWR | O_CREAT, 0600);
+  if (fd < 0 || posix_fallocate(fd, 0, static_cast<off_t>(bytes)) != 0) stop("no space for the memcpy limit");
+  auto* mapped =
+      static_cast<std::byte*>(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0));
+  if (mapped == MAP_FAILED) stop("cannot map the memcpy limit's file");
+  std::memset(mapped, 1, bytes);
+  constexpr uint64_t kPiece = 5ull << 19;
+  const uint64_t pieces = std::min(bytes, cache_bytes) / kPiece;
+  std::vector<double> rates;
+  for (int round = 0; round < 3; ++round) {
+    const double begin = now_s();
+    std::vector<std::thread> threads;
+    for (uint64_t t = 0; t < 2; ++t) {
+      threads.emplace_back([=] {
+        for (uint64_t p = t; p < pieces; p += 2) {
+          if (to_file) {
+            std::memcpy(mapped + p * kPiece, cache + p * kPiece, kPiece);
+          } else {
+            std::memcpy(cache + p * kPiece, mapped + p * kPiece, kPiece);
+          }
+        }
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    rates.push_back(static_cast<double>(pieces * kPiece) * 1e-9 / (now_s() - begin));
+  }
+  munmap(mapped, bytes);
+  close(fd);
+  unlink(file.c_str());
+  return median(rates);
+}
+
+void run(const std::string& base, bool toy) {
+  const size_t extents = toy ? 16 : 400;  // 1 GB
+  const uint64_t segment = toy ? 16ull << 20 : 256ull << 20;
+  // Room for a little more than one generation, so that later ones are stored into recycled segments.
+  const uint64_t capacity = toy ? 128ull << 20 : 2048ull << 20;
+  Rig rig(base, 2.5, extents, segment, capacity);
+  std::printf("host path on %s: %s, %zu extents of 2.5 MiB, 8 in flight\n", base.c_str(),
+              rig.transport().c_str(), extents);
+  std::vector<Rig::Run> stores;
+  std::vector<Rig::Run> loads;
+  for (uint32_t round = 0; round < (toy ? 1u : 5u); ++round) {
+    stores.push_back(rig.store(8, round));
+    for (int again = 0; again < (toy ? 1 : 2); ++again) loads.push_back(rig.load(8));
+  }
+  auto rate = [](const std::vector<Rig::Run>& runs, bool cpu) {
+    std::vector<double> values;
+    for (const Rig::Run& run : runs) values.push_back(cpu ? run.cpu_s_per_gb : run.gb_per_s);
+    return median(values);
+  };
+  const uint64_t limit_bytes = toy ? 40ull << 20 : 500ull << 20;
+  const double out_limit = memcpy_limit(base, rig.memory(), rig.memory_bytes(), limit_bytes, false);
+  const double in_limit = memcpy_limit(base, rig.memory(), rig.memory_bytes(), limit_bytes, true);
+  print_result("host_tmpfs_load", rate(loads, false), "GB/s", out_limit);
+  print_result("host_tmpfs_load_cpu", rate(loads, true), "CPU-s/GB", 0.30);
+  // The first generation goes to fresh segments; what a depot does all day is refill recycled ones.
+  if (stores.size() > 1) {
+    print_result("host_tmpfs_store_fresh", stores.front().gb_per_s, "GB/s", in_limit);
+    stores.erase(stores.begin());
+  }
+  print_result("host_tmpfs_store", rate(stores, false), "GB/s", in_limit);
+  print_result("host_tmpfs_store_cpu", rate(stores, true), "CPU-s/GB", 0.30);
+}
+
+}  // namespace
+}  // namespace tokendepot::bench
+
+int main(int argc, char** argv) {
+  const bool toy = argc > 1 && std::string(argv[1]) == "--toy";
+  const std::string base = argc > (toy ? 2 : 1) ? argv[argc - 1] : "/dev/shm";
+  tokendepot::bench::run(base, toy);
+}

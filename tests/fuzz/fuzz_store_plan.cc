@@ -1,4 +1,4 @@
-// Any bytes as a store plan, as they are and with magic, version and digest made right.
+// Any bytes as a store plan, as they are and with magic, version, reserved bytes and digest made right.
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -8,6 +8,8 @@
 #include "tokendepot/plan.h"
 
 namespace {
+
+constexpr size_t kHeadBytes = 56;
 
 void decode(const std::vector<std::byte>& bytes) {
   const auto plan = tokendepot::decode_store_plan(bytes);
@@ -21,8 +23,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   std::vector<std::byte> bytes(first, first + size);
   decode(bytes);
 
-  if (size < 12) return 0;
-  std::memcpy(bytes.data(), "TDSTOREPL\1\0\0", 12);
+  if (size < kHeadBytes) return 0;
+  std::memcpy(bytes.data(), "TDSTORPL\1\0\0", 12);
+  std::memset(bytes.data() + kHeadBytes - 8, 0, 8);
   const uint64_t digest = tokendepot::xxh3(bytes);
   bytes.resize(size + sizeof digest);
   std::memcpy(bytes.data() + size, &digest, sizeof digest);

@@ -1,7 +1,7 @@
 # Warnings for our own targets, and the sanitizer and fuzzing modes, which apply to everything in the tree.
 
 function(tokendepot_warnings target)
-  target_compile_options(${target} PRIVATE -Wall -Wextra -Wpedantic -Wshadow)
+  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wpedantic;-Wshadow>)
 endfunction()
 
 if(TOKENDEPOT_SANITIZE)

@@ -63,6 +63,13 @@ class Device {
   virtual Slab& slab() = 0;
   virtual void submit(ScatterWork* work) = 0;
   virtual void submit(GatherWork* work) = 0;
+  /// A segment was mapped, or is about to be unmapped: a device with a memory of its own may register the range for
+  /// direct copies. Payloads outside registered ranges work too, slower.
+  virtual void adopt(std::span<std::byte> mapping, bool writable) {
+    static_cast<void>(mapping);
+    static_cast<void>(writable);
+  }
+  virtual void release(std::span<std::byte> mapping) { static_cast<void>(mapping); }
 };
 
 /// `threads` in 1..64 run scatters before gathers. The slab is anonymous memory, touched only when used.

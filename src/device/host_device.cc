@@ -111,10 +111,10 @@ class HostDevice final : public Device {
   template <typename Work>
   void queue(WorkQueue<Work>& to, Work* work) {
     TD_CHECK(work->done != nullptr);
-    {
-      const std::lock_guard lock(mutex_);
-      to.push(work);
-    }
+    // Notified under the lock: once `done` was called the owner may destroy the device, which waits for the
+    // lock.
+    const std::lock_guard lock(mutex_);
+    to.push(work);
     wake_.notify_one();
   }
 

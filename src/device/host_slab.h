@@ -21,6 +21,7 @@ class HostSlab final : public Slab {
   std::byte* allocate(uint64_t bytes) override;
   void release(std::byte* range) override;
   uint64_t size() const override { return size_; }
+  std::byte* base() const { return base_; }
 
  private:
   std::byte* base_ = nullptr;

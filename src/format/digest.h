@@ -11,7 +11,7 @@ namespace tokendepot {
 /// XXH3-64, seed 0, of any bytes.
 uint64_t xxh3(std::span<const std::byte> bytes);
 
-/// Digest of one shard as it lies in a payload, its zero padding included: `shard.size()` is a multiple of 4 KiB.
+/// Digest of one shard as it lies in a payload, its zero padding included: whole pages of 4 KiB.
 uint64_t shard_digest(std::span<const std::byte> shard);
 
 /// The same from page digests computed elsewhere (e.g. while copying).

@@ -1,7 +1,7 @@
 // The header in front of every extent: who it is, where it belongs, what its bytes hash to.
 //
-// Effect of damage: a header that does not decode, or names another key, namespace, segment or offset than asked,
-// makes the extent absent; a shard whose digest differs makes it corrupt. Neither touches other extents.
+// Effect of damage: a header that does not decode, or names another key, namespace, segment or offset than
+// asked, makes the extent absent; a shard whose digest differs makes it corrupt. Others are not concerned.
 #pragma once
 
 #include <cstddef>
@@ -29,12 +29,12 @@ struct ExtentHeader {
   uint32_t tokens = 0;
   uint32_t block_tokens = 0;
   uint16_t planes = 0;
-  uint32_t row_bytes = 0;   // canonical
-  uint32_t page_bytes = 0;  // opaque
-  uint64_t stored_at_ns = 0;              // wall clock, information only
-  std::vector<uint64_t> shard_digests;    // one per shard
+  uint32_t row_bytes = 0;               // canonical
+  uint32_t page_bytes = 0;              // opaque
+  uint64_t stored_at_ns = 0;            // wall clock, information only
+  std::vector<uint64_t> shard_digests;  // one per shard
 
-  GroupShape shape() const;               // the GroupShape that wrote it
+  GroupShape shape() const;  // the GroupShape that wrote it
 };
 
 /// Bytes of the header for this many shards: a multiple of 4 KiB. The payload starts right behind it.
@@ -45,8 +45,8 @@ uint64_t extent_bytes(const GroupShape& shape);
 /// Writes exactly extent_header_bytes(shard count) bytes to the front of `out`, the unused tail zeroed.
 void encode_extent_header(const ExtentHeader& header, std::span<std::byte> out);
 
-/// Decodes the header at the front of `bytes` (which may be longer). `corrupt` when magic, digest, sizes or reserved
-/// bytes are off, `unsupported` for another format version. Bounded: never allocates more than bytes.size().
+/// Decodes the header at the front of `bytes` (which may be longer). `corrupt` when magic, digest, sizes or
+/// reserved bytes are off, `unsupported` for another format version. Never allocates more than bytes.size().
 Result<ExtentHeader> decode_extent_header(std::span<const std::byte> bytes);
 
 }  // namespace tokendepot

@@ -14,8 +14,8 @@ struct Manifest {
   NamespaceDigest digest;  // SHA-256 of `canonical`
 };
 
-/// Parses any JSON object (at most 1 MiB, nesting at most 64) and brings it to canonical form. invalid_argument
-/// says what is wrong otherwise. Numbers keep their JSON type: 1 and 1.0 differ.
+/// Parses any JSON object (at most 1 MiB, nesting at most 64) and brings it to canonical form.
+/// invalid_argument says what is wrong otherwise. Numbers keep their JSON type: 1 and 1.0 differ.
 Result<Manifest> make_manifest(std::string_view json);
 
 /// Checks stored bytes against the digest that their file name claims: `corrupt` when they differ.

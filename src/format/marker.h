@@ -18,7 +18,8 @@ struct Marker {
 };
 
 void encode_marker(const Marker& marker, std::span<std::byte, kPageBytes> out);
-/// `corrupt` for anything that is not a marker, `unsupported` (naming both versions) for another format version.
+/// `corrupt` for anything that is not a marker, `unsupported` (naming both versions) for another format
+/// version.
 Result<Marker> decode_marker(std::span<const std::byte> bytes);
 
 }  // namespace tokendepot

@@ -48,6 +48,13 @@ TEST(ManifestTest, canonical_form_is_its_own_canonical_form) {
   }
 }
 
+TEST(ManifestTest, numbers_and_escapes_have_one_form) {
+  EXPECT_EQ(canonical("{\"v\":[1e22,1E-7,100.00,1e5,0.0001,0.00001,1e14,1e15,-0,7]}"),
+            "{\"v\":[1e+22,1e-07,100.0,100000.0,0.0001,1e-05,100000000000000.0,1e+15,0,7]}");
+  EXPECT_EQ(canonical(R"({"v":"\u0001\u0008\u001f\u007f\/\u0022"})"),
+            "{\"v\":\"\\u0001\\b\\u001f\x7f/\\\"\"}");
+}
+
 TEST(ManifestTest, key_order_never_matters) {
   std::vector<std::string> members = {R"("model":"m")", R"("dtype":"bf16")", R"("layers":32)",
                                       R"("rope":{"b":1,"a":2})", R"("chunk_tokens":256)"};

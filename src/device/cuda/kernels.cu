@@ -1,0 +1,373 @@
+// Gather + digest and verify + scatter. A warp takes one 4 KiB page of the payload at a time: it moves
+// 16-byte vectors between the page and the paged cache and hashes what passes through its registers.
+//
+// XXH3-64 (https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md): sums over the 16 stripes of a 1
+// KiB block do not depend on their order, so the lanes of a warp share a block and are added up before each
+// scramble.
+#include "device/cuda/move.h"
+
+namespace tokendepot::cuda {
+namespace {
+
+constexpr uint32_t kThreads = 512;
+constexpr uint32_t kPage = 4096;
+constexpr uint64_t kPrime32_1 = 0x9E3779B1u;
+constexpr uint64_t kPrime32_2 = 0x85EBCA77u;
+constexpr uint64_t kPrime32_3 = 0xC2B2AE3Du;
+constexpr uint64_t kPrime64_1 = 0x9E3779B185EBCA87ull;
+constexpr uint64_t kPrime64_2 = 0xC2B2AE3D27D4EB4Full;
+constexpr uint64_t kPrime64_3 = 0x165667B19E3779F9ull;
+constexpr uint64_t kPrime64_4 = 0x85EBCA77C2B2AE63ull;
+constexpr uint64_t kPrime64_5 = 0x27D4EB2F165667C5ull;
+constexpr uint64_t kPrimeMx1 = 0x165667919E3779F9ull;
+constexpr uint64_t kPrimeMx2 = 0x9FB21C651E98DF25ull;
+
+__device__ uint64_t fold(uint64_t a, uint64_t b) {
+  return (a * b) ^ __umul64hi(a, b);
+}
+
+__device__ uint64_t avalanche3(uint64_t h) {
+  h ^= h >> 37;
+  h *= kPrimeMx1;
+  return h ^ (h >> 32);
+}
+
+/// Secret at a byte offset that need not be a multiple of 8.
+__device__ uint64_t secret_at(const Secret& secret, uint32_t byte) {
+  const uint32_t word = byte >> 3, shift = (byte & 7) * 8;
+  return shift == 0 ? secret.words[word]
+                    : (secret.words[word] >> shift) | (secret.words[word + 1] << (64 - shift));
+}
+
+__device__ uint64_t initial(uint32_t lane) {
+  switch (lane) {
+    case 0:
+      return kPrime32_3;
+    case 1:
+      return kPrime64_1;
+    case 2:
+      return kPrime64_2;
+    case 3:
+      return kPrime64_3;
+    case 4:
+      return kPrime64_4;
+    case 5:
+      return kPrime32_2;
+    case 6:
+      return kPrime64_5;
+    default:
+      return kPrime32_1;
+  }
+}
+
+__device__ uint64_t product(uint64_t keyed) {
+  return (keyed & 0xffffffffu) * (keyed >> 32);
+}
+
+/// Adds the 16-byte vector `v` of a stripe to accumulators 2j and 2j + 1; `byte` is the secret's offset for
+/// the stripe.
+__device__ void add(uint64_t& even, uint64_t& odd, const uint4& v, const Secret& secret, uint32_t byte,
+                    uint32_t j) {
+  const uint64_t low = v.x | (uint64_t{v.y} << 32);
+  const uint64_t high = v.z | (uint64_t{v.w} << 32);
+  even += high + product(low ^ secret_at(secret, byte + 16 * j));
+  odd += low + product(high ^ secret_at(secret, byte + 16 * j + 8));
+}
+
+__device__ uint64_t sum_over_groups(uint64_t value) {  // lanes that share lane % 4
+  value += __shfl_xor_sync(~0u, value, 4);
+  value += __shfl_xor_sync(~0u, value, 8);
+  return value + __shfl_xor_sync(~0u, value, 16);
+}
+
+__device__ uint64_t scramble(uint64_t acc, uint64_t key) {
+  return ((acc ^ (acc >> 47)) ^ key) * kPrime32_1;
+}
+
+/// XXH3-64 of one 4 KiB page whose vector i * 32 + lane is v[i]. All lanes get the digest.
+__device__ uint64_t page_digest(const uint4 (&v)[8], const Secret& secret, uint32_t lane) {
+  const uint32_t j = lane & 3;
+  uint64_t even = initial(2 * j), odd = initial(2 * j + 1);
+#pragma unroll
+  for (uint32_t block = 0; block < 4; ++block) {
+    uint64_t e = 0, o = 0;
+#pragma unroll
+    for (uint32_t half = 0; half < 2; ++half) {
+      const uint32_t stripe = half * 8 + (lane >> 2);  // of this block
+      // The page's last stripe is added apart, with the secret's tail.
+      const bool last = block == 3 && stripe == 15;
+      add(e, o, v[block * 2 + half], secret, last ? 192 - 64 - 7 : stripe * 8, j);
+    }
+    if (block < 3) {
+      even = scramble(even + sum_over_groups(e), secret.words[16 + 2 * j]);
+      odd = scramble(odd + sum_over_groups(o), secret.words[16 + 2 * j + 1]);
+    } else {
+      even += sum_over_groups(e);
+      odd += sum_over_groups(o);
+    }
+  }
+  uint64_t part = fold(even ^ secret_at(secret, 11 + 16 * j), odd ^ secret_at(secret, 11 + 16 * j + 8));
+  part += __shfl_xor_sync(~0u, part, 1);
+  part += __shfl_xor_sync(~0u, part, 2);
+  return avalanche3(part + kPage * kPrime64_1);
+}
+
+__device__ uint64_t swap64(uint64_t x) {
+  const uint32_t low = static_cast<uint32_t>(x), high = static_cast<uint32_t>(x >> 32);
+  return (uint64_t{__byte_perm(low, 0, 0x0123)} << 32) | __byte_perm(high, 0, 0x0123);
+}
+
+__device__ uint64_t mix16(const uint64_t* in, const Secret& secret, uint32_t byte) {
+  return fold(in[0] ^ secret_at(secret, byte), in[1] ^ secret_at(secret, byte + 8));
+}
+
+/// XXH3-64 of `count` words, by one thread. Short inputs have forms of their own in the specification.
+__device__ uint64_t digest_of_words(const volatile uint64_t* words, uint32_t count, const Secret& secret) {
+  const uint64_t bytes = uint64_t{count} * 8;
+  if (count == 1) {  // 4 to 8 bytes
+    const uint64_t w = words[0];
+    const uint64_t flip = secret.words[1] ^ secret.words[2];
+    const uint64_t input = (w >> 32) + (w << 32);
+    uint64_t h = input ^ flip;
+    h ^= ((h << 49) | (h >> 15)) ^ ((h << 24) | (h >> 40));
+    h *= kPrimeMx2;
+    h ^= (h >> 35) + bytes;
+    h *= kPrimeMx2;
+    return h ^ (h >> 28);
+  }
+  if (count == 2) {  // 9 to 16 bytes
+    const uint64_t low = words[0] ^ (secret.words[3] ^ secret.words[4]);
+    const uint64_t high = words[1] ^ (secret.words[5] ^ secret.words[6]);
+    return avalanche3(bytes + swap64(low) + high + fold(low, high));
+  }
+  if (count <= 16) {  // 17 to 128 bytes
+    uint64_t acc = bytes * kPrime64_1;
+    uint64_t in[2];
+    const uint32_t rounds = (static_cast<uint32_t>(bytes) - 1) / 32;
+    for (int i = static_cast<int>(rounds); i >= 0; --i) {
+      in[0] = words[2 * i];
+      in[1] = words[2 * i + 1];
+      acc += mix16(in, secret, 32 * i);
+      in[0] = words[count - 2 * i - 2];
+      in[1] = words[count - 2 * i - 1];
+      acc += mix16(in, secret, 32 * i + 16);
+    }
+    return avalanche3(acc);
+  }
+  if (count <= 30) {  // 129 to 240 bytes
+    uint64_t acc = bytes * kPrime64_1;
+    uint64_t in[2];
+    const uint32_t rounds = static_cast<uint32_t>(bytes) / 16;
+    for (uint32_t i = 0; i < 8; ++i) {
+      in[0] = words[2 * i];
+      in[1] = words[2 * i + 1];
+      acc += mix16(in, secret, 16 * i);
+    }
+    acc = avalanche3(acc);
+    for (uint32_t i = 8; i < rounds; ++i) {
+      in[0] = words[2 * i];
+      in[1] = words[2 * i + 1];
+      acc += mix16(in, secret, 16 * (i - 8) + 3);
+    }
+    in[0] = words[count - 2];
+    in[1] = words[count - 1];
+    acc += mix16(in, secret, 136 - 17);
+    return avalanche3(acc);
+  }
+  uint64_t acc[8];
+  for (uint32_t i = 0; i < 8; ++i) acc[i] = initial(i);
+  const uint32_t stripes = (count - 1) / 8;  // before the last one, which may overlap
+  for (uint32_t s = 0; s < stripes; ++s) {
+    const uint32_t in_block = s % 16;
+    for (uint32_t i = 0; i < 8; ++i) {
+      const uint64_t value = words[s * 8 + i];
+      acc[i ^ 1] += value;
+      acc[i] += product(value ^ secret.words[in_block + i]);
+    }
+    if (in_block == 15) {
+      for (uint32_t i = 0; i < 8; ++i) acc[i] = scramble(acc[i], secret.words[16 + i]);
+    }
+  }
+  for (uint32_t i = 0; i < 8; ++i) {
+    const uint64_t value = words[count - 8 + i];
+    acc[i ^ 1] += value;
+    acc[i] += product(value ^ secret_at(secret, 192 - 64 - 7 + 8 * i));
+  }
+  uint64_t result = bytes * kPrime64_1;
+  for (uint32_t i = 0; i < 4; ++i) {
+    result += fold(acc[2 * i] ^ secret_at(secret, 11 + 16 * i),
+                   acc[2 * i + 1] ^ secret_at(secret, 11 + 16 * i + 8));
+  }
+  return avalanche3(result);
+}
+
+/// Where 1 to 16 contiguous bytes of a shard lie in the cache; nullptr when they are not wanted here.
+struct Target {
+  uint8_t* at;
+  uint32_t run;  // bytes that stay contiguous from there
+};
+
+__device__ Target locate(const Move& move, uint32_t shard, uint32_t offset) {
+  if (move.page_bytes == 0) {
+    const uint32_t row = offset / move.row_bytes, byte = offset % move.row_bytes;
+    const uint32_t line = row / move.tokens, token = row % move.tokens;
+    const uint32_t layer = move.layer_begin + line / move.planes_per_layer,
+                   plane = line % move.planes_per_layer;
+    const uint32_t head = move.head_begin + move.first_shard + shard;
+    const uint32_t run = move.row_bytes - byte;
+    if (layer < move.cache_layer_begin || layer >= move.cache_layer_end) return {nullptr, run};
+    if (head < move.cache_head_begin || head >= move.cache_head_end) return {nullptr, run};
+    const int32_t block = move.blocks[token / move.block_tokens];
+    if (block < 0) return {nullptr, run};
+    const DevicePlane& p = move.planes[(layer - move.cache_layer_begin) * move.planes_per_layer + plane];
+    return {p.base + block * p.block_stride +
+                static_cast<int64_t>(head - move.cache_head_begin) * p.head_stride +
+                static_cast<int64_t>(token % move.block_tokens) * p.token_stride + byte,
+            run};
+  }
+  const uint32_t page = offset / move.page_bytes, byte = offset % move.page_bytes;
+  const uint32_t layer = move.layer_begin + move.first_shard + shard;
+  const int32_t block = move.blocks[page];
+  const DevicePlane* pieces = move.planes + (layer - move.cache_layer_begin) * move.planes_per_layer;
+  uint32_t i = 0;
+  while (byte >= pieces[i].piece_offset + pieces[i].piece_bytes) ++i;
+  const uint32_t inside = byte - pieces[i].piece_offset;
+  const uint32_t run = pieces[i].piece_bytes - inside;
+  if (block < 0) return {nullptr, run};
+  return {pieces[i].base + block * pieces[i].block_stride + inside, run};
+}
+
+/// `aligned`: rows, strides and bases are multiples of 16, so a vector never straddles a row.
+template <bool aligned>
+__device__ uint4 read_cache(const Move& move, uint32_t shard, uint64_t offset) {
+  uint4 value = {0, 0, 0, 0};
+  if (offset >= move.shard_bytes) return value;  // padding is zero
+  if (aligned) {
+    const Target from = locate(move, shard, static_cast<uint32_t>(offset));
+    return __ldcs(reinterpret_cast<const uint4*>(from.at));
+  }
+  auto* bytes = reinterpret_cast<uint8_t*>(&value);
+  const uint32_t wanted =
+      move.shard_bytes - offset < 16 ? static_cast<uint32_t>(move.shard_bytes - offset) : 16;
+  for (uint32_t done = 0; done < wanted;) {
+    const Target from = locate(move, shard, static_cast<uint32_t>(offset) + done);
+    const uint32_t run = from.run < wanted - done ? from.run : wanted - done;
+    for (uint32_t i = 0; i < run; ++i) bytes[done + i] = from.at[i];
+    done += run;
+  }
+  return value;
+}
+
+template <bool aligned>
+__device__ void write_cache(const Move& move, uint32_t shard, uint64_t offset, const uint4& value) {
+  if (offset >= move.shard_bytes) return;
+  if (aligned) {
+    const Target to = locate(move, shard, static_cast<uint32_t>(offset));
+    if (to.at != nullptr) __stcs(reinterpret_cast<uint4*>(to.at), value);
+    return;
+  }
+  const auto* bytes = reinterpret_cast<const uint8_t*>(&value);
+  const uint32_t wanted =
+      move.shard_bytes - offset < 16 ? static_cast<uint32_t>(move.shard_bytes - offset) : 16;
+  for (uint32_t done = 0; done < wanted;) {
+    const Target to = locate(move, shard, static_cast<uint32_t>(offset) + done);
+    const uint32_t run = to.run < wanted - done ? to.run : wanted - done;
+    for (uint32_t i = 0; to.at != nullptr && i < run; ++i) to.at[i] = bytes[done + i];
+    done += run;
+  }
+}
+
+/// Notes a page's digest; the warp that brings a shard's last page digests the shard and calls `finish` on
+/// one lane.
+template <typename Finish>
+__device__ void page_done(const Move& move, const Secret& secret, uint32_t shard, uint32_t page,
+                          uint64_t digest, uint32_t lane, const Finish& finish) {
+  if (lane != 0) return;
+  const auto pages = static_cast<uint32_t>(move.shard_stride / kPage);
+  volatile uint64_t* digests = move.page_digests + uint64_t{shard} * pages;
+  digests[page] = digest;
+  __threadfence();
+  if (atomicAdd(move.pages_done + shard, 1u) + 1 != pages) return;
+  __threadfence();
+  finish(shard, digest_of_words(digests, pages, secret));
+}
+
+template <bool aligned>
+__global__ void __launch_bounds__(kThreads) gather(const Move move, const __grid_constant__ Secret secret) {
+  const uint32_t lane = threadIdx.x & 31;
+  const auto pages = static_cast<uint32_t>(move.shard_stride / kPage);
+  const uint32_t total = pages * move.shards;
+  for (uint32_t p = (blockIdx.x * kThreads + threadIdx.x) >> 5; p < total; p += (gridDim.x * kThreads) >> 5) {
+    const uint32_t shard = p / pages, page = p % pages;
+    uint4 v[8];
+#pragma unroll
+    for (uint32_t i = 0; i < 8; ++i)
+      v[i] = read_cache<aligned>(move, shard, uint64_t{page} * kPage + (i * 32 + lane) * 16);
+    auto* out = reinterpret_cast<uint4*>(move.payload + uint64_t{p} * kPage) + lane;
+#pragma unroll
+    for (uint32_t i = 0; i < 8; ++i) out[i * 32] = v[i];
+    page_done(move, secret, shard, page, page_digest(v, secret, lane), lane,
+              [&](uint32_t s, uint64_t digest) { move.shard_digests[s] = digest; });
+  }
+}
+
+template <bool aligned>
+__global__ void __launch_bounds__(kThreads)
+    verify_scatter(const Move move, const __grid_constant__ Secret secret) {
+  const uint32_t lane = threadIdx.x & 31;
+  const auto pages = static_cast<uint32_t>(move.shard_stride / kPage);
+  const uint32_t total = pages * move.shards;
+  const uint32_t first = (blockIdx.x * kThreads + threadIdx.x) >> 5, step = (gridDim.x * kThreads) >> 5;
+  for (uint32_t p = first; p < total; p += step) {
+    const auto* in = reinterpret_cast<const uint4*>(move.payload + uint64_t{p} * kPage) + lane;
+    uint4 v[8];
+#pragma unroll
+    for (uint32_t i = 0; i < 8; ++i) v[i] = in[i * 32];
+    page_done(move, secret, p / pages, p % pages, page_digest(v, secret, lane), lane,
+              [&](uint32_t s, uint64_t digest) {
+                if (digest != move.shard_digests[s]) atomicExch(move.bad, 1u);
+              });
+  }
+  // All blocks of a cooperative launch are resident, so waiting for each other cannot hang.
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    atomicAdd(move.arrived, 1u);
+    while (*static_cast<volatile uint32_t*>(move.arrived) < gridDim.x) __nanosleep(64);
+    __threadfence();
+  }
+  __syncthreads();
+  const uint32_t bad = *static_cast<volatile uint32_t*>(move.bad);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *move.outcome = bad;
+  if (bad != 0) return;
+  for (uint32_t p = first; p < total; p += step) {
+    const uint32_t shard = p / pages, page = p % pages;
+    const auto* in = reinterpret_cast<const uint4*>(move.payload + uint64_t{p} * kPage) + lane;
+#pragma unroll
+    for (uint32_t i = 0; i < 8; ++i) {
+      write_cache<aligned>(move, shard, uint64_t{page} * kPage + (i * 32 + lane) * 16, __ldcs(in + i * 32));
+    }
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_gather(const Move& move, const Secret& secret, uint32_t blocks, bool aligned,
+                          cudaStream_t stream) {
+  if (aligned) {
+    gather<true><<<blocks, kThreads, 0, stream>>>(move, secret);
+  } else {
+    gather<false><<<blocks, kThreads, 0, stream>>>(move, secret);
+  }
+  return cudaGetLastError();
+}
+
+cudaError_t launch_scatter(const Move& move, const Secret& secret, uint32_t blocks, bool aligned,
+                           cudaStream_t stream) {
+  void* arguments[] = {const_cast<Move*>(&move), const_cast<Secret*>(&secret)};
+  const void* kernel = aligned ? reinterpret_cast<const void*>(verify_scatter<true>)
+                               : reinterpret_cast<const void*>(verify_scatter<false>);
+  return cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(kThreads), arguments, 0, stream);
+}
+
+}  // namespace tokendepot::cuda

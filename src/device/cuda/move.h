@@ -1,0 +1,61 @@
+// Launch parameters of the CUDA kernels: plain structs, so that nvcc (C++20) and the engine (C++23) share
+// them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace tokendepot::cuda {
+
+/// XXH3's default secret (192 bytes) as 64-bit words; uploaded from the xxhash library, so that both always
+/// agree.
+struct Secret {
+  uint64_t words[24];
+};
+
+/// One strided plane or piece of a layer in device memory. See Plane in tokendepot/layout.h.
+struct DevicePlane {
+  uint8_t* base;
+  int64_t block_stride;
+  int64_t head_stride;
+  int64_t token_stride;
+  uint32_t piece_bytes;
+  uint32_t piece_offset;  // of the piece in its page (opaque)
+};
+
+/// One extent between its payload and the paged cache. All pointers are device memory unless said otherwise.
+struct Move {
+  // The cache.
+  const DevicePlane* planes;  // [layer of the cache's part][plane or piece]
+  uint32_t planes_per_layer;
+  uint32_t block_tokens;
+  uint32_t row_bytes;   // canonical
+  uint32_t page_bytes;  // opaque; 0 says canonical
+  uint32_t cache_layer_begin, cache_layer_end;
+  uint32_t cache_head_begin, cache_head_end;
+  // The extent.
+  uint32_t layer_begin, layers;
+  uint32_t head_begin;
+  uint32_t tokens;
+  uint32_t first_shard, shards;  // the run that lies in `payload`
+  uint64_t shard_bytes, shard_stride;
+  const int32_t* blocks;  // -1 = leave out; mapped host memory or device memory
+  uint8_t* payload;
+  // Digests.
+  uint64_t* page_digests;   // one a page of the run
+  uint32_t* pages_done;     // [shards], zeroed before the launch
+  uint64_t* shard_digests;  // [shards], mapped host memory: gather writes; verify reads what is expected
+  uint32_t* bad;            // verify: becomes 1 when a shard differs; zeroed before the launch
+  uint32_t* arrived;        // verify + scatter: grid barrier, zeroed before the launch
+  uint32_t* outcome;        // mapped host memory: verify + scatter leaves `bad` here
+};
+
+/// Gather and digest in one kernel. `blocks` thread blocks of 512.
+cudaError_t launch_gather(const Move& move, const Secret& secret, uint32_t blocks, bool aligned,
+                          cudaStream_t stream);
+/// Verify and scatter in one cooperative kernel: nothing is written unless every shard of the run is right.
+cudaError_t launch_scatter(const Move& move, const Secret& secret, uint32_t blocks, bool aligned,
+                           cudaStream_t stream);
+
+}  // namespace tokendepot::cuda

@@ -1,0 +1,232 @@
+// The CUDA kernels against their host twins, bit for bit.
+#include <algorithm>
+#include <atomic>
+#include <thread>
+
+#include "device/cuda/cuda_device.h"
+#include "device/host_kernels.h"
+#include "device_memory.h"
+
+namespace tokendepot::testing {
+namespace {
+
+struct Outcome {
+  std::atomic<bool> done = false;
+  ScatterOutcome scatter = ScatterOutcome::gone;
+  bool gathered = false;
+  void wait() const {
+    while (!done) std::this_thread::yield();
+  }
+};
+
+void run(Device& device, ScatterWork work, Outcome& outcome) {
+  work.owner = &outcome;
+  work.done = [](ScatterWork* self, ScatterOutcome how) {
+    auto* at = static_cast<Outcome*>(self->owner);
+    at->scatter = how;
+    at->done = true;
+  };
+  device.submit(&work);
+  outcome.wait();
+}
+
+void run(Device& device, GatherWork work, Outcome& outcome) {
+  work.owner = &outcome;
+  work.done = [](GatherWork* self, bool ok) {
+    auto* at = static_cast<Outcome*>(self->owner);
+    at->gathered = ok;
+    at->done = true;
+  };
+  device.submit(&work);
+  outcome.wait();
+}
+
+CacheForm random_form(std::mt19937_64& random) {
+  CacheForm form;
+  GroupShape& shape = form.shape;
+  const bool opaque = random() % 3 == 0;
+  const bool odd = random() % 4 == 0;  // rows that are no multiple of 16 bytes
+  const auto layers = static_cast<uint16_t>(1 + random() % 5);
+  const auto heads = static_cast<uint16_t>(opaque ? 1 : 1 + random() % 6);
+  const uint32_t sizes[] = {1, 4, 16, 32};
+  shape.block_tokens = sizes[random() % 4];
+  shape.tokens = shape.block_tokens * static_cast<uint32_t>(1 + random() % 9);
+  shape.part = {2, static_cast<uint16_t>(2 + layers), 3, static_cast<uint16_t>(3 + heads)};
+  if (opaque) {
+    shape.kind = LayoutKind::opaque;
+    shape.planes = 0;
+    shape.page_bytes = static_cast<uint32_t>(odd ? 2 * (1 + random() % 3000) : 16 * (1 + random() % 600));
+  } else {
+    shape.planes = static_cast<uint16_t>(1 + random() % 2);
+    shape.row_bytes = static_cast<uint32_t>(odd ? 2 * (1 + random() % 100) : 16 * (1 + random() % 20));
+  }
+  form.heads_first = random() % 2 == 0;
+  form.two_pieces = opaque && random() % 2 == 0;
+  form.blocks = shape.blocks() * 2 + static_cast<uint32_t>(random() % 20);
+  return form;
+}
+
+ExtentHeader header_of(const GroupShape& shape, const std::vector<uint64_t>& digests) {
+  ExtentHeader header;
+  header.kind = shape.kind;
+  header.part = shape.part;
+  header.tokens = shape.tokens;
+  header.block_tokens = shape.block_tokens;
+  header.planes = shape.planes;
+  header.row_bytes = shape.row_bytes;
+  header.page_bytes = shape.page_bytes;
+  header.shard_digests = digests;
+  return header;
+}
+
+class CudaDeviceTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    SKIP_WITHOUT_GPU();
+    auto made = make_cuda_device(0, 512ull << 20, 128ull << 20);
+    ASSERT_TRUE(made) << made.error().message;
+    device_ = std::move(*made);
+  }
+  std::unique_ptr<Device> device_;
+};
+
+TEST_F(CudaDeviceTest, GatherAndScatterEqualTheirHostTwinsOnRandomShapes) {
+  for (uint64_t seed = 0; seed < 400; ++seed) {
+    SCOPED_TRACE(seed);
+    std::mt19937_64 random(seed);
+    const CacheForm form = random_form(random);
+    const GroupShape& shape = form.shape;
+    auto host_bytes = random_bytes(form.bytes(), seed);
+    DeviceMemory memory(form.bytes());
+    memory.upload(host_bytes);
+    const auto host = form.at(reinterpret_cast<std::byte*>(host_bytes.data()));
+    // The device keeps what it learns of a cache by its address, as Depot's caches live as long as it does.
+    static std::vector<std::unique_ptr<PagedCache>> attached;
+    attached.push_back(std::make_unique<PagedCache>(form.at(memory.data())));
+    ASSERT_TRUE(validate(host));
+
+    std::vector<int32_t> order(form.blocks);
+    for (uint32_t i = 0; i < form.blocks; ++i) order[i] = static_cast<int32_t>(i);
+    std::ranges::shuffle(order, random);
+    const std::vector<int32_t> from(order.begin(), order.begin() + shape.blocks());
+    const uint64_t payload = shape.payload_bytes();
+    std::vector<std::byte> expected(payload, std::byte{0xAA});
+    std::byte* const actual = device_->slab().allocate(payload);
+    ASSERT_NE(actual, nullptr);
+    std::memset(actual, 0x55, payload);
+    std::vector<uint64_t> expected_digests(shape.shards()), digests(shape.shards());
+    GatherWork gather;
+    gather.cache = &host;
+    gather.blocks = from;
+    gather.payload = expected;
+    gather.digests = expected_digests;
+    gather_and_digest(gather);
+    gather.cache = attached.back().get();
+    gather.payload = {actual, payload};
+    gather.digests = digests;
+    Outcome gathered;
+    run(*device_, gather, gathered);
+    ASSERT_TRUE(gathered.gathered);
+    ASSERT_EQ(std::memcmp(expected.data(), actual, payload), 0);
+    ASSERT_EQ(expected_digests, digests);
+
+    const ExtentHeader header = header_of(shape, digests);
+    std::vector<int32_t> to(shape.blocks());
+    for (uint32_t i = 0; i < shape.blocks(); ++i)
+      to[i] = random() % 5 == 0 ? kSkipBlock : order[form.blocks - 1 - i];
+    if (random() % 3 == 0) {
+      const uint64_t at = random() % payload;
+      expected[at] ^= std::byte{4};
+      actual[at] ^= std::byte{4};
+    }
+    ScatterWork scatter;
+    scatter.cache = &host;
+    scatter.header = &header;
+    scatter.first_shard = static_cast<uint32_t>(random() % shape.shards());
+    scatter.shards = 1 + static_cast<uint32_t>(random() % (shape.shards() - scatter.first_shard));
+    const uint64_t begin = scatter.first_shard * shape.shard_stride();
+    scatter.payload = {expected.data() + begin, scatter.shards * shape.shard_stride()};
+    scatter.blocks = to;
+    const ScatterOutcome twin = verify_and_scatter(scatter);
+    scatter.cache = attached.back().get();
+    scatter.payload = {actual + begin, scatter.payload.size()};
+    Outcome scattered;
+    run(*device_, scatter, scattered);
+    ASSERT_EQ(scattered.scatter, twin);
+    ASSERT_TRUE(memory.download() == host_bytes)
+        << "cells differ, or cells were touched that nobody asked for";
+    device_->slab().release(actual);
+  }
+}
+
+TEST_F(CudaDeviceTest, BlocksOnBothSidesOfTwoAndFourGiBAreExact) {
+  CacheForm form;
+  form.shape.kind = LayoutKind::opaque;
+  form.shape.planes = 0;
+  form.shape.part = {0, 1, 0, 1};
+  form.shape.block_tokens = 16;
+  form.shape.tokens = 16 * 5;
+  form.shape.page_bytes = 1'002'240;
+  form.blocks = 4'400;
+  DeviceMemory memory(form.bytes());
+  must(cudaMemset(memory.data(), 0xEE, memory.size()));
+  const PagedCache cache = form.at(memory.data());
+  const std::vector<int32_t> blocks{0, 2142, 2143, 4285, 4286};
+  std::vector<std::vector<uint8_t>> pages;
+  for (const int32_t block : blocks) {
+    pages.push_back(random_bytes(form.shape.page_bytes, static_cast<uint64_t>(block)));
+    must(cudaMemcpy(memory.data() + int64_t{block} * form.shape.page_bytes, pages.back().data(),
+                    pages.back().size(), cudaMemcpyHostToDevice));
+  }
+  const uint64_t payload = form.shape.payload_bytes();
+  std::byte* const staging = device_->slab().allocate(payload);
+  std::vector<uint64_t> digests(1);
+  GatherWork gather;
+  gather.cache = &cache;
+  gather.blocks = blocks;
+  gather.payload = {staging, payload};
+  gather.digests = digests;
+  Outcome gathered;
+  run(*device_, gather, gathered);
+  ASSERT_TRUE(gathered.gathered);
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    ASSERT_EQ(std::memcmp(staging + i * form.shape.page_bytes, pages[i].data(), pages[i].size()), 0)
+        << blocks[i];
+  }
+  const std::vector<int32_t> to{1, 2141, 2144, 4284, 4287};
+  const ExtentHeader header = header_of(form.shape, digests);
+  ScatterWork scatter;
+  scatter.cache = &cache;
+  scatter.header = &header;
+  scatter.shards = 1;
+  scatter.payload = {staging, payload};
+  scatter.blocks = to;
+  Outcome scattered;
+  run(*device_, scatter, scattered);
+  ASSERT_EQ(scattered.scatter, ScatterOutcome::ok);
+  std::vector<uint8_t> page(form.shape.page_bytes);
+  for (size_t i = 0; i < to.size(); ++i) {
+    must(cudaMemcpy(page.data(), memory.data() + int64_t{to[i]} * form.shape.page_bytes, page.size(),
+                    cudaMemcpyDeviceToHost));
+    ASSERT_EQ(page, pages[i]) << to[i];
+  }
+}
+
+TEST_F(CudaDeviceTest, ADeviceSlabLargerThanTheFreeMemoryIsRefusedByName) {
+  const auto refused = make_cuda_device(0, 1ull << 50, 1 << 20);
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().kind, ErrorKind::no_space);
+  EXPECT_NE(refused.error().message.find("device_slab"), std::string::npos);
+}
+
+TEST_F(CudaDeviceTest, TheDevicesThreadMakesNoSecondContext) {
+  size_t before = 0, after = 0, total = 0;
+  must(cudaMemGetInfo(&before, &total));
+  auto second = make_cuda_device(0, 64ull << 20, 16ull << 20);
+  ASSERT_TRUE(second);
+  must(cudaMemGetInfo(&after, &total));
+  EXPECT_LT(before - after, (64ull << 20) + (50ull << 20));
+}
+
+}  // namespace
+}  // namespace tokendepot::testing

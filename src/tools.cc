@@ -255,6 +255,7 @@ Result<std::vector<NamespaceInfo>> read_namespaces(const std::string& path, Repl
     info.bytes += extent.where.bytes;
   }
   std::vector<NamespaceInfo> namespaces;
+  namespaces.reserve(by_prefix.size());
   for (auto& [prefix, info] : by_prefix) namespaces.push_back(std::move(info));
   std::ranges::sort(namespaces, {}, &NamespaceInfo::digest_hex);
   return namespaces;
@@ -279,6 +280,7 @@ std::vector<SegmentInfo> describe_segments(const Replay& replay) {
     info.live_bytes += extent.where.bytes;
   }
   std::vector<SegmentInfo> segments;
+  segments.reserve(infos.size());
   for (auto& [id, info] : infos) segments.push_back(std::move(info));
   return segments;
 }

@@ -7,6 +7,13 @@
 
 namespace tokendepot::py {
 
+nb::object to_str(std::string_view text) {
+  PyObject* decoded =
+      PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "backslashreplace");
+  if (decoded == nullptr) throw nb::python_error();
+  return nb::steal(decoded);
+}
+
 std::string_view text_or_bytes(nb::handle value, const char* what) {
   if (PyBytes_Check(value.ptr())) return view(nb::borrow<nb::bytes>(value));
   if (PyUnicode_Check(value.ptr())) {
@@ -85,7 +92,7 @@ std::vector<T> from_items(PyObject* const* items, size_t count, const char* what
         PyLong_AsLongLongAndOverflow(items[i], &overflow);  // takes anything with __index__
     if (value == -1 && overflow == 0 && PyErr_Occurred() != nullptr) throw nb::python_error();
     if (overflow != 0 || !std::in_range<T>(value)) {
-      out_of_range<T>(what, i, nb::cast<std::string_view>(nb::str(nb::handle(items[i]))));
+      out_of_range<T>(what, i, nb::str(nb::handle(items[i])).c_str());
     }
     out.push_back(static_cast<T>(value));
   }

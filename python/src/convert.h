@@ -13,6 +13,7 @@
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <typeinfo>
 #include <utility>
 #include <vector>
 
@@ -64,6 +65,9 @@ inline nb::bytes to_bytes(std::span<const std::byte> bytes) {
   return nb::bytes(bytes.data(), bytes.size());
 }
 
+/// Text that may hold any bytes (file names of others, messages that quote them) as a str.
+nb::object to_str(std::string_view text);
+
 /// str (as UTF-8) or bytes. The object must outlive the view.
 std::string_view text_or_bytes(nb::handle value, const char* what);
 
@@ -82,6 +86,16 @@ nb::bytes digest_to_bytes(const Digest& digest) {
 }
 
 std::vector<Key> keys_from(const nb::bytes& bytes);
+
+/// A value of the type asked for, or a TypeError that names what it should have been.
+template <typename T>
+T typed(nb::handle value, const char* what) {
+  try {
+    return nb::cast<T>(value);
+  } catch (const std::bad_cast&) {
+    throw nb::type_error(fmt::format("expected {}", what).c_str());
+  }
+}
 
 using PartTuple = std::tuple<uint16_t, uint16_t, uint16_t, uint16_t>;
 inline Part part_from(const PartTuple& p) {

@@ -106,7 +106,7 @@ nb::bytes register_namespace(Handle& self, const std::string& manifest_json) {
 
 std::vector<GroupWant> wants_from(nb::sequence wants) {
   std::vector<GroupWant> out;
-  for (nb::handle want : wants) out.push_back(nb::cast<const GroupWant&>(want));
+  for (nb::handle want : wants) out.push_back(typed<GroupWant>(want, "a GroupWant"));
   return out;
 }
 
@@ -133,7 +133,8 @@ nb::bytes plan_load(Handle& self, const nb::bytes& ns, const nb::bytes& keys, nb
       blocks;  // what the spans below point into: moving the outer vector keeps it valid
   std::vector<Depot::LoadGroup> wanted;
   for (nb::handle item : groups) {
-    const auto [want, first_chunk, blocks_per_chunk, ids] = nb::cast<GroupTuple>(item);
+    const auto [want, first_chunk, blocks_per_chunk, ids] =
+        typed<GroupTuple>(item, "groups of (GroupWant, first chunk, blocks per chunk, block ids)");
     blocks.push_back(integers_from<int32_t>(ids, "blocks"));
     wanted.push_back({want, first_chunk, blocks_per_chunk, blocks.back()});
   }
@@ -166,9 +167,9 @@ void attach(Handle& self, uint16_t group, std::string_view kind, const PartTuple
   cache.block_count = block_count;
   for (nb::handle layer : layers) {
     auto& planes = cache.layers.emplace_back();
-    for (nb::handle plane : nb::cast<nb::sequence>(layer)) {
+    for (nb::handle plane : typed<nb::sequence>(layer, "layers as sequences of planes")) {
       const auto [address, block_stride, head_stride, token_stride, piece_bytes] =
-          nb::cast<PlaneTuple>(plane);
+          typed<PlaneTuple>(plane, "planes of (address, block, head and token stride, piece bytes)");
       planes.push_back({reinterpret_cast<std::byte*>(static_cast<uintptr_t>(address)), block_stride,
                         head_stride, token_stride, piece_bytes});
     }
@@ -222,7 +223,7 @@ nb::bytes plan_store(const nb::bytes& ns, nb::sequence items) {
   StorePlan plan{digest_from<NamespaceDigest>(ns, "namespace"), {}};
   using Item = std::tuple<nb::bytes, uint32_t, uint16_t, nb::object>;
   for (nb::handle value : items) {
-    const auto [key, chunk, group, blocks] = nb::cast<Item>(value);
+    const auto [key, chunk, group, blocks] = typed<Item>(value, "items of (key, chunk, group, block ids)");
     plan.items.push_back(
         {digest_from<Key>(key, "key"), chunk, group, integers_from<int32_t>(blocks, "blocks")});
   }

@@ -62,7 +62,8 @@ using Media = std::tuple<nb::object, uint64_t, uint64_t>;
 
 size_t append(SharedChain& self, nb::handle tokens, nb::sequence media) {
   std::vector<Media> kept;  // owns the objects that the views below point into
-  for (nb::handle item : media) kept.push_back(nb::cast<Media>(item));
+  for (nb::handle item : media)
+    kept.push_back(typed<Media>(item, "media of (content hash, first token, tokens)"));
   std::vector<MediaSpan> spans;
   for (const auto& [hash, first, count] : kept)
     spans.push_back({text_or_bytes(hash, "content hash"), first, count});

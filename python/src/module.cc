@@ -15,7 +15,7 @@ void translate(const std::exception_ptr& pointer, void*) {
   } catch (const DepotException& exception) {
     const Error& error = exception.error();
     try {
-      nb::object raised = nb::borrow(depot_error)(nb::str(error.message.c_str(), error.message.size()));
+      nb::object raised = nb::borrow(depot_error)(to_str(error.message));
       raised.attr("kind") = name(error.kind);
       raised.attr("errno") = error.os_errno;
       PyErr_SetObject(depot_error, raised.ptr());

@@ -89,7 +89,7 @@ nb::dict inspect(const std::string& path) {
   out["segments"] = describe_all(info.segments);
   out["journals"] = describe_all(info.journals);
   nb::list foreign;
-  for (const std::string& file : info.foreign_files) foreign.append(nb::str(file.c_str(), file.size()));
+  for (const std::string& file : info.foreign_files) foreign.append(to_str(file));
   out["foreign_files"] = foreign;
   out["extents"] = extents;
   out["live_bytes"] = live_bytes;
@@ -122,7 +122,7 @@ nb::list list(const std::string& path) {
 
 template <typename T>
 T field(nb::handle dict, const char* name) {
-  return nb::cast<T>(nb::object(dict[name]));
+  return typed<T>(nb::object(dict[name]), "extents as list_extents() gives them");
 }
 
 std::vector<StoredExtent> extents_from(nb::sequence extents) {
@@ -154,7 +154,7 @@ nb::list verify(const std::string& path, nb::sequence extents) {
     }
   }
   nb::list out;
-  for (const std::string& result : results) out.append(result);
+  for (const std::string& result : results) out.append(to_str(result));
   return out;
 }
 

@@ -193,6 +193,13 @@ Status File::sync() const {
   return {};
 }
 
+bool File::is_at_its_path() const {
+  struct stat here;
+  struct stat there;
+  return ::fstat(fd_, &here) == 0 && ::lstat(path_.c_str(), &there) == 0 && here.st_dev == there.st_dev &&
+         here.st_ino == there.st_ino;
+}
+
 Result<bool> File::try_lock_exclusive() const {
   struct flock lock{};
   lock.l_type = F_WRLCK;

@@ -42,6 +42,8 @@ class File {
   Status preallocate(uint64_t bytes) const;
   Status truncate(uint64_t bytes) const;
   Status sync() const;  // fdatasync
+  /// Whether path() still names this very file: false after it was renamed, replaced or removed.
+  bool is_at_its_path() const;
 
   /// Open-file-description lock over the whole file, never waiting. False = somebody else (another process, or
   /// another open of this process) has it. Freed when the last copy of the descriptor closes, also by kill -9.

@@ -60,10 +60,10 @@ class ThreadEngine final : public IoEngine {
   }
 
   void submit(IoOperation* operation) override {
-    {
-      const std::lock_guard lock(mutex_);
-      queue_.push(operation);
-    }
+    // Notified under the lock: once `done` was called the owner may destroy the engine, which waits for the
+    // lock.
+    const std::lock_guard lock(mutex_);
+    queue_.push(operation);
     wake_.notify_one();
   }
 

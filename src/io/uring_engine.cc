@@ -68,12 +68,10 @@ class UringEngine final : public IoEngine {
   }
 
   void submit(IoOperation* operation) override {
-    bool first;
-    {
-      const std::lock_guard lock(mutex_);
-      first = incoming_.empty();
-      incoming_.push(operation);
-    }
+    // All under the lock: once `done` was called the owner may destroy the engine, which waits for the lock.
+    const std::lock_guard lock(mutex_);
+    const bool first = incoming_.empty();
+    incoming_.push(operation);
     // Behind another one the thread is awake or about to be; the thread itself looks before it sleeps.
     if (first && std::this_thread::get_id() != thread_.get_id()) wake();
   }

@@ -1,0 +1,107 @@
+"""How things look in a terminal: sizes, ages, tables that fit 80 columns, a progress bar for what takes long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+SHORT_DIGEST = 12
+PATIENCE_S = 1.0  # what ends sooner needs no progress shown
+LINE_EVERY_S = 10.0
+
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def clean(text: str) -> str:
+    """Text of others on one line: control characters cannot steer the terminal."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def size(count: int) -> str:
+    if count < 1024:
+        return f"{count} B"
+    value = float(count)
+    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
+        value /= 1024
+        if value < 999.95:
+            break
+    return f"{value:.1f} {unit}"
+
+
+def number(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def age(seconds_since_1970: float) -> str:
+    if seconds_since_1970 <= 0:
+        return "never"
+    passed = max(0.0, time.time() - seconds_since_1970)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if passed >= length:
+            return f"{int(passed / length)} {unit} ago"
+    return f"{int(passed)} s ago"
+
+
+def say(*parts: str) -> None:
+    out.print(Text(" ".join(parts)), soft_wrap=True)
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], wide: int = -1) -> None:
+    """Columns whose name starts with ">" are right-aligned. Column `wide` is the one that gives way to the width."""
+    out.print(Text(title, style="bold"))
+    view = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    for i, column in enumerate(columns):
+        right = column.startswith(">")
+        view.add_column(
+            Text(column.removeprefix(">")), justify="right" if right else "left", no_wrap=i != wide, overflow="fold"
+        )
+    for row in rows:
+        view.add_row(*(Text(clean(cell)) for cell in row))
+    out.print(view)
+
+
+@contextmanager
+def progress_of_bytes(what: str, total: int) -> Iterator:
+    """Yields a function that is told how many more bytes are done. Shows a bar on a terminal, else a line now and then."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+    )
+    task = bar.add_task(what, total=total)
+    began = last_line = time.monotonic()
+    done = 0
+    shown = False
+
+    def advance(count: int) -> None:
+        nonlocal done, last_line, shown
+        done += count
+        bar.advance(task, count)
+        now = time.monotonic()
+        if now - began < PATIENCE_S:
+            return
+        if err.is_terminal:
+            if not shown:
+                bar.start()
+                shown = True
+        elif now - last_line >= LINE_EVERY_S or not shown:
+            err.print(Text(f"{what}: {size(done)} of {size(total)}"))
+            last_line, shown = now, True
+
+    try:
+        yield advance
+    finally:
+        if bar.live.is_started:
+            bar.stop()

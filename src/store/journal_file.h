@@ -46,6 +46,7 @@ class JournalReader {
   uint64_t next_index_ = 0;
   uint64_t bad_records_ = 0;
   bool has_tail_ = false;
+  uint64_t size_seen_ = 0;
 };
 
 /// Appends to one journal while holding its lock. Not thread-safe.
@@ -53,9 +54,10 @@ class JournalWriter {
  public:
   /// A new journal with a random writer id in `directory`, locked.
   static Result<JournalWriter> create(const std::string& directory);
-  /// Takes over a dead writer's journal. nullopt: a live writer holds it. `next_index` as its reader found
-  /// it; the tail behind that is cut off (by the lock's holder only). Call read_new once more between lock
-  /// and append: use lock() first, then append_at().
+  /// Takes over a dead writer's journal. nullopt: a live writer holds it; `not_found` also when its owner
+  /// removed it while we took the lock. `next_index` as its reader found it; the tail behind that is cut off
+  /// (by the lock's holder only). Call read_new once more between lock and append: use lock() first, then
+  /// append_at().
   static Result<std::optional<JournalWriter>> lock(const std::string& path, uint64_t writer);
   Status append_at(uint64_t next_index);
 

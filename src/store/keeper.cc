@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdlib>
 
+#include "base/errors.h"
 #include "base/log.h"
 #include "io/io_thread.h"
 
@@ -13,6 +14,18 @@ namespace {
 constexpr auto kSlowInterval = std::chrono::seconds(1);
 constexpr uint32_t kRoundsPerTidying = 10;
 constexpr uint64_t kCopyPiece = 4ull << 20;
+
+/// Keeps this process from evicting a segment that it is copying.
+struct SegmentInUse {
+  SegmentInUse(SegmentTable& table, uint32_t segment_slot) : segments(table), slot(segment_slot) {
+    segments.acquire(slot);
+  }
+  ~SegmentInUse() { segments.release(slot); }
+  SegmentInUse(const SegmentInUse&) = delete;
+  SegmentInUse& operator=(const SegmentInUse&) = delete;
+  SegmentTable& segments;
+  const uint32_t slot;
+};
 
 }  // namespace
 
@@ -107,6 +120,7 @@ bool Keeper::demote(size_t tier, uint32_t slot) {
   if (!state.sealed || state.extents == 0 || !is_wanted_below(tier, slot, &below)) return false;
   auto source = tiers_[tier].root->files().open(segment.id);
   if (!source) return false;
+  const SegmentInUse in_use(segments_, slot);
   RootWriter& target = *tiers_[below].writer;
   auto copy =
       target.open_copy(segment.id, (*source)->bytes, [this, below](uint32_t next) { demote(below, next); });
@@ -116,6 +130,8 @@ bool Keeper::demote(size_t tier, uint32_t slot) {
   const uint64_t used = std::min(align_up(state.used_bytes), (*source)->bytes);
   Status moved;
   for (uint64_t at = 0; at < used && moved; at += kCopyPiece) {
+    if (stop_) moved = fail(ErrorKind::closed, "the depot is closing");
+    if (!moved) break;
     const std::span<std::byte> bytes(piece.get(), std::min(kCopyPiece, used - at));
     moved = (*source)->file.read_at(bytes, at);
     if (moved) moved = copy->write_at(bytes, at);
@@ -135,19 +151,16 @@ bool Keeper::demote(size_t tier, uint32_t slot) {
 void Keeper::run_slow() {
   std::unique_lock lock(mutex_);
   for (uint32_t round = 1; !stop_; ++round) {
-    wake_slow_.wait_for(lock, kSlowInterval, [this] { return stop_; });
+    wake_slow_.wait_for(lock, kSlowInterval, [this] { return stop_.load(); });
     if (stop_) return;
     lock.unlock();
     for (size_t tier = 0; tier + 1 < tiers_.size(); ++tier) {
       for (const auto& [slot, segment] : segments_.present_segments(tiers_[tier].root->index())) {
-        {
-          std::lock_guard stopping(mutex_);
-          if (stop_) break;
-        }
+        if (stop_) break;
         demote(tier, slot);
       }
     }
-    if (round % kRoundsPerTidying == 0) {
+    if (round % kRoundsPerTidying == 0 && !stop_) {
       for (const Tier& tier : tiers_) {
         if (tier.writer == nullptr) continue;
         tier.writer->tend_dead_writers();

@@ -6,6 +6,7 @@
 // process dies.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <functional>
 #include <memory>
@@ -59,7 +60,7 @@ class Keeper {
   std::condition_variable wake_fast_;
   std::condition_variable wake_slow_;
   bool woken_ = false;
-  bool stop_ = false;
+  std::atomic<bool> stop_ = false;
   std::string last_complaint_;
   std::thread fast_;
   std::thread slow_;

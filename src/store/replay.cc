@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "base/errors.h"
 #include "base/log.h"
 
 namespace tokendepot {
@@ -37,12 +38,12 @@ void Replay::find_journals() {
       ++at;
       continue;
     }
-    read(at->second);
+    (void)read(at->second);
     at = journals_.erase(at);
   }
 }
 
-void Replay::read(JournalReader& reader) {
+Status Replay::read(JournalReader& reader) {
   const uint64_t bad_before = reader.bad_records();
   const auto count = reader.read_new([this](const Record& record) { apply(record); });
   if (count) records_ += *count;
@@ -52,12 +53,17 @@ void Replay::read(JournalReader& reader) {
     log(LogLevel::warning, "root \"{}\": journal {} has {} damaged records; what they spoke of is not served",
         root_.path(), journal_name(reader.writer()), bad);
   }
+  if (!count) return std::unexpected(count.error());
+  return {};
 }
 
 Status Replay::first() {
   std::lock_guard lock(read_mutex_);
   find_journals();
-  for (auto& [writer, reader] : journals_) read(reader);
+  for (auto& [writer, reader] : journals_) {
+    if (auto whole = read(reader); !whole)
+      log(LogLevel::warning, "root \"{}\": {}", root_.path(), whole.error().message);
+  }
   // Listed after reading: a record follows the file that it speaks of.
   const auto entries = list_directory(root_.segments_dir());
   if (!entries) {
@@ -83,7 +89,7 @@ Status Replay::first() {
 void Replay::poll() {
   std::lock_guard lock(read_mutex_);
   find_journals();
-  for (auto& [writer, reader] : journals_) read(reader);
+  for (auto& [writer, reader] : journals_) (void)read(reader);
 }
 
 std::vector<uint64_t> Replay::writers() const {
@@ -93,26 +99,19 @@ std::vector<uint64_t> Replay::writers() const {
   return found;
 }
 
-uint64_t Replay::next_index(uint64_t writer) const {
-  std::lock_guard lock(read_mutex_);
-  const auto found = journals_.find(writer);
-  return found == journals_.end() ? 0 : found->second.next_index();
-}
-
-uint64_t Replay::take_over(uint64_t writer) {
+void Replay::take_over(uint64_t writer) {
   std::lock_guard lock(read_mutex_);
   own_journal_ = writer;
-  uint64_t next = 0;
-  if (const auto found = journals_.find(writer); found != journals_.end()) {
-    next = found->second.next_index();
-    journals_.erase(found);
-  }
-  return next;
+  journals_.erase(writer);
 }
 
-void Replay::catch_up(uint64_t writer) {
+Result<uint64_t> Replay::catch_up(uint64_t writer) {
   std::lock_guard lock(read_mutex_);
-  if (const auto found = journals_.find(writer); found != journals_.end()) read(found->second);
+  const auto found = journals_.find(writer);
+  if (found == journals_.end())
+    return fail(ErrorKind::not_found, "root \"{}\": journal {} is gone", root_.path(), journal_name(writer));
+  if (auto whole = read(found->second); !whole) return std::unexpected(whole.error());
+  return found->second.next_index();
 }
 
 uint32_t Replay::slot_of(const SegmentId& id) {

@@ -29,14 +29,13 @@ class Replay {
 
   /// Applies a record that this process wrote itself (its own journal is not tailed).
   void apply(const Record& record);
-  /// The journal from now on written by this process. Returns how far it was read (0 for a new one).
-  uint64_t take_over(uint64_t writer);
-  /// Reads one journal to its end now.
-  void catch_up(uint64_t writer);
+  /// The journal is from now on written by this process.
+  void take_over(uint64_t writer);
+  /// Reads another writer's journal to its end now. Returns the index behind its last good record.
+  /// Errors: it is not known, or could not be read to its end (then nobody may cut off the rest).
+  Result<uint64_t> catch_up(uint64_t writer);
   /// The writers of all journals found so far, this process's own left out.
   std::vector<uint64_t> writers() const;
-  /// Index behind the last good record of another writer's journal.
-  uint64_t next_index(uint64_t writer) const;
 
   uint64_t records() const { return records_; }
   uint64_t bad_records() const { return bad_records_; }
@@ -45,7 +44,7 @@ class Replay {
 
  private:
   void find_journals();
-  void read(JournalReader& reader);
+  Status read(JournalReader& reader);
   uint32_t slot_of(const SegmentId& id);
   std::optional<PartId> part_of(const Record& record);
 

@@ -42,13 +42,17 @@ Status Root::open_marker() {
   if (!content && content.error().kind == ErrorKind::not_found) {
     const auto entries = list_directory(path());
     if (!entries) return std::unexpected(entries.error());
+    // Another process may make the same depot at this moment; its marker comes before all else.
+    content = read_file(file, 1 << 16);
     for (const DirectoryEntry& entry : *entries) {
-      if (entry.name == "lost+found" || entry.name.starts_with(".tmp-")) continue;
+      if (content || entry.name == "lost+found" || entry.name.starts_with(".tmp-")) continue;
       return fail(ErrorKind::invalid_argument,
                   "root \"{}\" holds something else (\"{}\") and no DEPOT marker; expected an empty "
                   "directory or a depot",
                   path(), entry.name);
     }
+  }
+  if (!content && content.error().kind == ErrorKind::not_found) {
     if (!writable_) {
       return fail(ErrorKind::permission,
                   "root \"{}\" is not a depot yet and cannot be written to make it one", path());
@@ -150,7 +154,7 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
   if (root->writable_ && root->segment_bytes_ * 3 > options.capacity_bytes) {
     return fail(ErrorKind::invalid_argument,
                 "root \"{}\": capacity={} holds fewer than 3 segments of {} bytes; give at least {} bytes",
-                options.path, options.capacity_bytes, root->segment_bytes_, root->segment_bytes_ * 3);
+                options.path, options.capacity_bytes, root->segment_bytes(), root->segment_bytes() * 3);
   }
   if (auto marked = root->open_marker(); !marked) return std::unexpected(marked.error());
   if (auto chosen = root->choose_transport(*system, depot.io_depth); !chosen)
@@ -158,19 +162,21 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
   root->files_ =
       std::make_unique<SegmentFiles>(root->segments_dir(), root->mapped_, root->direct_, files_kept_open());
   log(LogLevel::info, "root \"{}\": {} ({}), capacity {} MiB, segments of {} MiB{}", options.path,
-      root->transport_, root->reason_, options.capacity_bytes / kMiB, root->segment_bytes_ / kMiB,
+      root->transport_, root->reason_, options.capacity_bytes / kMiB, root->segment_bytes() / kMiB,
       root->writable_ ? "" : ", read-only");
   return root;
 }
 
 Status Root::fit_extent(uint64_t extent_bytes) {
-  const uint64_t wanted = std::max(segment_bytes_, align_up(extent_bytes));
+  uint64_t before = segment_bytes_;
+  const uint64_t wanted = std::max(before, align_up(extent_bytes));
   if (wanted * 3 > capacity()) {
     return fail(ErrorKind::invalid_argument,
                 "root \"{}\": capacity={} is too small for extents of {} bytes; give at least {} bytes",
                 path(), capacity(), extent_bytes, wanted * 3);
   }
-  segment_bytes_ = wanted;
+  while (before < wanted && !segment_bytes_.compare_exchange_weak(before, wanted)) {
+  }
   return {};
 }
 

@@ -4,6 +4,7 @@
 // system is read-only is served read-only. Files that the depot did not create are left alone.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -65,7 +66,7 @@ class Root {
   bool writable_ = false;
   bool mapped_ = false;
   bool direct_ = false;
-  uint64_t segment_bytes_ = 0;
+  std::atomic<uint64_t> segment_bytes_ = 0;
   std::string transport_;
   std::string reason_;
   std::unique_ptr<IoEngine> engine_;

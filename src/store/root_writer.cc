@@ -1,7 +1,6 @@
 #include "store/root_writer.h"
 
 #include <algorithm>
-#include <set>
 
 #include "base/errors.h"
 #include "base/log.h"
@@ -33,19 +32,27 @@ Status RootWriter::append(Record record) {
   if (record.time_ns == 0) record.time_ns = clock_.wall_ns();
   {
     std::lock_guard lock(mutex_);
-    if (auto written = journal_.append(record); !written) return written;
+    if (auto written = append_locked(std::span(&record, 1)); !written) return written;
   }
   replay_.apply(record);
   return {};
+}
+
+Status RootWriter::append_locked(std::span<Record> records) {
+  auto written = journal_.append(records);
+  if (!written && written.error().kind == ErrorKind::no_space) cramped_ = true;
+  return written;
 }
 
 Status RootWriter::adopt_or_create() {
   for (const uint64_t dead : replay_.writers()) {
     auto locked = JournalWriter::lock(root_.journals_dir() + "/" + journal_name(dead), dead);
     if (!locked || !*locked) continue;  // alive, or not ours to open
-    replay_.catch_up(dead);
+    const auto end = replay_.catch_up(dead);
+    if (!end) continue;
+    if (auto ready = (*locked)->append_at(*end); !ready) return ready;
     journal_ = std::move(**locked);
-    if (auto ready = journal_.append_at(replay_.take_over(dead)); !ready) return ready;
+    replay_.take_over(dead);
     break;
   }
   if (journal_.writer() == 0) {
@@ -64,7 +71,7 @@ Status RootWriter::adopt_or_create() {
     next_sequence_ = std::max(next_sequence_, id->sequence + 1);
     const uint32_t slot = segments_.slot_of(*id);
     const SegmentTable::PerRoot state = segments_.get(slot).roots[root_.index()];
-    if (state.sealed) continue;
+    if (state.sealed && !state.condemned) continue;
     const bool journaled = state.present && !state.condemned;
     uint64_t used = state.used_bytes;
     if (journaled) {
@@ -96,10 +103,7 @@ Status RootWriter::adopt_or_create() {
     Current taken{slot, *id, std::move(*segment), used, entry.bytes};
     (journaled ? current_ : spare_) = std::move(taken);
   }
-  for (const auto& [slot, segment] : segments_.present_segments(root_.index())) {
-    if (segment.id.writer == journal_.writer())
-      next_sequence_ = std::max(next_sequence_, segment.id.sequence + 1);
-  }
+  next_sequence_ = std::max(next_sequence_, segments_.next_sequence(journal_.writer()));
   return {};
 }
 
@@ -132,6 +136,8 @@ Result<uint64_t> RootWriter::recover_tail(JournalWriter& journal, const SegmentI
 
 Result<RootWriter::Place> RootWriter::reserve(uint64_t bytes) {
   std::lock_guard lock(mutex_);
+  // Somebody took the file away (a tool, a damaged journal): it may be another segment by now.
+  if (current_ && segments_.condemned(current_->slot, root_.index())) current_.reset();
   while (!current_ || current_->used + bytes > current_->bytes) {
     if (!spare_)
       return fail(no_space_ ? ErrorKind::no_space : ErrorKind::busy, "root \"{}\": no segment is ready",
@@ -148,15 +154,13 @@ Result<RootWriter::Place> RootWriter::reserve(uint64_t bytes) {
     records[count].type = RecordType::open_segment;
     records[count++].where = {spare_->id, 0, spare_->bytes};
     for (size_t i = 0; i < count; ++i) records[i].time_ns = clock_.wall_ns();
-    if (auto written = journal_.append(std::span(records, count)); !written)
+    if (auto written = append_locked(std::span(records, count)); !written)
       return std::unexpected(written.error());
     for (size_t i = 0; i < count; ++i) replay_.apply(records[i]);
     current_ = std::move(spare_);
     spare_.reset();
   }
-  auto segment = root_.files().open(current_->id);
-  if (!segment) return std::unexpected(segment.error());
-  Place place{current_->slot, {current_->id, current_->used, bytes}, std::move(*segment)};
+  Place place{current_->slot, {current_->id, current_->used, bytes}, root_.files().share(current_->segment)};
   current_->used += bytes;
   return place;
 }
@@ -186,9 +190,14 @@ void RootWriter::touch(uint32_t slot) {
   }
 }
 
+uint64_t RootWriter::writer_id() const {
+  std::lock_guard lock(mutex_);
+  return journal_.writer();
+}
+
 bool RootWriter::wants_spare() const {
   std::lock_guard lock(mutex_);
-  return !spare_ || spare_->bytes < root_.segment_bytes();
+  return !spare_ || spare_->bytes < root_.segment_bytes() || cramped_;
 }
 
 Result<uint64_t> RootWriter::bytes_on_medium() const {
@@ -205,15 +214,22 @@ Status RootWriter::evict_coldest(const std::function<void(uint32_t)>& before_evi
   for (const auto& [slot, segment] : segments_.present_segments(root_.index())) {
     if (!segment.roots[root_.index()].sealed || segment.in_use > 0) continue;
     if (before_eviction) before_eviction(slot);
+    const SegmentTable::Segment now = segments_.get(slot);
+    if (now.in_use > 0 || now.roots[root_.index()].condemned) continue;
+    const std::string path = root_.files().path_of(segment.id);
     Record record;
     record.type = RecordType::condemn_segment;
     record.where.segment = segment.id;
-    if (auto written = append(record); !written) return written;
-    const std::string path = root_.files().path_of(segment.id);
-    const bool fits = segment.roots[root_.index()].file_bytes == wanted_bytes;
+    auto written = append(record);
+    // The file system is so full that not even the record fits: then the file goes first.
+    const bool full = !written && written.error().kind == ErrorKind::no_space;
+    if (!written && !full) return written;
+    const bool fits = !full && segment.roots[root_.index()].file_bytes == wanted_bytes;
     auto gone = fits ? rename_file(path, recycle_as) : remove_file(path);
-    if (!gone && gone.error().kind == ErrorKind::not_found) continue;  // another process was faster
-    if (!gone) return gone;
+    if (!gone && gone.error().kind != ErrorKind::not_found) return gone;
+    if (full) written = append(record);
+    if (!written) return written;
+    if (!gone) continue;  // another process was faster
     ++evicted_;
     *recycled = fits;
     return {};
@@ -221,12 +237,16 @@ Status RootWriter::evict_coldest(const std::function<void(uint32_t)>& before_evi
   return fail(ErrorKind::no_space, "root \"{}\": nothing can be evicted", root_.path());
 }
 
-Result<File> RootWriter::make_file(const std::string& path, uint64_t bytes,
-                                   const std::function<void(uint32_t)>& before_eviction) {
+Result<File> RootWriter::lock_keeper() const {
   auto keeper = root_.lock_keeper(kKeeperPatienceMs);
   if (!keeper) return std::unexpected(keeper.error());
   if (!*keeper)
     return fail(ErrorKind::busy, "root \"{}\": another process keeps the keeper's lock", root_.path());
+  return std::move(**keeper);
+}
+
+Result<File> RootWriter::make_file(const std::string& path, uint64_t bytes,
+                                   const std::function<void(uint32_t)>& before_eviction) {
   // Each round evicts one segment, so the number of segments bounds the rounds.
   while (true) {
     const auto used = bytes_on_medium();
@@ -244,7 +264,12 @@ Result<File> RootWriter::make_file(const std::string& path, uint64_t bytes,
     }
     bool recycled = false;
     if (auto evicted = evict_coldest(before_eviction, path, bytes, &recycled); !evicted) {
-      return std::unexpected(evicted.error());
+      if (evicted.error().kind != ErrorKind::no_space) return std::unexpected(evicted.error());
+      return fail(
+          ErrorKind::no_space,
+          "root \"{}\": nothing can be evicted and a new segment of {} bytes would exceed capacity={} or "
+          "leave less than free_space_reserve={} on its file system",
+          root_.path(), bytes, root_.capacity(), free_space_reserve_);
     }
     if (!recycled) continue;
     auto file = File::open(path, {.write = true, .direct = root_.direct()});
@@ -257,11 +282,23 @@ Result<File> RootWriter::make_file(const std::string& path, uint64_t bytes,
 }
 
 Status RootWriter::prepare_spare(const std::function<void(uint32_t)>& before_eviction) {
+  if (cramped_) {
+    // Others have filled the file system, and without a journal no segment is worth anything: one goes for
+    // it.
+    const auto keeper = lock_keeper();
+    if (!keeper) return std::unexpected(keeper.error());
+    bool recycled = false;
+    auto evicted = evict_coldest(before_eviction, {}, 0, &recycled);
+    failing_ = no_space_ = !evicted;
+    if (!evicted) return evicted;
+    cramped_ = false;
+  }
   SegmentId id;
   std::optional<Current> outgrown;
   {
     std::lock_guard lock(mutex_);
-    if (spare_ && spare_->bytes < root_.segment_bytes()) {
+    if (spare_ && spare_->bytes >= root_.segment_bytes()) return {};
+    if (spare_) {
       outgrown = std::move(spare_);
       spare_.reset();
     }
@@ -273,34 +310,50 @@ Status RootWriter::prepare_spare(const std::function<void(uint32_t)>& before_evi
     outgrown.reset();
   }
   const uint64_t bytes = root_.segment_bytes();
-  auto file = make_file(root_.files().path_of(id), bytes, before_eviction);
-  if (!file) {
-    // A lock held by another process passes; everything else means that stores cannot wait for space.
-    failing_ = no_space_ = file.error().kind != ErrorKind::busy;
-    return std::unexpected(file.error());
-  }
-  failing_ = no_space_ = false;
-  auto segment = root_.files().adopt(id, std::move(*file));
+  const std::string path = root_.files().path_of(id);
+  const auto make = [&]() -> Result<SegmentLease> {
+    const auto keeper = lock_keeper();
+    if (!keeper) return std::unexpected(keeper.error());
+    auto file = make_file(path, bytes, before_eviction);
+    if (!file) return std::unexpected(file.error());
+    auto adopted = root_.files().adopt(id, std::move(*file));
+    // Left behind, it would take up capacity until the next start.
+    if (!adopted) (void)remove_file(path);
+    return adopted;
+  };
+  auto segment = make();
+  // A lock held by another process passes; everything else means that stores cannot wait for space.
+  failing_ = no_space_ = !segment && segment.error().kind != ErrorKind::busy;
   if (!segment) return std::unexpected(segment.error());
   if ((*segment)->mapping.is_mapped()) (*segment)->mapping.populate();
   std::lock_guard lock(mutex_);
+  if (id.writer != journal_.writer()) {
+    // The journal was compacted meanwhile: nobody would find this segment by its name after a crash.
+    root_.files().drop(id);
+    if (auto removed = remove_file(path); !removed) return removed;
+    return fail(ErrorKind::busy, "root \"{}\": the journal changed its name", root_.path());
+  }
   spare_ = Current{segments_.slot_of(id), id, std::move(*segment), 0, bytes};
   return {};
 }
 
 uint32_t RootWriter::tend_dead_writers() {
   uint32_t tended = 0;
+  std::map<uint64_t, std::vector<uint32_t>> unsealed;
+  for (const auto& [slot, segment] : segments_.present_segments(root_.index())) {
+    if (!segment.roots[root_.index()].sealed) unsealed[segment.id.writer].push_back(slot);
+  }
+  unsealed.erase(writer_id());
   for (const uint64_t other : replay_.writers()) {
-    std::vector<SegmentTable::Segment> unsealed;
-    for (const auto& [slot, segment] : segments_.present_segments(root_.index())) {
-      if (segment.id.writer == other && !segment.roots[root_.index()].sealed) unsealed.push_back(segment);
-    }
-    if (unsealed.empty()) continue;
+    const auto found = unsealed.extract(other);
+    if (!found) continue;
     auto locked = JournalWriter::lock(root_.journals_dir() + "/" + journal_name(other), other);
     if (!locked || !*locked) continue;
-    replay_.catch_up(other);
-    if (!(*locked)->append_at(replay_.next_index(other))) continue;
-    for (const auto& segment : unsealed) {
+    const auto next_index = replay_.catch_up(other);
+    if (!next_index || !(*locked)->append_at(*next_index)) continue;
+    for (const uint32_t slot : found.mapped()) {
+      const SegmentTable::Segment segment = segments_.get(slot);
+      if (segment.roots[root_.index()].sealed || segment.roots[root_.index()].condemned) continue;
       const auto end = recover_tail(**locked, segment.id, segment.roots[root_.index()].used_bytes);
       if (!end) continue;
       Record seal;
@@ -311,6 +364,16 @@ uint32_t RootWriter::tend_dead_writers() {
     }
     ++tended;
   }
+  // What is left has no journal of its own here, so nobody adds to it: a copy whose seal was lost.
+  for (const auto& [writer, slots] : unsealed) {
+    for (const uint32_t slot : slots) {
+      const SegmentTable::Segment segment = segments_.get(slot);
+      Record seal;
+      seal.type = RecordType::seal;
+      seal.where = {segment.id, segment.roots[root_.index()].used_bytes, 0};
+      if (!append(seal)) return tended;
+    }
+  }
   return tended;
 }
 
@@ -318,6 +381,7 @@ void RootWriter::remove_orphans() {
   const auto keeper = root_.lock_keeper(0);
   if (!keeper || !*keeper) return;
   replay_.poll();
+  const uint64_t own = writer_id();
   const auto entries = list_directory(root_.segments_dir());
   if (!entries) return;
   for (const DirectoryEntry& entry : *entries) {
@@ -325,7 +389,6 @@ void RootWriter::remove_orphans() {
     const std::string path = root_.segments_dir() + "/" + entry.name;
     const auto id = segment_of_name(entry.name);
     if (id) {
-      if (id->writer == journal_.writer()) continue;
       const auto slot = segments_.find(*id);
       if (slot && (segments_.present_in(*slot) >> root_.index() & 1u) != 0) continue;
       const bool condemned = slot && segments_.condemned(*slot, root_.index());
@@ -335,6 +398,7 @@ void RootWriter::remove_orphans() {
           log(LogLevel::info, "root \"{}\": removed the condemned {}", root_.path(), entry.name);
         continue;
       }
+      if (id->writer == own) continue;
       auto owner = JournalWriter::lock(root_.journals_dir() + "/" + journal_name(id->writer), id->writer);
       if (owner && !*owner) continue;  // a live writer's spare
       if (!owner && owner.error().kind != ErrorKind::not_found) continue;
@@ -353,11 +417,20 @@ void RootWriter::remove_orphans() {
 Result<File> RootWriter::open_copy(const SegmentId& id, uint64_t bytes,
                                    const std::function<void(uint32_t)>& before_eviction) {
   const std::string path = root_.segments_dir() + "/.tmp-" + segment_name(id);
+  const auto keeper = lock_keeper();
+  if (!keeper) return std::unexpected(keeper.error());
+  if (const auto other = File::open(path, {.write = true})) {
+    const auto idle = other->try_lock_exclusive();
+    if (!idle) return std::unexpected(idle.error());
+    if (!*idle) return fail(ErrorKind::busy, "{}: being copied by another process", path);
+    if (auto removed = remove_file(path); !removed) return std::unexpected(removed.error());
+  }
   auto file = make_file(path, bytes, before_eviction);
   if (!file) return file;
+  // While the keeper's lock is held: nobody may take an unlocked copy for a leftover.
   const auto locked = file->try_lock_exclusive();
   if (!locked) return std::unexpected(locked.error());
-  if (!*locked) return fail(ErrorKind::busy, "{}: being copied by another process", path);
+  if (!*locked) return fail(ErrorKind::busy, "{}: in use by another process", path);
   return file;
 }
 
@@ -385,10 +458,17 @@ Status RootWriter::publish_copy(const SegmentId& id, const File& copy, uint64_t 
   for (Record& record : records) {
     if (record.time_ns == 0) record.time_ns = clock_.wall_ns();
   }
-  if (auto renamed = rename_file(copy.path(), root_.files().path_of(id)); !renamed) return renamed;
+  // Between the name and the record the file looks like an orphan.
+  const auto keeper = lock_keeper();
+  if (!keeper) return std::unexpected(keeper.error());
+  const std::string path = root_.files().path_of(id);
+  if (auto renamed = rename_file(copy.path(), path); !renamed) return renamed;
   {
     std::lock_guard lock(mutex_);
-    if (auto written = journal_.append(records); !written) return written;
+    if (auto written = append_locked(records); !written) {
+      (void)remove_file(path);
+      return written;
+    }
   }
   for (const Record& record : records) replay_.apply(record);
   return {};
@@ -402,7 +482,6 @@ void RootWriter::compact_journal() {
   auto reader = JournalReader::open(journal_.path(), journal_.writer());
   if (!reader) return;
   std::vector<Record> kept;
-  std::set<uint32_t> sealed;
   const auto total = reader->read_new([&](const Record& record) {
     const auto slot = segments_.find(record.where.segment);
     const bool here = slot && (segments_.present_in(*slot) >> root_.index() & 1u) != 0;
@@ -435,11 +514,12 @@ void RootWriter::compact_journal() {
     if (auto removed = remove_file(spare_path); !removed)
       log(LogLevel::warning, "{}", removed.error().message);
   }
-  const std::string old_path = journal_.path();
+  // Removed while it is still locked: nobody may take it for a dead writer's and append to it.
+  if (auto removed = remove_file(journal_.path()); !removed)
+    log(LogLevel::warning, "{}", removed.error().message);
   journal_ = std::move(*fresh);
   next_sequence_ = 0;
   replay_.take_over(journal_.writer());
-  if (auto removed = remove_file(old_path); !removed) log(LogLevel::warning, "{}", removed.error().message);
   log(LogLevel::info, "root \"{}\": journal {} compacted from {} to {} records", root_.path(),
       journal_name(old_writer), *total, kept.size());
 }

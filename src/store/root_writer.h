@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -43,7 +44,7 @@ class RootWriter {
   /// Notes that a segment was used, at most once a minute each.
   void touch(uint32_t slot);
 
-  // --- the keeper's thread only ---
+  // --- the keeper's threads only ---
   /// Has the next segment ready: creates one within the capacity, or recycles the coldest. `evict_first`,
   /// when given, is asked to save a segment before it goes (demotion).
   Status prepare_spare(const std::function<void(uint32_t slot)>& before_eviction);
@@ -64,7 +65,7 @@ class RootWriter {
   uint64_t evicted_segments() const { return evicted_; }
   /// The last attempt to have space ready failed; it is repeated in the background.
   bool failing() const { return failing_; }
-  uint64_t writer_id() const { return journal_.writer(); }
+  uint64_t writer_id() const;
   Root& root() { return root_; }
 
  private:
@@ -74,8 +75,11 @@ class RootWriter {
   Result<uint64_t> recover_tail(JournalWriter& journal, const SegmentId& id, uint64_t used);
   Status start_segment(const SegmentId& id, File file, uint64_t used, bool journaled);
   Status append(Record record);
-  /// A file of `bytes` under `path`: new within the capacity, else the coldest segment's. Holds the keeper's
-  /// lock.
+  Status append_locked(std::span<Record> records);
+  /// The keeper's lock, or `busy`.
+  Result<File> lock_keeper() const;
+  /// A file of `bytes` under `path`: new within the capacity, else the coldest segment's. The caller holds
+  /// the keeper's lock.
   Result<File> make_file(const std::string& path, uint64_t bytes,
                          const std::function<void(uint32_t)>& before_eviction);
   Result<uint64_t> bytes_on_medium() const;
@@ -103,6 +107,7 @@ class RootWriter {
   std::atomic<uint64_t> evicted_ = 0;
   std::atomic<bool> failing_ = false;
   std::atomic<bool> no_space_ = false;
+  std::atomic<bool> cramped_ = false;  // the file system has no room for a journal record
 };
 
 }  // namespace tokendepot

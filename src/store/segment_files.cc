@@ -38,6 +38,9 @@ Result<SegmentLease> SegmentFiles::open(const SegmentId& id) {
     }
   }
   auto opened = File::open(path_of(id), {.direct = direct_});
+  // On a root that is only read nobody could try beforehand whether direct I/O works.
+  if (!opened && direct_ && opened.error().kind == ErrorKind::unsupported)
+    opened = File::open(path_of(id), {});
   if (!opened) return std::unexpected(opened.error());
   auto segment = std::make_unique<SegmentFile>();
   segment->id = id;
@@ -46,7 +49,6 @@ Result<SegmentLease> SegmentFiles::open(const SegmentId& id) {
 }
 
 Result<SegmentLease> SegmentFiles::adopt(const SegmentId& id, File file) {
-  drop(id);
   auto segment = std::make_unique<SegmentFile>();
   segment->id = id;
   segment->file = std::move(file);
@@ -64,6 +66,7 @@ Result<SegmentLease> SegmentFiles::insert(std::unique_ptr<SegmentFile> segment) 
     segment->mapping = std::move(*mapping);
   }
   std::lock_guard lock(mutex_);
+  if (segment->writable) drop_locked(segment->id);
   close_idle(max_open_ > 0 ? max_open_ - 1 : 0);
   const auto [place, fresh] = files_.try_emplace(segment->id);
   if (fresh) place->second = std::move(segment);  // else another thread was faster; its copy serves both
@@ -86,8 +89,18 @@ void SegmentFiles::close_idle(size_t keep) {
   }
 }
 
+SegmentLease SegmentFiles::share(const SegmentLease& lease) {
+  std::lock_guard lock(mutex_);
+  ++lease.file_->leases;
+  return SegmentLease(this, lease.file_);
+}
+
 void SegmentFiles::drop(const SegmentId& id) {
   std::lock_guard lock(mutex_);
+  drop_locked(id);
+}
+
+void SegmentFiles::drop_locked(const SegmentId& id) {
   const auto found = files_.find(id);
   if (found == files_.end()) return;
   if (found->second->leases > 0) {

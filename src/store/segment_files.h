@@ -55,6 +55,8 @@ class SegmentFiles {
   Result<SegmentLease> open(const SegmentId& id);
   /// Puts in a file that this process writes. Replaces a copy opened for reading.
   Result<SegmentLease> adopt(const SegmentId& id, File file);
+  /// One more lease of the same open file, also when it was dropped meanwhile.
+  SegmentLease share(const SegmentLease& lease);
   /// Lets go of the file as soon as nobody uses it: the segment was recycled or removed.
   void drop(const SegmentId& id);
 
@@ -64,6 +66,7 @@ class SegmentFiles {
   friend class SegmentLease;
   void release(SegmentFile* file);
   void close_idle(size_t keep);
+  void drop_locked(const SegmentId& id);
   Result<SegmentLease> insert(std::unique_ptr<SegmentFile> file);
 
   const std::string directory_;

@@ -1,6 +1,7 @@
 #include "store/segment_table.h"
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "base/check.h"
@@ -35,6 +36,14 @@ std::optional<uint32_t> SegmentTable::find(const SegmentId& id) const {
 SegmentId SegmentTable::id_of(uint32_t slot) const {
   std::shared_lock lock(mutex_);
   return segments_[slot].id;
+}
+
+uint32_t SegmentTable::next_sequence(uint64_t writer) const {
+  std::shared_lock lock(mutex_);
+  const auto behind = slots_.upper_bound({writer, UINT32_MAX});
+  if (behind == slots_.begin()) return 0;
+  const SegmentId& last = std::prev(behind)->first;
+  return last.writer == writer ? last.sequence + 1 : 0;
 }
 
 void SegmentTable::publish_mask(uint32_t slot) {

@@ -43,6 +43,8 @@ class SegmentTable {
   uint32_t slot_of(const SegmentId& id);
   std::optional<uint32_t> find(const SegmentId& id) const;
   SegmentId id_of(uint32_t slot) const;
+  /// A sequence number that no segment of this writer has had, as far as is known: condemned ones count too.
+  uint32_t next_sequence(uint64_t writer) const;
 
   void set_present(uint32_t slot, RootIndex root, uint64_t file_bytes);
   /// False: the segment is condemned there, the extent is gone with it.

@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "base/errors.h"
-#include "base/log.h"
+#include "format/shape.h"
 #include "io/mapping.h"
 #include "transfer/tasks.h"
 #include "transfer/transfers.h"
@@ -25,6 +25,17 @@ bool suits(const LoadItem& item, const PagedCache& cache) {
   });
 }
 
+Record record_of(const LoadItem& item) {
+  Record record;
+  record.kind = item.kind;
+  record.group = item.group;
+  record.key = item.key;
+  record.where = item.where;
+  record.part = item.part;
+  record.tokens = item.tokens;
+  return record;
+}
+
 GroupShape shape_of_extent(const LoadItem& item, const PagedCache& cache) {
   GroupShape shape = cache.shape;
   shape.part = item.part;
@@ -33,28 +44,29 @@ GroupShape shape_of_extent(const LoadItem& item, const PagedCache& cache) {
 
 }  // namespace
 
-Status Transfers::submit_load(uint64_t id, LoadPlan plan) {
+Status Transfers::submit_load(uint64_t id, LoadPlan plan, bool hold) {
   const uint64_t now = clock_.steady_ns();
   std::unique_lock lock(mutex_);
   if (stop_) return fail(ErrorKind::closed, "the depot is closed");
-  const auto [place, fresh] = jobs_.try_emplace(id);
-  if (!fresh) return fail(ErrorKind::busy, "job {} is in use", id);
-  Job& job = place->second;
+  if (id_in_use_locked(id) || held_.contains(id)) return fail(ErrorKind::busy, "job {} is in use", id);
+  Job& job = jobs_[id];
   job.completion.job = id;
   job.completion.kind = JobKind::load;
   job.submitted_ns = now;
-  if (plan.deadline_ns != 0) job.deadline_ns = now + plan.deadline_ns;
+  if (plan.deadline_ns != 0) job.deadline_ns = now + std::min(plan.deadline_ns, UINT64_MAX - now);
   for (uint32_t i = 0; i < plan.items.size(); ++i) {
     LoadItem& item = plan.items[i];
     const auto cache = caches_.find(item.group);
     if (cache == caches_.end() || !item.part.intersects(cache->second->shape.part))
       continue;  // another rank's
     ++job.unresolved;
-    if (!suits(item, *cache->second)) {
+    if (!suits(item, *cache->second) || !check_shape(shape_of_extent(item, *cache->second))) {
       resolve_locked(job, i, item.chunk, item.group, Reason::mismatch, 0);
       continue;
     }
-    if (std::ranges::all_of(item.blocks, [](int32_t block) { return block == kSkipBlock; })) {
+    // A hold verifies everything and writes nothing.
+    if (hold) std::ranges::fill(item.blocks, kSkipBlock);
+    if (!hold && std::ranges::all_of(item.blocks, [](int32_t block) { return block == kSkipBlock; })) {
       resolve_locked(job, i, item.chunk, item.group, std::nullopt, 0);
       continue;
     }
@@ -63,6 +75,7 @@ Status Transfers::submit_load(uint64_t id, LoadPlan plan) {
     load_tasks_.emplace(&task, std::move(owned));
     task.transfers = this;
     task.job = id;
+    task.hold = hold;
     task.item_index = i;
     task.ns = plan.ns;
     task.cache = cache->second.get();
@@ -83,8 +96,13 @@ Status Transfers::submit_load(uint64_t id, LoadPlan plan) {
     task.run_offset = task.first_shard * extent.shard_stride();
     task.run_bytes = task.shards * extent.shard_stride();
     task.item = std::move(item);
-    if (task.item.where.bytes != task.header_bytes + extent.payload_bytes()) {
-      resolve_locked(job, i, task.item.chunk, task.item.group, Reason::mismatch, 0);
+    std::optional<Reason> refused;
+    if (task.item.where.bytes != task.header_bytes + extent.payload_bytes()) refused = Reason::mismatch;
+    // Written by a rank with more layers than ours; it would wait for a slab that is never large enough.
+    if ((staged_ || hold) && task.header_bytes + task.run_bytes > device_.slab().size())
+      refused = Reason::dropped;
+    if (refused) {
+      resolve_locked(job, i, task.item.chunk, task.item.group, refused, 0);
       load_tasks_.erase(&task);
       continue;
     }
@@ -99,17 +117,25 @@ Status Transfers::submit_load(uint64_t id, LoadPlan plan) {
 }
 
 bool Transfers::start_load(LoadTask& task) {
-  const bool staged = std::ranges::any_of(tiers_, [](const Tier& tier) { return !tier.root->mapped(); });
-  if (staged && task.staging == nullptr) {
-    task.staging = device_.slab().allocate(task.header_bytes + task.run_bytes);
-    if (task.staging == nullptr) return false;
-  }
   if (!open_place(task)) {
+    condemn_missing(task);
     fail_load(task, Reason::absent, false);
     return true;
   }
-  if (tiers_[task.tier].root->mapped()) {
+  const bool mapped = tiers_[task.tier].root->mapped();
+  if (mapped && !task.hold) {
     read_mapped(task);
+    return true;
+  }
+  task.staging = device_.slab().allocate(task.header_bytes + task.run_bytes);
+  if (task.staging == nullptr) {
+    let_go(task);
+    if (!task.hold) return false;
+    fail_load(task, Reason::dropped, false);  // waiting for what others hold might never end
+    return true;
+  }
+  if (mapped) {
+    copy_mapped(task);
   } else {
     read_staged(task);
   }
@@ -117,16 +143,23 @@ bool Transfers::start_load(LoadTask& task) {
 }
 
 bool Transfers::open_place(LoadTask& task) {
-  task.slot = segments_.slot_of(task.item.where.segment);
-  const uint32_t mask = segments_.present_in(task.slot);
+  const ExtentRef& where = task.item.where;
+  const auto known = segments_.find(where.segment);
+  const uint32_t mask = known ? segments_.present_in(*known) : 0;
   for (; task.tier < tiers_.size(); ++task.tier) {
     Root& root = *tiers_[task.tier].root;
     // A segment that this process has not heard of yet may be anywhere: the plan's maker has seen it.
     if (mask != 0 && (mask >> root.index() & 1u) == 0) continue;
-    auto segment = root.files().open(task.item.where.segment);
-    if (!segment) continue;
-    if (task.item.where.offset + task.item.where.bytes > (*segment)->bytes) continue;
+    auto segment = root.files().open(where.segment);
+    const bool there = segment && where.bytes <= (*segment)->bytes &&
+                       where.offset <= (*segment)->bytes - where.bytes && where.offset % kPageBytes == 0;
+    if (!there) {
+      if (mask != 0 && (segment || segment.error().kind == ErrorKind::not_found))
+        task.missing_in |= 1u << root.index();
+      continue;
+    }
     task.segment = std::move(*segment);
+    task.slot = segments_.slot_of(where.segment);
     segments_.acquire(task.slot);
     task.slot_held = true;
     return true;
@@ -142,6 +175,19 @@ void Transfers::read_mapped(LoadTask& task) {
   if (!guard_mapping(extent, copy_header)) return fail_load(task, Reason::absent, true);
   if (!check_header(task, copy)) return;
   start_scatter(task, extent.subspan(task.header_bytes + task.run_offset, task.run_bytes), true);
+}
+
+void Transfers::copy_mapped(LoadTask& task) {
+  const std::span<const std::byte> extent(task.segment->mapping.data() + task.item.where.offset,
+                                          task.item.where.bytes);
+  auto copy = [&task, extent] {
+    std::memcpy(task.staging, extent.data(), task.header_bytes);
+    std::memcpy(task.staging + task.header_bytes, extent.data() + task.header_bytes + task.run_offset,
+                task.run_bytes);
+  };
+  if (!guard_mapping(extent, copy)) return fail_load(task, Reason::absent, true);
+  if (!check_header(task, {task.staging, task.header_bytes})) return;
+  start_scatter(task, {task.staging + task.header_bytes, task.run_bytes}, false);
 }
 
 void Transfers::read_staged(LoadTask& task) {
@@ -209,13 +255,22 @@ bool Transfers::check_header(LoadTask& task, std::span<const std::byte> header_b
 
 void Transfers::start_scatter(LoadTask& task, std::span<const std::byte> run, bool guarded) {
   {
-    std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
     if (task.resolved) {
+      lock.unlock();
+      let_go(task);  // outside: it may unmap a whole segment
+      lock.lock();
       --loads_in_motion_;
+      work_ = true;
+      wake_.notify_one();
       return retire(task);
     }
     task.state = LoadTask::State::scattering;
   }
+  submit_scatter(task, run, guarded);
+}
+
+void Transfers::submit_scatter(LoadTask& task, std::span<const std::byte> run, bool guarded) {
   task.scatter = ScatterWork{};
   task.scatter.cache = task.cache;
   task.scatter.header = &task.header;
@@ -235,51 +290,65 @@ void Transfers::start_scatter(LoadTask& task, std::span<const std::byte> run, bo
 void Transfers::scattered(LoadTask& task, ScatterOutcome outcome) {
   if (outcome == ScatterOutcome::corrupt) return fail_load(task, Reason::corrupt, true);
   if (outcome == ScatterOutcome::gone) return fail_load(task, Reason::absent, true);
+  // A mapped payload is read twice, to verify and to copy. A segment is renamed before it is written anew, so
+  // while it has its name nothing has changed in between.
+  if (task.scatter.guarded && !task.segment->file.is_at_its_path())
+    return fail_load(task, Reason::absent, false);
   if (RootWriter* writer = tiers_[task.tier].writer) {
     writer->touch(task.slot);
   } else {
     segments_.touch(task.slot, clock_.wall_ns());
   }
-  let_go(task);
+  if (task.hold) {
+    leave_place(task);  // the bytes are ours now; the segment may be evicted
+  } else {
+    let_go(task);
+  }
   std::lock_guard lock(mutex_);
+  const bool wanted = !task.resolved && !stop_;
   resolve_load_locked(task, std::nullopt);
   --loads_in_motion_;
   work_ = true;
   wake_.notify_one();
-  retire(task);
+  if (!task.hold || !wanted) return retire(task);
+  task.state = LoadTask::State::held;
+  held_[task.job].push_back(&task);
 }
 
 void Transfers::let_go(LoadTask& task) {
   if (task.staging != nullptr) device_.slab().release(std::exchange(task.staging, nullptr));
+  leave_place(task);
+}
+
+void Transfers::leave_place(LoadTask& task) {
   if (std::exchange(task.slot_held, false)) segments_.release(task.slot);
   task.segment = SegmentLease();
 }
 
+void Transfers::condemn_missing(LoadTask& task) {
+  for (const Tier& tier : tiers_) {
+    if (tier.writer != nullptr && (task.missing_in >> tier.root->index() & 1u) != 0)
+      tier.writer->condemn_extent(record_of(task.item));
+  }
+}
+
 void Transfers::fail_load(LoadTask& task, Reason reason, bool bad_on_medium) {
   const bool had_place = static_cast<bool>(task.segment);
-  if (had_place) {
-    note_failure(task.job,
-                 fmt::format("chunk {} of group {} in \"{}\" {} at {}: {}", task.item.chunk, task.item.group,
-                             tiers_[task.tier].root->path(), segment_name(task.item.where.segment),
-                             task.item.where.offset, tokendepot::name(reason)));
-    if (bad_on_medium && tiers_[task.tier].writer != nullptr) {
-      Record record;
-      record.kind = task.item.kind;
-      record.group = task.item.group;
-      record.key = task.item.key;
-      record.where = task.item.where;
-      record.part = task.item.part;
-      record.tokens = task.item.tokens;
-      tiers_[task.tier].writer->condemn_extent(record);
-    }
-  }
+  if (had_place && bad_on_medium && tiers_[task.tier].writer != nullptr)
+    tiers_[task.tier].writer->condemn_extent(record_of(task.item));
   let_go(task);
   std::lock_guard lock(mutex_);
   --loads_in_motion_;
   work_ = true;
   wake_.notify_one();
-  const uint32_t elsewhere = segments_.present_in(task.slot);
+  if (!task.resolved && had_place) {
+    note_failure_locked(
+        task.job, fmt::format("chunk {} of group {} in \"{}\" {} at {}: {}", task.item.chunk, task.item.group,
+                              tiers_[task.tier].root->path(), segment_name(task.item.where.segment),
+                              task.item.where.offset, tokendepot::name(reason)));
+  }
   if (!task.resolved && had_place && !stop_) {
+    const uint32_t elsewhere = segments_.present_in(task.slot);
     for (size_t next = task.tier + 1; next < tiers_.size(); ++next) {
       if ((elsewhere >> tiers_[next].root->index() & 1u) == 0) continue;
       task.tier = next;

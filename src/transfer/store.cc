@@ -24,10 +24,8 @@ Status Transfers::submit_store(uint64_t id, StorePlan plan, Keeper& keeper) {
   const uint64_t now = clock_.steady_ns();
   std::unique_lock lock(mutex_);
   if (stop_) return fail(ErrorKind::closed, "the depot is closed");
-  keeper_ = &keeper;
-  const auto [place, fresh] = jobs_.try_emplace(id);
-  if (!fresh) return fail(ErrorKind::busy, "job {} is in use", id);
-  Job& job = place->second;
+  if (id_in_use_locked(id)) return fail(ErrorKind::busy, "job {} is in use", id);
+  Job& job = jobs_[id];
   job.completion.job = id;
   job.completion.kind = JobKind::store;
   job.submitted_ns = now;
@@ -55,6 +53,7 @@ Status Transfers::submit_store(uint64_t id, StorePlan plan, Keeper& keeper) {
     task.ns = plan.ns;
     task.cache = cache->second.get();
     task.writer = writer;
+    task.keeper = &keeper;
     task.bytes = bytes;
     task.header_bytes = extent_header_bytes(task.cache->shape.shards());
     task.submitted_ns = now;
@@ -84,9 +83,17 @@ Transfers::Start Transfers::start_store(StoreTask& task) {
     staged_store_bytes_ += task.bytes;
   }
   auto place = task.writer->reserve(task.bytes);
-  if (task.writer->wants_spare()) keeper_->wake();
+  if (task.writer->wants_spare()) task.keeper->wake();
   if (!place) {
-    if (place.error().kind == ErrorKind::busy) return Start::later;
+    if (place.error().kind == ErrorKind::busy) {
+      // It may wait for long: loads shall not wait for its staging.
+      if (task.staging != nullptr) {
+        device_.slab().release(std::exchange(task.staging, nullptr));
+        std::lock_guard lock(mutex_);
+        staged_store_bytes_ -= task.bytes;
+      }
+      return Start::later;
+    }
     finish_store(task, false, Reason::dropped);
     return Start::over;
   }
@@ -125,12 +132,15 @@ Transfers::Start Transfers::start_store(StoreTask& task) {
 }
 
 void Transfers::gathered(StoreTask& task, bool ok) {
+  bool spoilt = false;
   {
     std::lock_guard lock(mutex_);
     --ungathered_;
     task.counted_ungathered = false;
+    spoilt = task.spoilt;
     settled_.notify_all();
   }
+  if (spoilt) return finish_store(task, false, Reason::dropped);
   if (!ok) return finish_store(task, false, Reason::io_error);
   std::byte* const extent = task.gather.payload.data() - task.header_bytes;
   if (!task.gather.guarded) {

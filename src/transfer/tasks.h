@@ -17,7 +17,7 @@ namespace tokendepot {
 inline constexpr uint64_t kPieceBytes = 1ull << 20;
 
 struct LoadTask {
-  enum class State : uint8_t { queued, reading, scattering, over };
+  enum class State : uint8_t { queued, reading, scattering, held, over };
 
   Transfers* transfers = nullptr;
   uint64_t job = 0;
@@ -35,7 +35,9 @@ struct LoadTask {
 
   State state = State::queued;  // guarded by Transfers::mutex_
   bool resolved = false;        // its job knows the outcome; only buffers are still in use
+  bool hold = false;            // verify into staging and keep it there
   size_t tier = 0;              // root in use; on failure the next one that holds the segment
+  uint32_t missing_in = 0;      // bit per root that should hold the extent and does not
   uint32_t slot = 0;
   bool slot_held = false;
   SegmentLease segment;
@@ -55,11 +57,13 @@ struct StoreTask {
   NamespaceDigest ns;
   const PagedCache* cache = nullptr;
   RootWriter* writer = nullptr;
+  Keeper* keeper = nullptr;
   uint64_t header_bytes = 0;
   uint64_t bytes = 0;
   uint64_t submitted_ns = 0;
 
-  bool counted_ungathered = true;  // guarded by Transfers::mutex_
+  bool counted_ungathered = true;  // guarded by Transfers::mutex_, as is the next
+  bool spoilt = false;             // its blocks may have changed while they were read
   RootWriter::Place place;
   std::byte* staging = nullptr;
   ExtentHeader header;

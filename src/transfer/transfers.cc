@@ -15,6 +15,7 @@ namespace {
 // engine.
 constexpr uint64_t kStorePatienceNs = 250ull * 1000 * 1000;
 constexpr uint64_t kDeadlineTickMs = 10;
+constexpr uint64_t kLongestWaitNs = 3600ull * 1000 * 1000 * 1000;  // adding more to a clock could overflow
 // Mapped loads have no staging that bounds them; more in motion would only defeat earliest-deadline-first.
 constexpr uint32_t kMostLoadsInMotion = 32;
 
@@ -36,7 +37,8 @@ Transfers::Transfers(Device& device, std::vector<Tier> tiers, SegmentTable& segm
       tiers_(std::move(tiers)),
       segments_(segments),
       clock_(clock),
-      store_queue_bytes_(store_queue_bytes) {
+      store_queue_bytes_(store_queue_bytes),
+      staged_(std::ranges::any_of(tiers_, [](const Tier& tier) { return !tier.root->mapped(); })) {
   dispatcher_ = start_io_thread([](void* self) { static_cast<Transfers*>(self)->run(); }, this);
 }
 
@@ -60,7 +62,12 @@ void Transfers::close() {
     finish_store(task, false, Reason::cancelled);
     lock.lock();
   }
+  for (const auto& [job, tasks] : std::exchange(held_, {})) {
+    for (LoadTask* task : tasks) retire(*task);
+  }
   settled_.wait(lock, [this] { return load_tasks_.empty() && store_tasks_.empty(); });
+  lock.unlock();
+  log_warnings();
 }
 
 Status Transfers::attach(const PagedCache& cache) {
@@ -127,9 +134,27 @@ void Transfers::resolve_locked(Job& job, uint32_t item, uint32_t chunk, uint16_t
 
 void Transfers::note_failure(uint64_t id, std::string text) {
   std::lock_guard lock(mutex_);
+  note_failure_locked(id, std::move(text));
+}
+
+void Transfers::note_failure_locked(uint64_t id, std::string text) {
   const auto found = jobs_.find(id);
   if (found != jobs_.end() && found->second.first_failure.empty())
     found->second.first_failure = std::move(text);
+}
+
+bool Transfers::id_in_use_locked(uint64_t id) const {
+  return jobs_.contains(id) ||
+         std::ranges::any_of(ended_, [id](const Completion& ended) { return ended.job == id; });
+}
+
+void Transfers::log_warnings() {
+  std::vector<std::string> lines;
+  {
+    std::lock_guard lock(mutex_);
+    lines.swap(warnings_);
+  }
+  for (const std::string& line : lines) log_line(LogLevel::warning, line);
 }
 
 void Transfers::end_job_locked(uint64_t id) {
@@ -141,13 +166,16 @@ void Transfers::end_job_locked(uint64_t id) {
     const bool load = job.completion.kind == JobKind::load;
     const ItemFailure& first = job.completion.failures.front();
     if (load || !job.first_failure.empty()) {
-      log(LogLevel::warning, "{} of {} extents {}; {}{}", job.completion.failures.size(),
-          job.completion.failures.size() + job.completion.items_ok,
-          load ? "did not load and are recomputed" : "were not stored",
-          job.first_failure.empty() ? fmt::format("chunk {} of group {}: {}", first.chunk, first.group,
-                                                  tokendepot::name(first.reason))
-                                    : job.first_failure,
-          job.completion.failures.size() > 1 ? ", and others" : "");
+      warnings_.push_back(fmt::format("{} of {} extents {}; {}{}", job.completion.failures.size(),
+                                      job.completion.failures.size() + job.completion.items_ok,
+                                      load ? "did not load and are recomputed" : "were not stored",
+                                      job.first_failure.empty()
+                                          ? fmt::format("chunk {} of group {}: {}", first.chunk, first.group,
+                                                        tokendepot::name(first.reason))
+                                          : job.first_failure,
+                                      job.completion.failures.size() > 1 ? ", and others" : ""));
+      work_ = true;
+      wake_.notify_one();
     }
   }
   job.completion.nanoseconds = clock_.steady_ns() - job.submitted_ns;
@@ -162,22 +190,36 @@ std::vector<Completion> Transfers::poll() {
 }
 
 bool Transfers::wait_gathered(uint64_t timeout_ns) {
+  const uint64_t begin = clock_.steady_ns();
+  const uint64_t end = begin + std::min(timeout_ns, kLongestWaitNs);
   std::unique_lock lock(mutex_);
   const auto all = [this] { return ungathered_ == 0; };
   const auto patience = std::chrono::nanoseconds(std::min(timeout_ns, kStorePatienceNs));
   if (settled_.wait_for(lock, patience, all)) return true;
-  std::deque<StoreTask*> late;
-  late.swap(queued_stores_);
-  lock.unlock();
-  for (StoreTask* task : late) finish_store(*task, false, Reason::dropped);
-  lock.lock();
-  const auto rest = timeout_ns > kStorePatienceNs ? timeout_ns - kStorePatienceNs : 0;
-  return settled_.wait_for(lock, std::chrono::nanoseconds(rest), all);
+  // More than once: the dispatcher may have had one in its hands and put it back.
+  while (true) {
+    std::deque<StoreTask*> late;
+    std::erase_if(queued_stores_, [&](StoreTask* task) {
+      if (task->submitted_ns <= begin) late.push_back(task);
+      return task->submitted_ns <= begin;
+    });
+    lock.unlock();
+    for (StoreTask* task : late) finish_store(*task, false, Reason::dropped);
+    lock.lock();
+    const uint64_t now = clock_.steady_ns();
+    const uint64_t rest = end > now ? end - now : 0;
+    const uint64_t tick = std::min(rest, kDeadlineTickMs * 1000 * 1000);
+    if (settled_.wait_for(lock, std::chrono::nanoseconds(tick), all)) return true;
+    if (rest == 0) break;
+  }
+  // Who does not wait may write to the blocks: whatever is being read from them now must not be published.
+  for (const auto& [task, owned] : store_tasks_) task->spoilt |= task->counted_ungathered;
+  return false;
 }
 
 bool Transfers::flush(uint64_t timeout_ns) {
   std::unique_lock lock(mutex_);
-  return settled_.wait_for(lock, std::chrono::nanoseconds(timeout_ns),
+  return settled_.wait_for(lock, std::chrono::nanoseconds(std::min(timeout_ns, kLongestWaitNs)),
                            [this] { return store_tasks_.empty(); });
 }
 
@@ -202,6 +244,11 @@ void Transfers::run() {
     }
     if (stop_) return;
     work_ = false;
+    if (!warnings_.empty()) {
+      lock.unlock();
+      log_warnings();
+      lock.lock();
+    }
     enforce_deadlines();
     while (!stop_ && !queued_loads_.empty() && loads_in_motion_ < kMostLoadsInMotion) {
       LoadTask& task = *queued_loads_.begin()->second;

@@ -41,7 +41,9 @@ class Transfers {
   void close();
 
   Status attach(const PagedCache& cache);
-  Status submit_load(uint64_t job, LoadPlan plan);
+  Status submit_load(uint64_t job, LoadPlan plan, bool hold = false);
+  Status place(uint64_t job, uint64_t held_job, std::span<const Depot::HeldBlocks> blocks);
+  void drop_held(uint64_t held_job);
   Status submit_store(uint64_t job, StorePlan plan, Keeper& keeper);
   bool wait_gathered(uint64_t timeout_ns);
   void cancel(uint64_t job);
@@ -73,13 +75,17 @@ class Transfers {
   bool start_load(LoadTask& task);
   bool open_place(LoadTask& task);
   void read_mapped(LoadTask& task);
+  void copy_mapped(LoadTask& task);
   void read_staged(LoadTask& task);
   void start_scatter(LoadTask& task, std::span<const std::byte> run, bool guarded);
   void pieces_read(LoadTask& task);
   bool check_header(LoadTask& task, std::span<const std::byte> header_bytes);
   void scattered(LoadTask& task, ScatterOutcome outcome);
   void fail_load(LoadTask& task, Reason reason, bool bad_on_medium);
+  void condemn_missing(LoadTask& task);
+  void submit_scatter(LoadTask& task, std::span<const std::byte> run, bool guarded);
   void let_go(LoadTask& task);
+  void leave_place(LoadTask& task);
   void resolve_load_locked(LoadTask& task, std::optional<Reason> failure);
   void retire(LoadTask& task);
   void enforce_deadlines();
@@ -95,7 +101,10 @@ class Transfers {
   void resolve_locked(Job& job, uint32_t item, uint32_t chunk, uint16_t group, std::optional<Reason> failure,
                       uint64_t bytes);
   void note_failure(uint64_t job, std::string text);
+  void note_failure_locked(uint64_t job, std::string text);
   void end_job_locked(uint64_t id);
+  bool id_in_use_locked(uint64_t id) const;
+  void log_warnings();
   static void count(FailureCounts& counts, Reason reason);
 
   Device& device_;
@@ -103,7 +112,7 @@ class Transfers {
   SegmentTable& segments_;
   const Clock& clock_;
   const uint64_t store_queue_bytes_;
-  Keeper* keeper_ = nullptr;
+  const bool staged_;  // some root is not mapped
 
   mutable std::mutex mutex_;
   std::condition_variable wake_;     // the dispatcher
@@ -113,9 +122,11 @@ class Transfers {
   std::map<uint16_t, std::unique_ptr<PagedCache>> caches_;
   std::unordered_map<uint64_t, Job> jobs_;
   std::vector<Completion> ended_;
+  std::vector<std::string> warnings_;                // logged by the dispatcher: a log sink may block
   std::multimap<uint64_t, LoadTask*> queued_loads_;  // by deadline
   std::deque<StoreTask*> queued_stores_;
   std::unordered_map<LoadTask*, std::unique_ptr<LoadTask>> load_tasks_;
+  std::unordered_map<uint64_t, std::vector<LoadTask*>> held_;  // by the job that verified them
   std::unordered_map<StoreTask*, std::unique_ptr<StoreTask>> store_tasks_;
   uint32_t loads_in_motion_ = 0;
   uint64_t store_bytes_ = 0;         // queued and in motion

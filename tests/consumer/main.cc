@@ -1,4 +1,5 @@
-// Uses the depot as an application does: stores one chunk, opens the directory again, finds it and loads it back.
+// Uses the depot as an application does: stores one chunk, opens the directory again, finds it and loads it
+// back.
 #include <tokendepot/depot.h>
 #include <tokendepot/tools.h>
 
@@ -76,9 +77,11 @@ int main(int argc, char** argv) {
     if (!ns) return fail("register_namespace", ns.error().message);
     td::KeyChain chain(*ns, kChunkTokens);
     chain.append(tokens);
-    if (auto attached = (*depot)->attach(cache.describe()); !attached) return fail("attach", attached.error().message);
+    if (auto attached = (*depot)->attach(cache.describe()); !attached)
+      return fail("attach", attached.error().message);
     td::StorePlan plan{.ns = *ns, .items = {{.key = chain.keys()[0], .blocks = {0, 1, 2, 3}}}};
-    if (auto queued = (*depot)->submit_store(1, plan); !queued) return fail("submit_store", queued.error().message);
+    if (auto queued = (*depot)->submit_store(1, plan); !queued)
+      return fail("submit_store", queued.error().message);
     if (wait(**depot, 1).items_ok != 1) return fail("store", "the chunk was not acknowledged");
   }
 
@@ -90,20 +93,24 @@ int main(int argc, char** argv) {
   td::KeyChain chain(*ns, kChunkTokens);
   chain.append(tokens);
   const std::vector<td::GroupWant> wants{want};
-  if ((*depot)->longest_prefix(chain.keys(), wants) != 1) return fail("longest_prefix", "the stored chunk is not found");
-  if (auto attached = (*depot)->attach(cache.describe()); !attached) return fail("attach", attached.error().message);
+  if ((*depot)->longest_prefix(chain.keys(), wants) != 1)
+    return fail("longest_prefix", "the stored chunk is not found");
+  if (auto attached = (*depot)->attach(cache.describe()); !attached)
+    return fail("attach", attached.error().message);
   const std::vector<int32_t> blocks{0, 1, 2, 3};
   const std::vector<td::Depot::LoadGroup> groups{{.want = want, .blocks_per_chunk = 4, .blocks = blocks}};
   auto plan = (*depot)->plan_load(*ns, chain.keys(), groups, 10s);
   if (!plan) return fail("plan_load", plan.error().message);
-  if (auto queued = (*depot)->submit_load(2, *plan); !queued) return fail("submit_load", queued.error().message);
+  if (auto queued = (*depot)->submit_load(2, *plan); !queued)
+    return fail("submit_load", queued.error().message);
   if (wait(**depot, 2).items_ok != 1) return fail("load", "the chunk did not come back");
 
   const size_t half = written.size() / 2;
   const size_t chunk = size_t{kChunkTokens} * kRowBytes;
   for (size_t plane : {size_t{0}, half}) {
     for (size_t i = 0; i < chunk; ++i) {
-      if (cache.bytes[plane + i] != written[plane + i]) return fail("compare", "loaded bytes differ from stored bytes");
+      if (cache.bytes[plane + i] != written[plane + i])
+        return fail("compare", "loaded bytes differ from stored bytes");
     }
   }
   if (auto info = td::inspect_root(argv[1]); !info) return fail("inspect_root", info.error().message);

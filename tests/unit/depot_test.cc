@@ -244,7 +244,8 @@ TEST_P(DepotOn, KillNineWhileStoringLosesNothingAcknowledged) {
   const auto want = std::vector{want_of(small_shape())};
   std::mt19937 random(42);
   uint32_t acknowledged_prompts = 0;
-  for (uint32_t round = 0; round < 12; ++round) {
+  const uint32_t rounds = std::getenv("TOKENDEPOT_LONG_TESTS") != nullptr ? 200 : 12;
+  for (uint32_t round = 0; round < rounds; ++round) {
     int report[2];
     ASSERT_EQ(pipe(report), 0);
     const pid_t child = fork();
@@ -302,6 +303,54 @@ TEST_P(DepotOn, KillNineWhileStoringLosesNothingAcknowledged) {
     }
   }
   EXPECT_GT(acknowledged_prompts, 0u);
+}
+
+TEST_P(DepotOn, AHeldLoadIsPlacedEvenWhenItsRootIsGone) {
+  auto depot = open();
+  ASSERT_TRUE(depot->attach(cache_.paged()));
+  cache_.fill(11);
+  const auto keys = prompt_keys(ns_, 11, 6);
+  ASSERT_EQ(store_chunks(*depot, 1, ns_, keys, 0, 6).items_ok, 6u);
+  std::vector<std::vector<std::byte>> before;
+  for (int32_t b = 0; b < 24; ++b) before.push_back(cache_.block(b));
+  const auto plan = plan_chunks(*depot, ns_, keys, want_of(small_shape()), 0, 6, 0);
+  ASSERT_TRUE(plan);
+  cache_.clear();
+  ASSERT_TRUE(depot->submit_hold(2, *plan));
+  EXPECT_EQ(wait_for(*depot, 2).items_ok, 6u);
+  EXPECT_EQ(cache_.block(0), std::vector<std::byte>(cache_.block(0).size(), std::byte{0xEE})) << "nothing is written yet";
+  for (const std::string& file : segment_files()) std::filesystem::resize_file(file, 0);
+  std::vector<Depot::HeldBlocks> blocks;
+  for (uint32_t chunk = 1; chunk < 6; ++chunk) {
+    blocks.push_back({chunk, 0, iota_blocks(static_cast<int32_t>(100 + chunk * kBlocksPerChunk), kBlocksPerChunk)});
+  }
+  ASSERT_TRUE(depot->place(3, 2, blocks));
+  EXPECT_EQ(wait_for(*depot, 3).items_ok, 5u);
+  for (int32_t b = 4; b < 24; ++b) EXPECT_EQ(cache_.block(100 + b), before[static_cast<size_t>(b)]) << "block " << b;
+  EXPECT_FALSE(depot->place(4, 2, blocks)) << "nothing is held any more";
+}
+
+TEST_P(DepotOn, AHoldOfDamagedOrTooManyExtentsFailsBeforeAnythingIsPromised) {
+  Options small = options();
+  small.slab_bytes = 5 * 69632;
+  auto depot = open(small);
+  ASSERT_TRUE(depot->attach(cache_.paged()));
+  cache_.fill(12);
+  const auto keys = prompt_keys(ns_, 12, 8);
+  ASSERT_EQ(store_chunks(*depot, 1, ns_, keys, 0, 8).items_ok, 8u);
+  const auto plan = plan_chunks(*depot, ns_, keys, want_of(small_shape()), 0, 8, 0);
+  ASSERT_TRUE(plan);
+  for (const std::string& file : segment_files()) flip(file, plan->items[2].where.offset + 4096 + 9);
+  ASSERT_TRUE(depot->submit_hold(2, *plan));
+  const Completion held = wait_for(*depot, 2);
+  EXPECT_GE(held.items_ok, 4u);
+  EXPECT_LE(held.items_ok, 6u) << "the staging memory holds five extents, a damaged one gives its place back";
+  size_t corrupt = 0;
+  for (const ItemFailure& failure : held.failures) corrupt += failure.reason == ItemFailure::Reason::corrupt ? 1 : 0;
+  EXPECT_EQ(corrupt, 1u);
+  depot->drop_held(2);
+  ASSERT_TRUE(depot->submit_hold(3, *plan_chunks(*depot, ns_, keys, want_of(small_shape()), 3, 8, 0)));
+  EXPECT_EQ(wait_for(*depot, 3).items_ok, 5u) << "what was dropped is free again";
 }
 
 TEST_P(DepotOn, AfterForkTheChildAnswersClosedAndTheParentGoesOn) {

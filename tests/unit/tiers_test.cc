@@ -123,6 +123,7 @@ TEST_F(TiersTest, ExtentsWithoutAJournalRecordAreFoundByTheirHeaders) {
   const auto want = std::vector{want_of(small_shape())};
   Options one = options();
   one.roots.resize(1);
+  one.device_threads = 1;  // records in the order of the extents
   {
     auto depot = open(one);
     cache_.fill(1);
@@ -143,6 +144,7 @@ TEST_F(TiersTest, ExtentsWithoutAJournalRecordAreFoundByTheirHeaders) {
 TEST_F(TiersTest, ATornExtentIsNotRecovered) {
   Options one = options();
   one.roots.resize(1);
+  one.device_threads = 1;  // records in the order of the extents
   const auto want = std::vector{want_of(small_shape())};
   uint64_t last_extent = 0;
   {

@@ -41,6 +41,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 VERSION = tuple(int(part) for part in vllm.__version__.split("+")[0].split(".")[:2])
+torch.set_num_threads(1)  # small tensors: more threads only wait for each other
 HEADS, DIM, LAYERS, WINDOW = 2, 4, 4, 40
 # Families of cache tensors: P = K or V outside, B blocks, H heads, N tokens, C = K and V in one row, L = layers inside.
 if VERSION >= (0, 29):
@@ -61,7 +62,14 @@ class FakeBackend:
         return "HARNESS"
 
     def get_kv_cache_shape(self, num_blocks, block_size, num_kv_heads, head_size, cache_dtype_str="auto"):
-        sizes = {"P": 2, "B": num_blocks, "N": block_size, "H": num_kv_heads, "D": head_size, "C": 2 * head_size}
+        sizes = {
+            "P": 2,
+            "B": num_blocks,
+            "N": block_size,
+            "H": num_kv_heads,
+            "D": head_size,
+            "C": 2 * head_size,
+        }
         return tuple(sizes[dim] for dim in self.family)
 
 
@@ -85,6 +93,7 @@ class Options:
     batched_tokens: int = 128
     extra: dict = field(default_factory=dict)
     capacity: str = "64MiB"
+    without_hybrid_manager: bool = False
 
 
 _configs: dict = {}
@@ -94,10 +103,18 @@ def base_config(model: str, drafts: int, dtype: str):
     """Creating a configuration takes seconds, so each kind is made once a process and copied."""
     key = (model, drafts, dtype)
     if key not in _configs:
-        speculative = dict(method="ngram", num_speculative_tokens=drafts, prompt_lookup_max=3, prompt_lookup_min=1)
+        speculative = dict(
+            method="ngram", num_speculative_tokens=drafts, prompt_lookup_max=3, prompt_lookup_min=1
+        )
         _configs[key] = EngineArgs(
-            model=model, skip_tokenizer_init=True, max_model_len=2048, block_size=16, dtype=dtype, async_scheduling=False,
-            speculative_config=speculative if drafts else None).create_engine_config()
+            model=model,
+            skip_tokenizer_init=True,
+            max_model_len=2048,
+            block_size=16,
+            dtype=dtype,
+            async_scheduling=False,
+            speculative_config=speculative if drafts else None,
+        ).create_engine_config()
     return copy.deepcopy(_configs[key])
 
 
@@ -117,9 +134,12 @@ class Rank:
         self.kv_cache_config = engine.cache_config(self.layer_ids, self.heads)
         for name in engine.names:
             config.compilation_config.static_forward_context[name] = SimpleNamespace(
-                get_attn_backend=lambda: FakeBackend(o.family))
+                get_attn_backend=lambda: FakeBackend(o.family)
+            )
         with set_current_vllm_config(config):
-            self.connector = KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER, self.kv_cache_config)
+            self.connector = KVConnectorFactory.create_connector(
+                config, KVConnectorRole.WORKER, self.kv_cache_config
+            )
         self.tensors, self.cells = self._allocate(o)
         self.connector.register_kv_caches(self.tensors)
 
@@ -127,7 +147,9 @@ class Rank:
         """(tensors as the engine registers them, views [block, head, token, plane, dim] of the same memory)."""
         tensors, cells = {}, {}
         n, h, b = o.block_size, self.heads, o.blocks
-        slots = len(self.layer_ids) // 2 if o.hybrid else len(self.layer_ids)  # hybrid groups alias each other's memory
+        slots = (
+            len(self.layer_ids) // 2 if o.hybrid else len(self.layer_ids)
+        )  # hybrid groups alias each other's memory
         packed = torch.full((b, slots, h, n, 2 * DIM), -1.0)
         made: dict[int, tuple] = {}
         for place, layer in enumerate(self.layer_ids):
@@ -174,11 +196,21 @@ class Engine:
         self.options = o = options
         self.names = [layer_name(layer) for layer in range(LAYERS)]
         self.config = base_config(model, o.drafts, o.dtype)
-        extra = {"roots": [f"{o.root}?capacity={o.capacity}"], "chunk_tokens": o.chunk, "layout": o.layout,
-                 "free_space_reserve": "1MiB", "slab": "16MiB", **o.extra}
+        extra = {
+            "roots": [f"{o.root}?capacity={o.capacity}"],
+            "chunk_tokens": o.chunk,
+            "layout": o.layout,
+            "free_space_reserve": "1MiB",
+            "slab": "16MiB",
+            **o.extra,
+        }
         self.config.kv_transfer_config = KVTransferConfig(
-            kv_connector="TokendepotConnector", kv_connector_module_path="tokendepot.engines.vllm", kv_role=o.role,
-            kv_load_failure_policy=o.policy, kv_connector_extra_config=extra)
+            kv_connector="TokendepotConnector",
+            kv_connector_module_path="tokendepot.engines.vllm",
+            kv_role=o.role,
+            kv_load_failure_policy=o.policy,
+            kv_connector_extra_config=extra,
+        )
         self.config.cache_config.block_size = o.block_size
         self.config.cache_config.num_gpu_blocks = o.blocks
         self.config.cache_config.enable_prefix_caching = o.prefix_caching
@@ -191,10 +223,17 @@ class Engine:
         hash_fn = get_hash_fn_by_name(self.config.cache_config.prefix_caching_hash_algo)
         kv_cache_utils.init_none_hash(hash_fn)
         self.hasher = kv_cache_utils.get_request_block_hasher(o.block_size, hash_fn)
+        if o.without_hybrid_manager:
+            self.config.scheduler_config.disable_hybrid_kv_cache_manager = True
         kind = AsyncScheduler if o.asynchronous else Scheduler
         with set_current_vllm_config(self.config):
             self.scheduler = kind(
-                self.config, scheduler_cache, StructuredOutputManager(self.config), block_size=o.block_size, log_stats=True)
+                self.config,
+                scheduler_cache,
+                StructuredOutputManager(self.config),
+                block_size=o.block_size,
+                log_stats=True,
+            )
         self.ranks = [Rank(self, rank) for rank in range(o.tp * o.pp)]
         self.aggregator = KVOutputAggregator(len(self.ranks))
         self.sequences: dict[str, Sequence] = {}
@@ -214,10 +253,17 @@ class Engine:
         o = self.options
         layers = list(layers)
         names = [layer_name(layer) for layer in layers]
-        full = FullAttentionSpec(block_size=o.block_size, num_kv_heads=heads, head_size=DIM, dtype=torch.float32)
+        full = FullAttentionSpec(
+            block_size=o.block_size, num_kv_heads=heads, head_size=DIM, dtype=torch.float32
+        )
         if o.hybrid:
             window = SlidingWindowSpec(
-                block_size=o.block_size, num_kv_heads=heads, head_size=DIM, dtype=torch.float32, sliding_window=WINDOW)
+                block_size=o.block_size,
+                num_kv_heads=heads,
+                head_size=DIM,
+                dtype=torch.float32,
+                sliding_window=WINDOW,
+            )
             half = len(names) // 2
             groups = [KVCacheGroupSpec(names[:half], full), KVCacheGroupSpec(names[half:], window)]
         else:
@@ -226,8 +272,14 @@ class Engine:
         if "shared_by" in KVCacheTensor.__dataclass_fields__:
             tensors = [KVCacheTensor(size=o.blocks * page, shared_by=[name]) for name in names]
         else:
-            tensors = [KVCacheTensor(size=len(names) * o.blocks * page, layers=names, layer_stride=o.blocks * page,
-                                     block_stride=page)]
+            tensors = [
+                KVCacheTensor(
+                    size=len(names) * o.blocks * page,
+                    layers=names,
+                    layer_stride=o.blocks * page,
+                    block_stride=page,
+                )
+            ]
         config = KVCacheConfig(num_blocks=o.blocks, kv_cache_tensors=tensors, kv_cache_groups=groups)
         if "kv_cache_layout" in KVCacheConfig.__dataclass_fields__:
             layout = {"BNHC": "LBNHC", "BLHNC": "BLHNC"}.get(o.family, "LBHNC")
@@ -262,20 +314,24 @@ class Engine:
         position = torch.arange(length)
         mix = (position * 7919 + 13) % 9973
         totals = torch.zeros(length - first, dtype=torch.int64)
-        for rank in self.ranks:
-            head = torch.arange(rank.first_head, rank.first_head + rank.heads)[:, None, None]
-            weight = 1 + 17 * head + 5 * torch.arange(2)[None, :, None] + torch.arange(DIM)[None, None, :]
-            for layer, cells in rank.cells.items():
-                group = self.group_of(layer)
-                begin = max(0, first - WINDOW + 1) if group else 0
-                table = torch.tensor(sequence.tables[group])
-                seen = position[begin:]
-                rows = cells[table[seen // size], :, seen % size].to(torch.int64)
-                value = (rows * weight).sum((1, 2, 3)) % 1000003 * (mix[begin:] * (layer + 1) % 9973) % 1000003
-                sums = torch.cat([torch.zeros(1, dtype=torch.int64), value.cumsum(0)])
-                for index in range(first, length):
-                    low = max(0, index - WINDOW + 1) if group else 0
-                    totals[index - first] += sums[index + 1 - begin] - sums[low - begin]
+        for layer in range(LAYERS):
+            group = self.group_of(layer)
+            begin = max(0, first - WINDOW + 1) if group else 0
+            table, seen = torch.tensor(sequence.tables[group]), position[begin:]
+            value = torch.zeros(len(seen), dtype=torch.int64)
+            for rank in self.ranks:
+                if layer in rank.cells:
+                    head = torch.arange(rank.first_head, rank.first_head + rank.heads)[:, None, None]
+                    weight = (
+                        1 + 17 * head + 5 * torch.arange(2)[None, :, None] + torch.arange(DIM)[None, None, :]
+                    )
+                    rows = rank.cells[layer][table[seen // size], :, seen % size].to(torch.int64)
+                    value += (rows * weight).sum((1, 2, 3))
+            value = value % 1000003 * (mix[begin:] * (layer + 1) % 9973) % 1000003
+            sums = torch.cat([torch.zeros(1, dtype=torch.int64), value.cumsum(0)])
+            for index in range(first, length):
+                low = max(0, index - WINDOW + 1) if group else 0
+                totals[index - first] += sums[index + 1 - begin] - sums[low - begin]
         return [int(total) % 240 + 3 for total in totals]
 
     def forward(self, so) -> tuple[list[str], list[list[int]]]:
@@ -301,7 +357,12 @@ class Engine:
             tokens = (sequence.tokens + drafts)[:length]
             self.write(sequence, tokens, start)
             work.append((request_id, sequence, tokens, len(drafts)))
-        for request_id, sequence, tokens, drafts in work:  # like a batch: all cells are written before any is read
+        for (
+            request_id,
+            sequence,
+            tokens,
+            drafts,
+        ) in work:  # like a batch: all cells are written before any is read
             names.append(request_id)
             if len(tokens) - drafts < len(sequence.tokens):
                 sampled.append([])
@@ -329,7 +390,7 @@ class Engine:
             self._update(*self.waiting_update)
             self.waiting_update = None
         result = self._execute(so)
-        if self.options.asynchronous:
+        if self.options.asynchronous and so.total_num_scheduled_tokens:
             self.waiting_update = (so, result)
         else:
             self._update(so, result)
@@ -352,23 +413,34 @@ class Engine:
             if after:
                 rank.connector.start_load_kv(None)
             rank.connector.wait_for_save()
-            outputs.append(ModelRunnerOutput(
-                req_ids=names, req_id_to_index={name: index for index, name in enumerate(names)},
-                sampled_token_ids=sampled, kv_connector_output=self._connector_output(rank.connector, so)))
+            outputs.append(
+                ModelRunnerOutput(
+                    req_ids=names,
+                    req_id_to_index={name: index for index, name in enumerate(names)},
+                    sampled_token_ids=sampled,
+                    kv_connector_output=self._connector_output(rank.connector, so),
+                )
+            )
             rank.connector.clear_connector_metadata()
         self._draft(names)
         merged = self.aggregator.aggregate(outputs)
         stats = merged.kv_connector_output.kv_connector_stats
-        if stats is not None:
-            for key, value in stats.data.items():
-                self.stats[key] = self.stats.get(key, 0) + value
+        self._add_stats(stats)
         return merged
+
+    def _add_stats(self, stats) -> None:
+        for key, value in (stats.data if stats is not None else {}).items():
+            if isinstance(value, (int, float)):  # MultiConnector nests one set for each of its connectors
+                self.stats[key] = self.stats.get(key, 0) + value
 
     def _connector_output(self, connector, so) -> KVConnectorOutput:
         output = KVConnectorOutput()
         if VERSION >= (0, 30):
             results = connector.get_transfer_results(so.finished_req_ids)
-            output.finished_sending, output.finished_recving = results.finished_sending, results.finished_recving
+            output.finished_sending, output.finished_recving = (
+                results.finished_sending,
+                results.finished_recving,
+            )
             output.failed_recving = results.failed_recving
         else:
             output.finished_sending, output.finished_recving = connector.get_finished(so.finished_req_ids)
@@ -394,11 +466,13 @@ class Engine:
         for name in names:
             sequence = self.sequences[name]
             sequence.drafts = self.draft_from.get(tuple(sequence.tokens[:8]), [])[
-                len(sequence.tokens) : len(sequence.tokens) + self.options.drafts]
+                len(sequence.tokens) : len(sequence.tokens) + self.options.drafts
+            ]
             if len(sequence.drafts) == self.options.drafts and len(sequence.tokens) % 3 == 0:
                 sequence.drafts[-1] = 1  # a draft that will be rejected
         self.scheduler.update_draft_token_ids(
-            DraftTokenIds(names, [self.sequences[name].drafts for name in names]))
+            DraftTokenIds(names, [self.sequences[name].drafts for name in names])
+        )
 
     def _update(self, so, result: ModelRunnerOutput) -> None:
         for outputs in self.scheduler.update_from_output(so, result).values():
@@ -413,22 +487,34 @@ class Engine:
     def add(self, prompt: list[int], length: int, salt=None, lora=None) -> str:
         request_id = f"r{self.count}"
         self.count += 1
-        self.scheduler.add_request(Request(
-            request_id=request_id, prompt_token_ids=list(prompt), pooling_params=None, cache_salt=salt, lora_request=lora,
-            sampling_params=SamplingParams(temperature=0, max_tokens=length, ignore_eos=True), block_hasher=self.hasher))
+        self.scheduler.add_request(
+            Request(
+                request_id=request_id,
+                prompt_token_ids=list(prompt),
+                pooling_params=None,
+                cache_salt=salt,
+                lora_request=lora,
+                sampling_params=SamplingParams(temperature=0, max_tokens=length, ignore_eos=True),
+                block_hasher=self.hasher,
+            )
+        )
         return request_id
 
-    def finish(self, request_ids: list[str]) -> None:
-        """Steps until these requests have ended, then lets the depot finish its stores."""
+    def step_until_ended(self, request_ids: list[str]) -> None:
         started = time.monotonic()
         while not all(request_id in self.reasons for request_id in request_ids):
             self.step()
             assert time.monotonic() - started < STUCK_AFTER_S, self.state()
+
+    def finish(self, request_ids: list[str]) -> None:
+        """Steps until these requests have ended, then lets the depot finish its stores."""
+        self.step_until_ended(request_ids)
         self.settle()
 
     def settle(self) -> None:
+        """Steps until no request holds a block, then waits for the stores and reads the journals."""
         started = time.monotonic()
-        while self.scheduler.has_requests() or self.waiting_update is not None:
+        while self.scheduler.requests or self.scheduler.has_requests() or self.waiting_update is not None:
             self.step()
             assert time.monotonic() - started < STUCK_AFTER_S, self.state()
         for rank in self.ranks:
@@ -448,9 +534,12 @@ class Engine:
         return [self.output.get(request_id, []) for request_id in ids]
 
     def state(self) -> str:
-        return "stuck: " + str([
-            (request.request_id, str(request.status), request.num_computed_tokens)
-            for request in self.scheduler.requests.values()])
+        return "stuck: " + str(
+            [
+                (request.request_id, str(request.status), request.num_computed_tokens)
+                for request in self.scheduler.requests.values()
+            ]
+        )
 
     @property
     def half(self):

@@ -53,9 +53,13 @@ class Adapters:
         name, path = str(lora_request.lora_name), str(lora_request.lora_path)
         adapter = self._known.get(int(lora_request.lora_int_id))
         if adapter is None:
-            raise RefusedError(f'LoRA adapter "{name}" is not a local path, so its content cannot be identified')
+            raise RefusedError(
+                f'LoRA adapter "{name}" is not a local path, so its content cannot be identified'
+            )
         if (adapter.name, adapter.path, adapter.files) != (name, path, _file_states(path)):
-            raise RefusedError(f'LoRA adapter "{name}" changed since it was first used, so its content is not known any more')
+            raise RefusedError(
+                f'LoRA adapter "{name}" changed since it was first used, so its content is not known any more'
+            )
         if not adapter.identity.done():
             raise PendingError
         return adapter.identity.result()

@@ -35,13 +35,15 @@ Answer = TypeVar("Answer")
 
 
 class TokendepotConnector(KVConnectorBase_V1, SupportsHMA):
-    """Keeps KV cache in the depot's roots and loads it back. See docs/vllm.md for the configuration.
+    """Keeps KV cache in the depot's roots and loads it back. See docs/operations.md for the configuration.
 
     `on_error` decides about a refusal at start: "disable" logs one error line and the engine runs without the depot,
     "fail" raises. At run time trouble never stops the engine: the depot is switched off and every answer is a miss.
     """
 
-    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._scheduler_half: SchedulerHalf | None = None
         self._worker_half: WorkerHalf | None = None
@@ -51,7 +53,9 @@ class TokendepotConnector(KVConnectorBase_V1, SupportsHMA):
         self._fail_at_start = on_error_choice(extra) == "fail"
         self._start(lambda: self._open(extra, vllm_config, role, kv_cache_config))
 
-    def _open(self, extra: dict[str, Any], vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+    def _open(
+        self, extra: dict[str, Any], vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any
+    ) -> None:
         problem = versions.refusal()
         if problem:
             raise RefusedError(problem)
@@ -80,7 +84,7 @@ class TokendepotConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker_half.turn_off(reason)
 
     def _guarded(self, call: Callable[[], Answer], otherwise: Answer) -> Answer:
-        """Last line of defence: whatever goes wrong in a half switches that half off and the hook answers `otherwise`."""
+        """Last line of defence: trouble in a half switches that half off, and the hook answers `otherwise`."""
         try:
             return call()
         except Exception as error:
@@ -97,14 +101,19 @@ class TokendepotConnector(KVConnectorBase_V1, SupportsHMA):
         if half is not None:
             self._guarded(lambda: half.arrived(request), None)
 
-    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
         half = self._scheduler_half
         if half is None:
             return 0, False
-        tokens = self._guarded(lambda: half.matched_tokens(request, num_computed_tokens), 0)
+        nothing: int | None = 0
+        tokens = self._guarded(lambda: half.matched_tokens(request, num_computed_tokens), nothing)
         return tokens, bool(tokens)
 
-    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
         half = self._scheduler_half
         if half is not None:
             half.allocated(request, [list(ids) for ids in blocks.get_block_ids()], num_external_tokens)
@@ -158,7 +167,9 @@ class TokendepotConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads are asynchronous to steps: a request is computed only when its load has ended."""
 
-    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
         """Stores take whole chunks after the step (wait_for_save), so that CUDA graphs stay whole."""
 
     def wait_for_save(self) -> None:
@@ -195,13 +206,13 @@ class TokendepotConnector(KVConnectorBase_V1, SupportsHMA):
         return StepReport(disabled=self._refusal) if self._refusal else None
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        half = self._worker_half or self._scheduler_half
+        half = self._worker_half
         return self._guarded(half.take_stats, None) if half is not None else None
 
     def _orders(self) -> StepOrders:
-        orders = self._get_connector_metadata()
-        assert isinstance(orders, StepOrders)
-        return orders
+        """What this step is to do; nothing in runs that are no step (warm-up, graph capture)."""
+        orders = self._connector_metadata
+        return orders if isinstance(orders, StepOrders) else StepOrders()
 
     # --- both ----------------------------------------------------------------------------------------------------
 
@@ -216,7 +227,10 @@ class TokendepotConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def build_prom_metrics(
-        cls, vllm_config: VllmConfig, metric_types: Any, labelnames: list[str],
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: Any,
+        labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
     ) -> KVConnectorPromMetrics | None:
         return DepotPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

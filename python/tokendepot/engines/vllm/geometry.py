@@ -1,8 +1,9 @@
 """Cache tensors of the engine -> the addresses and strides that the depot's worker needs.
 
-Dimensions are named by the engine's declaration (see versions.declared_shape), never by comparing sizes: with two KV
-heads, [blocks, heads, tokens, 2 * dim] and [blocks, K|V, tokens, heads * dim] have the same shape. Without a declaration
-a tensor is taken only when exactly one known family of shapes fits its sizes. Strides come from the tensor itself.
+Dimensions are named by the engine's declaration (see versions.declared_shape), never by comparing sizes: with
+two KV heads, [blocks, heads, tokens, 2 * dim] and [blocks, K|V, tokens, heads * dim] have the same shape. Without
+a declaration a tensor is taken only when exactly one known family of shapes fits its sizes. Strides come from the
+tensor itself.
 """
 
 from __future__ import annotations
@@ -36,14 +37,17 @@ def layer_planes(
     """Planes (canonical) or pieces (opaque) of one layer; RefusedError when the tensor does not fit the group."""
     if tensor.device.type != "cpu":
         raise RefusedError(
-            f"the KV cache of layer {name} is on {tensor.device} but this build moves KV of host memory only")
+            f"the KV cache of layer {name} is on {tensor.device} but this build moves KV of host memory only"
+        )
     names = _dimensions(tensor, group, block_count, declared, name)
     size = dict(zip(names, tensor.shape, strict=True))
     stride = {dim: step * tensor.element_size() for dim, step in zip(names, tensor.stride(), strict=True)}
     if size["B"] % block_count:
         raise RefusedError(
-            f"layer {name} has {size['B']} blocks in its cache tensor, which is no multiple of the {block_count} blocks "
-            "of the pool")
+            f"layer {name} has {size['B']} blocks in its cache tensor, which is no multiple of the "
+            f"{block_count} blocks "
+            "of the pool"
+        )
     if group.kind == CANONICAL:
         return _rows(tensor, group, block_count, size, stride, name)
     return _pages(tensor, block_count, size, stride, name)
@@ -62,13 +66,16 @@ def _dimensions(
         if len(declared) != tensor.dim():
             raise RefusedError(
                 f"layer {name} has a cache tensor of shape {tuple(tensor.shape)} but its backend declares "
-                f"[{', '.join(declared)}]")
+                f"[{', '.join(declared)}]"
+            )
         return declared
     fitting = [family for family in KNOWN_FAMILIES if _fits(tensor, group, block_count, family)]
     if len(fitting) != 1:
         found = " or ".join(f"[{', '.join(family)}]" for family in fitting) or "nothing known"
         raise RefusedError(
-            f"layer {name} has a cache tensor of shape {tuple(tensor.shape)} without a declared layout, which may be {found}")
+            f"layer {name} has a cache tensor of shape {tuple(tensor.shape)} without a declared layout, "
+            f"which may be {found}"
+        )
     return fitting[0]
 
 
@@ -86,7 +93,12 @@ def _fits(tensor: torch.Tensor, group: Group, block_count: int, family: tuple[st
 
 
 def _rows(
-    tensor: torch.Tensor, group: Group, block_count: int, size: dict[str, int], stride: dict[str, int], name: str
+    tensor: torch.Tensor,
+    group: Group,
+    block_count: int,
+    size: dict[str, int],
+    stride: dict[str, int],
+    name: str,
 ) -> list[Plane]:
     """Canonical: one strided view a plane."""
     content = "D" if "D" in size else "C"
@@ -101,14 +113,18 @@ def _rows(
     for dim, wanted in expected.items():
         if dim in size and size[dim] != wanted:
             raise RefusedError(
-                f"layer {name} has a cache tensor of shape {tuple(tensor.shape)} with {size[dim]} in dimension {dim} where "
-                f'{wanted} is expected: use "layout": "opaque"')
+                f"layer {name} has a cache tensor of shape {tuple(tensor.shape)} with {size[dim]} in "
+                f"dimension {dim} where "
+                f'{wanted} is expected: use "layout": "opaque"'
+            )
     if stride[content] != tensor.element_size():
         raise RefusedError(f'layer {name} has rows that are not contiguous: use "layout": "opaque"')
     if splits > 1 and stride["B"] != stride["N"] * size["N"]:
         raise RefusedError(
-            f"layer {name} splits each block of {group.block_tokens} tokens into {splits} kernel blocks that do not follow "
-            'each other token by token: use "layout": "opaque"')
+            f"layer {name} splits each block of {group.block_tokens} tokens into {splits} kernel blocks "
+            "that do not follow "
+            'each other token by token: use "layout": "opaque"'
+        )
     plane_step = stride["P"] if "P" in size else group.row_bytes
     return [
         (
@@ -137,7 +153,9 @@ def _pages(
         if not outer and step == run:
             run *= count
         elif step < run:
-            raise RefusedError(f"layer {name} has a cache tensor whose cells overlap (strides {tensor.stride()})")
+            raise RefusedError(
+                f"layer {name} has a cache tensor whose cells overlap (strides {tensor.stride()})"
+            )
         else:
             outer.append((count, step))
     offsets = sorted(
@@ -145,16 +163,21 @@ def _pages(
         for place in product(*(range(count) for count, _ in outer))
     )
     if len(offsets) > MAX_PIECES:
-        raise RefusedError(f"layer {name} keeps each block in {len(offsets)} pieces but at most {MAX_PIECES} are handled")
+        raise RefusedError(
+            f"layer {name} keeps each block in {len(offsets)} pieces but at most {MAX_PIECES} are handled"
+        )
     return [(tensor.data_ptr() + offset, stride["B"] * splits, 0, 0, run) for offset in offsets]
 
 
-def attach_arguments(group: Group, part: tuple[int, int, int, int], block_count: int,
-                     layers: list[list[Plane]]) -> dict[str, Any]:
+def attach_arguments(
+    group: Group, part: tuple[int, int, int, int], block_count: int, layers: list[list[Plane]]
+) -> dict[str, Any]:
     """Keyword arguments of Depot.attach for one group."""
     if part[1] - part[0] != len(layers):
         raise RefusedError(
-            f"KV-cache group {group.index} has {len(layers)} layers on this rank but [{part[0]}, {part[1]}) is its share")
+            f"KV-cache group {group.index} has {len(layers)} layers on this rank but [{part[0]}, {part[1]}) "
+            "is its share"
+        )
     arguments: dict[str, Any] = {
         "group": group.index,
         "kind": group.kind,
@@ -169,6 +192,8 @@ def attach_arguments(group: Group, part: tuple[int, int, int, int], block_count:
     else:
         sizes = {page_bytes(planes) for planes in layers}
         if len(sizes) != 1:
-            raise RefusedError(f"the layers of KV-cache group {group.index} have pages of different sizes {sorted(sizes)}")
+            raise RefusedError(
+                f"the layers of KV-cache group {group.index} have pages of different sizes {sorted(sizes)}"
+            )
         arguments["page_bytes"] = sizes.pop()
     return arguments

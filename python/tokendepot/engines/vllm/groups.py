@@ -74,7 +74,8 @@ class Group:
 
     def want(self) -> _core.GroupWant:
         return _core.GroupWant(
-            self.index, self.kind, (0, self.layers, 0, self.heads), self.stored_tokens, self.window_chunks)
+            self.index, self.kind, (0, self.layers, 0, self.heads), self.stored_tokens, self.window_chunks
+        )
 
     def part(self, placement: Placement) -> tuple[int, int, int, int]:
         """The rectangle that this rank holds: (layer begin, layer end, head begin, head end)."""
@@ -98,7 +99,8 @@ def describe_groups(vllm_config: Any, kv_cache_config: Any, settings: Settings) 
     if placement.pp_size > 1 and len(groups) > 1:
         raise RefusedError(
             f"pipeline_parallel_size is {placement.pp_size} and the model has {len(groups)} KV-cache groups: "
-            "several groups are kept with pipeline_parallel_size 1 only")
+            "several groups are kept with pipeline_parallel_size 1 only"
+        )
     return [_describe(index, group, vllm_config, placement, settings) for index, group in enumerate(groups)]
 
 
@@ -117,7 +119,9 @@ def _describe(index: int, group: Any, vllm_config: Any, placement: Placement, se
     block, chunk = int(spec.block_size), settings.chunk_tokens
     if chunk % block:
         raise RefusedError(
-            f"chunk_tokens is {chunk} but must be a multiple of the block size {block} of KV-cache group {index}")
+            f"chunk_tokens is {chunk} but must be a multiple of the block size {block} of KV-cache group "
+            f"{index}"
+        )
     stored = min(chunk, -(-(window - 1) // block) * block) if window else chunk
     kind, planes, row_bytes = _layout(spec, settings)
     heads, rank_heads, replicas = _heads(spec, vllm_config, placement, kind)
@@ -155,8 +159,10 @@ def _attention(index: int, group: Any, spec: Any) -> tuple[str, int]:
         problem = "is not causal"
     if problem:
         raise RefusedError(
-            f"KV-cache group {index} {problem}: only full attention, sliding windows and MLA are kept, so nothing is kept "
-            "for this model")
+            f"KV-cache group {index} {problem}: only full attention, sliding windows and MLA are kept, so "
+            "nothing is kept "
+            "for this model"
+        )
     if name == "SlidingWindowSpec":
         return WINDOW, max(2, int(spec.sliding_window) + int(getattr(spec, "extra_retained_tokens", 0) or 0))
     return FULL, 0
@@ -179,8 +185,10 @@ def _layout(spec: Any, settings: Settings) -> tuple[str, int, int]:
     if row is None:
         if settings.layout == CANONICAL:
             raise RefusedError(
-                f'"layout" is "canonical" but this KV cache ({type(spec).__name__}, {spec.dtype}) is packed in a way that '
-                'has no rows: use "auto" or "opaque"')
+                f'"layout" is "canonical" but this KV cache ({type(spec).__name__}, {spec.dtype}) is packed '
+                "in a way that "
+                'has no rows: use "auto" or "opaque"'
+            )
         return OPAQUE, 0, 0
     return CANONICAL, 1 if is_mla(spec) else 2, row
 
@@ -216,8 +224,10 @@ def _heads(spec: Any, vllm_config: Any, placement: Placement, kind: str) -> tupl
     if total < tp and tp % total == 0 and mine == 1:
         return total, 1, tp // total
     raise RefusedError(
-        f"a rank holds {mine} KV heads of a group while the model has {total} over {tp} ranks: such a split cannot be kept "
-        'in the canonical layout, use "layout": "opaque"')
+        f"a rank holds {mine} KV heads of a group while the model has {total} over {tp} ranks: such a split "
+        "cannot be kept "
+        'in the canonical layout, use "layout": "opaque"'
+    )
 
 
 def layer_order(name: str) -> list[tuple[int, int, str]]:
@@ -246,11 +256,16 @@ def _layer_count(group: Any, vllm_config: Any, placement: Placement) -> int:
         return len(group.layer_names)
     total = int(vllm_config.model_config.hf_text_config.num_hidden_layers)
     numbers = sorted(layer_number(name) for name in group.layer_names)
-    ranges = [list(range(*layer_range(total, Placement(1, placement.pp_size, pp)))) for pp in range(placement.pp_size)]
+    ranges = [
+        list(range(*layer_range(total, Placement(1, placement.pp_size, pp))))
+        for pp in range(placement.pp_size)
+    ]
     if numbers not in ranges:
         raise RefusedError(
-            f"a rank of pipeline_parallel_size {placement.pp_size} holds the layers {numbers}, which is no share of "
-            f"{total} layers: such a split cannot be kept")
+            f"a rank of pipeline_parallel_size {placement.pp_size} holds the layers {numbers}, which is no "
+            "share of "
+            f"{total} layers: such a split cannot be kept"
+        )
     return total
 
 

@@ -1,9 +1,9 @@
 """The namespace manifest: what must be equal for KV bytes of two engines to be exchangeable.
 
-Weights are identified by content, never by name or time: a Hugging Face snapshot by its commit (its files are links into
-a content-addressed store), any other directory or file by SHA-256 of all its bytes. Content digests are remembered in
-`identity-cache.json` in the first root by (path, device, inode, size, mtime, ctime); a change in place that restores the
-modification time still changes the inode's ctime.
+Weights are identified by content, never by name or time: a Hugging Face snapshot by its commit (its files are links
+into a content-addressed store), any other directory or file by SHA-256 of all its bytes. Content digests are
+remembered in `identity-cache.json` in the first root by (path, device, inode, size, mtime, ctime); a change in place
+that restores the modification time still changes the inode's ctime.
 """
 
 from __future__ import annotations
@@ -28,15 +28,30 @@ from tokendepot.engines.vllm.settings import RefusedError, Settings
 
 CACHE_FILE = "identity-cache.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz", ".ckpt", ".model")
-CONFIG_FILES = ("config.json", "quantize_config.json", "hf_quant_config.json", "quant_config.json", "params.json",
-                "adapter_config.json", "model.safetensors.index.json")
-ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
+CONFIG_FILES = (
+    "config.json",
+    "quantize_config.json",
+    "hf_quant_config.json",
+    "quant_config.json",
+    "params.json",
+    "adapter_config.json",
+    "model.safetensors.index.json",
+)
+ROPE_FIELDS = (
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "rope_local_base_freq",
+    "partial_rotary_factor",
+)
 CACHE_DTYPE_ALIASES = {"fp8": "fp8_e4m3"}
 READ_BYTES = 8 << 20
 HASH_THREADS = min(8, os.cpu_count() or 1)
 
 
-def manifest(vllm_config: Any, groups: list[Group], settings: Settings, kv_cache_config: Any) -> dict[str, Any]:
+def manifest(
+    vllm_config: Any, groups: list[Group], settings: Settings, kv_cache_config: Any
+) -> dict[str, Any]:
     """The manifest as plain JSON data; RefusedError when the model cannot be identified."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
@@ -49,9 +64,13 @@ def manifest(vllm_config: Any, groups: list[Group], settings: Settings, kv_cache
         "kv_dtype": kv_dtype_name(str(cache.cache_dtype), spec.dtype),
         "quantization": str(model.quantization) if model.quantization else "",
         "overrides": _overrides(model),
-        "rope": {name: getattr(text_config, name) for name in ROPE_FIELDS if getattr(text_config, name, None) is not None},
+        "rope": {
+            name: getattr(text_config, name)
+            for name in ROPE_FIELDS
+            if getattr(text_config, name, None) is not None
+        },
         "chunk_tokens": settings.chunk_tokens,
-        "groups": [_group(group) for group in groups],
+        "groups": [_group(group, len(groups) > 1) for group in groups],
         "draft": _draft_identity(vllm_config),
     }
     skipped = list(getattr(cache, "kv_cache_dtype_skip_layers", None) or [])
@@ -62,7 +81,7 @@ def manifest(vllm_config: Any, groups: list[Group], settings: Settings, kv_cache
     return json.loads(json.dumps(identity, default=str))
 
 
-def _group(group: Group) -> dict[str, Any]:
+def _group(group: Group, one_of_several: bool) -> dict[str, Any]:
     values: dict[str, Any] = {
         "attention": group.attention,
         "window": group.window,
@@ -74,7 +93,7 @@ def _group(group: Group) -> dict[str, Any]:
         "tokens": group.stored_tokens,
         "layers": group.layers,
     }
-    if len(group.layer_names) == group.layers:  # with a pipeline only one rank's layers are known here
+    if one_of_several:  # a single group has them all, whatever part of them this process knows
         values["layer_numbers"] = [layer_number(name) for name in group.layer_names]
     return values
 
@@ -85,7 +104,8 @@ def packing(vllm_config: Any, groups: list[Group]) -> dict[str, Any]:
 
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     if current_platform.is_cpu():
-        device = f"{torch.backends.cpu.get_cpu_capability()} amx={bool(torch.cpu._is_amx_tile_supported())} {os.uname().machine}"
+        amx = bool(torch.cpu._is_amx_tile_supported())
+        device = f"{torch.backends.cpu.get_cpu_capability()} amx={amx} {os.uname().machine}"
     else:
         device = str(current_platform.get_device_name())
     attention = getattr(vllm_config, "attention_config", None)
@@ -94,7 +114,9 @@ def packing(vllm_config: Any, groups: list[Group]) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": device,
         "backend": str(getattr(attention, "backend", None) or os.environ.get("VLLM_ATTENTION_BACKEND", "")),
-        "cache_layout": str(getattr(cache, "kv_cache_layout", None) or os.environ.get("VLLM_KV_CACHE_LAYOUT", "")),
+        "cache_layout": str(
+            getattr(cache, "kv_cache_layout", None) or os.environ.get("VLLM_KV_CACHE_LAYOUT", "")
+        ),
         "block_tokens": [group.block_tokens for group in groups],
         "page_bytes": [group.page_bytes for group in groups],
         "tensor_parallel": parallel.tensor_parallel_size,
@@ -116,7 +138,9 @@ def kv_dtype_name(configured: str, actual: Any) -> str:
 def _overrides(model_config: Any) -> Any:
     overrides = getattr(model_config, "hf_overrides", None) or {}
     if callable(overrides):
-        raise RefusedError("hf_overrides is a function, which has no identity that outlives the process: pass a dictionary")
+        raise RefusedError(
+            "hf_overrides is a function, which has no identity that outlives the process: pass a dictionary"
+        )
     return overrides
 
 
@@ -129,7 +153,7 @@ def _draft_identity(vllm_config: Any) -> str:
 
 
 def model_identity(vllm_config: Any, settings: Settings) -> str:
-    """"commit:...", "content:..." or "given:..."; RefusedError when the weights cannot be identified."""
+    """ "commit:...", "content:..." or "given:..."; RefusedError when the weights cannot be identified."""
     if settings.model_digest != "auto":
         return f"given:{settings.model_digest}"
     model, load = vllm_config.model_config, getattr(vllm_config, "load_config", None)
@@ -141,8 +165,10 @@ def model_identity(vllm_config: Any, settings: Settings) -> str:
         commit = _downloaded_commit(str(model.model), model.revision)
         if commit is None:
             raise RefusedError(
-                f'model "{model.model}" is neither a local path nor a downloaded Hugging Face snapshot, so its weights '
-                'cannot be identified: set "model_digest" to a string of your own')
+                f'model "{model.model}" is neither a local path nor a downloaded Hugging Face snapshot, so '
+                "its weights "
+                'cannot be identified: set "model_digest" to a string of your own'
+            )
         return f"commit:{commit}{suffix}"
     commit = snapshot_commit(path)
     if commit is not None:
@@ -175,7 +201,8 @@ def identity_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     return sorted(
-        file for file in path.rglob("*")
+        file
+        for file in path.rglob("*")
         if file.is_file() and (file.suffix in WEIGHT_SUFFIXES or file.name in CONFIG_FILES)
     )
 
@@ -187,7 +214,9 @@ def content_digest(path: Path, roots: tuple[str, ...] = ()) -> str:
         raise RefusedError(f'"{path}" holds no weights or configuration that could be identified')
     known = _read_cache(roots)
     stamps = {file: _stamp(file) for file in files}
-    missing = [file for file in files if _cache_key(file) not in known or known[_cache_key(file)][0] != stamps[file]]
+    missing = [
+        file for file in files if _cache_key(file) not in known or known[_cache_key(file)][0] != stamps[file]
+    ]
     if missing:
         _hash_files(missing, stamps, known)
         _write_cache(roots, known)
@@ -201,7 +230,9 @@ def content_digest(path: Path, roots: tuple[str, ...] = ()) -> str:
 def _hash_files(files: list[Path], stamps: dict[Path, list[int]], known: dict[str, Any]) -> None:
     total, started = sum(stamps[file][2] for file in files), time.monotonic()
     if total > 1 << 30:
-        versions.log.info("tokendepot: identifying %.1f GiB of weights by content (remembered afterwards)", total / 2**30)
+        versions.log.info(
+            "tokendepot: identifying %.1f GiB of weights by content (remembered afterwards)", total / 2**30
+        )
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         for file, digest in zip(files, pool.map(_hash_file, files), strict=True):
             if _stamp(file) != stamps[file]:
@@ -238,7 +269,8 @@ def _read_cache(roots: tuple[str, ...]) -> dict[str, Any]:
         try:
             known = json.loads(Path(root, CACHE_FILE).read_text(encoding="utf-8"))
             return {
-                path: entry for path, entry in known.items()
+                path: entry
+                for path, entry in known.items()
                 if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
             }
         except (OSError, ValueError, AttributeError):
@@ -250,8 +282,9 @@ def _write_cache(roots: tuple[str, ...], known: dict[str, Any]) -> None:
     """Losing this file costs one more hashing, so a failure to write it is not worth a word to the operator."""
     for root in roots[:1]:
         try:
-            with tempfile.NamedTemporaryFile("w", dir=root, prefix=CACHE_FILE, suffix=".tmp", delete=False,
-                                             encoding="utf-8") as file:
+            with tempfile.NamedTemporaryFile(
+                "w", dir=root, prefix=CACHE_FILE, suffix=".tmp", delete=False, encoding="utf-8"
+            ) as file:
                 json.dump(known, file)
             os.replace(file.name, Path(root, CACHE_FILE))
         except OSError as error:

@@ -64,6 +64,7 @@ class StepOrders(KVConnectorMetadata):
 
     loads: list[LoadOrder] = field(default_factory=list)
     stores: list[StoreOrder] = field(default_factory=list)
+    counts: dict[str, float] = field(default_factory=dict)  # the scheduler half's, for the metrics of rank 0
 
 
 @dataclass

@@ -1,11 +1,13 @@
 """The half in the scheduler process: keys, look-ups, promises, and which chunks a step completes.
 
 Contracts with vLLM that this file stands on:
-* get_num_new_matched_tokens() may be called many times; what the last call promised is remembered, never derived again.
+* get_num_new_matched_tokens() may be called many times; what the last call promised is remembered, never derived
+  again.
 * Loads are asynchronous only. A promise that cannot be planned is sent to the workers as failed, so that the request
   is rescheduled; it never silently becomes a shorter load.
 * Only tokens that are final are stored: computed + scheduled - drafts, at most the tokens whose ids are known.
-* A block is stored only in a step in which the request owns it: a step that fills it, or one that lists the whole table.
+* A block is stored only in a step in which the request owns it: a step that fills it, or one that lists the whole
+  table.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ from tokendepot.engines.vllm.groups import FULL, Group, describe_groups, loads_a
 from tokendepot.engines.vllm.identity import manifest
 from tokendepot.engines.vllm.messages import SKIP, GroupBlocks, LoadOrder, StepOrders, StepReport, StoreOrder
 from tokendepot.engines.vllm.settings import RefusedError, Settings
-from tokendepot.engines.vllm.stats import DepotStats
 
 LOAD_ATTEMPTS = 2  # failed loads of one request before it is left to compute
 STORE_MEMORY_S = 60.0  # how long a store that no worker reports counts as on its way
 SEEN_STORE_S = 2.0  # after its end: until the workers' journals have been read
+TOKENS_PER_CALL = 1 << 16  # keys made in one look-up, about 3 ms; a longer prompt is asked for again
 NULL_BLOCK = 0  # vLLM's block that stands for "freed, outside the window"
 
 
@@ -100,12 +102,20 @@ class SchedulerHalf:
 
     def _log_start(self, vllm_config: Any) -> None:
         versions.log.info(
-            "tokendepot: namespace %s, chunks of %d tokens, groups: %s", self._namespace.hex()[:16], self._chunk,
-            ", ".join(f"{g.index} {g.attention} {g.kind} {g.layers} layers x {g.heads} heads" for g in self._groups))
+            "tokendepot: namespace %s, chunks of %d tokens, groups: %s",
+            self._namespace.hex()[:16],
+            self._chunk,
+            ", ".join(
+                f"{g.index} {g.attention} {g.kind} {g.layers} layers x {g.heads} heads" for g in self._groups
+            ),
+        )
         if not loads_are_safe(self._groups):
             versions.log.warning(
-                "tokendepot: this vLLM cannot survive a failed load of a model with %d KV-cache groups, so prompts are stored "
-                "but not loaded (0.30 and newer can)", len(self._groups))
+                "tokendepot: this vLLM cannot survive a failed load of a model with %d KV-cache groups, so "
+                "prompts are stored "
+                "but not loaded (0.30 and newer can)",
+                len(self._groups),
+            )
         versions.use_recompute_policy(vllm_config.kv_transfer_config)
 
     # --- look-up and promise -------------------------------------------------------------------------------------
@@ -126,7 +136,10 @@ class SchedulerHalf:
         chunks = (request.num_tokens - 1) // self._chunk
         if chunks * self._chunk - local_tokens < self._settings.min_load_tokens:
             return 0
-        self._extend(tracked, chunks)
+        ready = len(chain) + max(1, TOKENS_PER_CALL // self._chunk)
+        self._extend(tracked, min(chunks, ready))
+        if ready < chunks:
+            return None
         keys = chain.keys(0, chunks)
         hit = self._depot.longest_prefix(keys, self._wants)
         if hit and self._drop_last_chunk:
@@ -150,7 +163,9 @@ class SchedulerHalf:
         self._pending.append(order)
         self._count("hit_tokens", external_tokens)
 
-    def _order(self, tracked: Tracked, tables: list[list[int]], promise: Promise | None, external: int) -> LoadOrder:
+    def _order(
+        self, tracked: Tracked, tables: list[list[int]], promise: Promise | None, external: int
+    ) -> LoadOrder:
         job, self._next_job = self._next_job, self._next_job + 1
         request_id = tracked.request.request_id
         local = promise.local_tokens if promise else 0
@@ -186,7 +201,10 @@ class SchedulerHalf:
                     covered.add(position)
             needed = range(local // group.block_tokens, -(-end // group.block_tokens))
             complete &= all(
-                position in covered for position in needed if self._is_wanted(group, table, position, local, end))
+                position in covered
+                for position in needed
+                if self._is_wanted(group, table, position, local, end)
+            )
             places.append(GroupBlocks.pack(group.index, first, group.stored_blocks, ids))
         return places, complete
 
@@ -202,9 +220,7 @@ class SchedulerHalf:
     @staticmethod
     def _is_wanted(group: Group, table: list[int], position: int, local: int, end: int) -> bool:
         first_token = position * group.block_tokens
-        return (
-            local <= first_token < end and position < len(table) and table[position] != NULL_BLOCK
-        )
+        return local <= first_token < end and position < len(table) and table[position] != NULL_BLOCK
 
     def _plan(self, keys: bytes, groups: list[GroupBlocks]) -> bytes | None:
         """None when an extent has gone since the look-up, or the depot is in trouble."""
@@ -225,8 +241,8 @@ class SchedulerHalf:
 
     def step(self, output: Any) -> StepOrders:
         """The orders of this step; called once a step, after all calls of allocated(). Loads survive any trouble."""
-        orders = StepOrders(loads=self._pending)
-        self._pending = []
+        orders = StepOrders(loads=self._pending, counts=self._counts)
+        self._pending, self._counts = [], {}
         try:
             orders.stores = self._stores_of(output)
         except Exception as error:  # the loads of this step must reach the workers whatever happens here
@@ -263,13 +279,24 @@ class SchedulerHalf:
             if group_items
         ]
 
-    def _collect(self, tracked: Tracked, computed: int, output: Any, drafts: dict[str, Any], whole_table: bool,
-                 items: list[list[tuple[bytes, int, int, list[int]]]]) -> None:
+    def _collect(
+        self,
+        tracked: Tracked,
+        computed: int,
+        output: Any,
+        drafts: dict[str, Any],
+        whole_table: bool,
+        items: list[list[tuple[bytes, int, int, list[int]]]],
+    ) -> None:
         """Adds the chunks of one request that are complete after this step and not stored yet."""
         request = tracked.request
         if self._off or not self._may_store or not tracked.tables:
             return
-        final = computed + output.num_scheduled_tokens[request.request_id] - len(drafts.get(request.request_id, ()))
+        final = (
+            computed
+            + output.num_scheduled_tokens[request.request_id]
+            - len(drafts.get(request.request_id, ()))
+        )
         final = min(final, request.num_tokens)
         if self._settings.store == "prompt":
             final = min(final, request.num_prompt_tokens)
@@ -298,7 +325,9 @@ class SchedulerHalf:
                     self._storing[(key, group.index)] = now + STORE_MEMORY_S
         tracked.next_chunk = last
 
-    def _owned_blocks(self, group: Group, table: list[int], chunk: int, computed: int, whole_table: bool) -> list[int] | None:
+    def _owned_blocks(
+        self, group: Group, table: list[int], chunk: int, computed: int, whole_table: bool
+    ) -> list[int] | None:
         """Blocks of the chunk's stored tail, None when one is not the request's any more."""
         end = (chunk + 1) * self._chunk
         if group.attention != FULL and end <= computed and not whole_table:
@@ -318,7 +347,9 @@ class SchedulerHalf:
         if len(self._storing) > 4096:
             self._storing = {key: until for key, until in self._storing.items() if until > now}
             self._stores = {
-                job: store for job, store in self._stores.items() if any(key in self._storing for key in store.keys)
+                job: store
+                for job, store in self._stores.items()
+                if any(key in self._storing for key in store.keys)
             }
 
     # --- reports of the workers ----------------------------------------------------------------------------------
@@ -337,7 +368,9 @@ class SchedulerHalf:
             for job, ranks in report.ended_stores.items():
                 self._store_ended(job, ranks)
         if finished_loads:
-            self._loads = {job: load for job, load in self._loads.items() if load.request_id not in finished_loads}
+            self._loads = {
+                job: load for job, load in self._loads.items() if load.request_id not in finished_loads
+            }
 
     def _load_failed(self, job: int, chunk: int, group: int) -> None:
         load = self._loads.get(job)
@@ -440,12 +473,6 @@ class SchedulerHalf:
         if not self._off:
             self._off = reason
             versions.log.error("tokendepot: switched off, the engine goes on without it: %s", reason)
-
-    def take_stats(self) -> DepotStats | None:
-        if not self._counts:
-            return None
-        counts, self._counts = self._counts, {}
-        return DepotStats(data=counts)
 
     def close(self) -> None:
         self._off = self._off or "closed"

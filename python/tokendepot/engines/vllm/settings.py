@@ -61,7 +61,9 @@ def read_settings(extra: dict[str, Any]) -> Settings:
         on_error=_choice(extra, "on_error"),
         store=_choice(extra, "store"),
         model_digest=_text(extra, "model_digest"),
-        min_load_tokens=chunk_tokens if min_load is None else _whole_number(extra, "min_load_tokens", 1, 1 << 31),
+        min_load_tokens=chunk_tokens
+        if min_load is None
+        else _whole_number(extra, "min_load_tokens", 1, 1 << 31),
         engine_json=json.dumps(engine),
         root_paths=root_paths,
     )
@@ -74,7 +76,9 @@ def _check_engine_options(engine: dict[str, Any]) -> tuple[str, ...]:
         for key in engine:
             near = difflib.get_close_matches(key, DEFAULTS, n=1, cutoff=0.8)
             if near and key in str(error):
-                raise RefusedError(f'unknown key "{key}" in kv_connector_extra_config: did you mean "{near[0]}"?') from error
+                raise RefusedError(
+                    f'unknown key "{key}" in kv_connector_extra_config: did you mean "{near[0]}"?'
+                ) from error
         raise RefusedError(str(error)) from error
     except (TypeError, ValueError) as error:
         raise RefusedError(f"kv_connector_extra_config cannot be written as JSON: {error}") from error
@@ -97,7 +101,8 @@ def _whole_number(extra: dict[str, Any], key: str, low: int, high: int) -> int:
     value = extra.get(key, DEFAULTS[key])
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise RefusedError(
-            f'"{key}" is {json.dumps(value, default=str)} but must be a whole number from {low} to {high}')
+            f'"{key}" is {json.dumps(value, default=str)} but must be a whole number from {low} to {high}'
+        )
     return value
 
 
@@ -105,7 +110,9 @@ def _seconds(extra: dict[str, Any], key: str) -> float:
     value = extra.get(key, DEFAULTS[key])
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 86400:
         raise RefusedError(
-            f'"{key}" is {json.dumps(value, default=str)} but must be a number of seconds above 0 and up to 86400')
+            f'"{key}" is {json.dumps(value, default=str)} but must be a number of seconds above 0 and up to '
+            "86400"
+        )
     return float(value)
 
 

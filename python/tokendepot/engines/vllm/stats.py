@@ -14,16 +14,31 @@ FAILURE = "failures:"  # prefix of "failures:<load|store>:<reason>" in the data
 COUNTERS = {
     "load_extents": ("tokendepot_load_extents", "Extents loaded into the KV cache."),
     "load_bytes": ("tokendepot_load_bytes", "Bytes loaded into the KV cache."),
-    "load_seconds": ("tokendepot_load_seconds", "Seconds from submission to completion, summed over loaded extents."),
+    "load_seconds": (
+        "tokendepot_load_seconds",
+        "Seconds from submission to completion, summed over loaded extents.",
+    ),
     "store_extents": ("tokendepot_store_extents", "Extents stored."),
     "store_bytes": ("tokendepot_store_bytes", "Bytes stored."),
-    "store_seconds": ("tokendepot_store_seconds", "Seconds from submission to completion, summed over stored extents."),
+    "store_seconds": (
+        "tokendepot_store_seconds",
+        "Seconds from submission to completion, summed over stored extents.",
+    ),
     "queried_tokens": ("tokendepot_queried_tokens", "Tokens of prompts that were looked up."),
     "hit_tokens": ("tokendepot_hit_tokens", "Tokens that the depot promised to load."),
-    "broken_promises": ("tokendepot_broken_promises", "Loads whose extents had gone between look-up and plan."),
-    "failed_requests": ("tokendepot_failed_load_requests", "Requests with at least one chunk that failed to load."),
+    "broken_promises": (
+        "tokendepot_broken_promises",
+        "Loads whose extents had gone between look-up and plan.",
+    ),
+    "failed_requests": (
+        "tokendepot_failed_load_requests",
+        "Requests with at least one chunk that failed to load.",
+    ),
 }
-FAILURE_METRIC = ("tokendepot_failures", "Extents that were not loaded or not stored, by operation and reason.")
+FAILURE_METRIC = (
+    "tokendepot_failures",
+    "Extents that were not loaded or not stored, by operation and reason.",
+)
 
 
 class DepotStats(KVConnectorStats):
@@ -44,7 +59,9 @@ class DepotStats(KVConnectorStats):
             line[f"tokendepot_{key}"] = round(value, 4) if isinstance(value, float) else value
         for way in ("load", "store"):
             if seconds := self.data.get(f"{way}_seconds"):
-                line[f"tokendepot_{way}_GB_per_s_per_extent"] = round(self.data.get(f"{way}_bytes", 0) / seconds / 1e9, 2)
+                line[f"tokendepot_{way}_GB_per_s_per_extent"] = round(
+                    self.data.get(f"{way}_bytes", 0) / seconds / 1e9, 2
+                )
         return line
 
     def is_empty(self) -> bool:
@@ -74,18 +91,26 @@ class EngineCounters:
 class DepotPromMetrics(KVConnectorPromMetrics):
     """Lives in the API server's process."""
 
-    def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str],
-                 per_engine_labelvalues: dict[int, list[object]]) -> None:
+    def __init__(
+        self,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._counters: dict[str, dict[int, Any]] = {}
         for key, (name, text) in COUNTERS.items():
             metric = self._counter(name, text, labelnames)
-            self._counters[key] = {engine: metric.labels(*values) for engine, values in per_engine_labelvalues.items()}
+            self._counters[key] = {
+                engine: metric.labels(*values) for engine, values in per_engine_labelvalues.items()
+            }
         failures = self._counter(*FAILURE_METRIC, [*labelnames, "operation", "reason"])
         for way in ("load", "store"):
             for reason in REASONS:
                 self._counters[f"{FAILURE}{way}:{reason}"] = {
-                    engine: failures.labels(*values, way, reason) for engine, values in per_engine_labelvalues.items()
+                    engine: failures.labels(*values, way, reason)
+                    for engine, values in per_engine_labelvalues.items()
                 }
 
     def _counter(self, name: str, text: str, labelnames: list[str]) -> Any:

@@ -44,7 +44,10 @@ def refusal() -> str | None:
 def warn_if_untested() -> None:
     if VLLM > NEWEST_TESTED:
         log.warning(
-            "tokendepot: vLLM %s is newer than the newest tested release (%d.%d)", vllm.__version__, *NEWEST_TESTED)
+            "tokendepot: vLLM %s is newer than the newest tested release (%d.%d)",
+            vllm.__version__,
+            *NEWEST_TESTED,
+        )
 
 
 def transfer_results(finished: set[str], failed: set[str]) -> Any:
@@ -65,11 +68,17 @@ def use_recompute_policy(kv_transfer_config: Any) -> None:
     try:
         kv_transfer_config.kv_load_failure_policy = "recompute"
         log.warning(
-            'tokendepot: kv_load_failure_policy was "%s" (vLLM\'s default), under which a failed load fails its request; '
-            'changed to "recompute" (set it yourself on the outer configuration when using MultiConnector)', policy)
+            'tokendepot: kv_load_failure_policy was "%s" (vLLM\'s default), under which a failed load '
+            "fails its request; "
+            'changed to "recompute" (set it yourself on the outer configuration when using MultiConnector)',
+            policy,
+        )
     except (AttributeError, TypeError, ValueError):
         log.warning(
-            'tokendepot: kv_load_failure_policy is "%s": a failed load fails its request; set it to "recompute"', policy)
+            'tokendepot: kv_load_failure_policy is "%s": a failed load fails its request; set it to '
+            '"recompute"',
+            policy,
+        )
 
 
 def chunk_drop_needed(speculative_config: Any) -> bool:
@@ -95,8 +104,12 @@ def declared_shape(vllm_config: Any, layer_name: str, cache_dtype: str) -> tuple
     sizes = {"B": 1009, "N": 176, "H": 7, "D": 96}
     try:
         shape = get_backend().get_kv_cache_shape(
-            num_blocks=sizes["B"], block_size=sizes["N"], num_kv_heads=sizes["H"], head_size=sizes["D"],
-            cache_dtype_str=cache_dtype)
+            num_blocks=sizes["B"],
+            block_size=sizes["N"],
+            num_kv_heads=sizes["H"],
+            head_size=sizes["D"],
+            cache_dtype_str=cache_dtype,
+        )
     except (TypeError, ValueError, NotImplementedError, AssertionError):
         return None
     by_size = {size: name for name, size in sizes.items()} | {2 * sizes["D"]: "C", 2: "P"}

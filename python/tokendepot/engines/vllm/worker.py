@@ -1,9 +1,9 @@
 """The half in each worker process: moves this rank's shards and reports what failed.
 
 Contracts with vLLM that this file stands on:
-* Every load order is answered on every rank: finished, and with the blocks that failed, at the latest in the same step.
+* Every load order is answered on every rank: finished, and with the blocks that failed at the latest in that step.
 * A load is answered only when the depot has said that it writes no more of its blocks.
-* wait_for_save() returns only when all bytes of this step's stores have left the cache, so blocks may be reused at once.
+* wait_for_save() returns only when all bytes of this step's stores have left the cache: blocks may be reused at once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class WorkerHalf:
 
     def __init__(self, settings: Settings, vllm_config: Any, kv_cache_config: Any) -> None:
         parallel = vllm_config.parallel_config
-        self._placement = Placement(parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.rank)
+        self._placement = Placement(
+            parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.rank
+        )
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._groups = describe_groups(vllm_config, kv_cache_config, settings)
@@ -45,6 +47,7 @@ class WorkerHalf:
         self._bad_blocks: set[int] = set()
         self._report = StepReport()
         self._counters = EngineCounters()
+        self._scheduler_counts: dict[str, float] = {}
         self._stats_due = 0.0
         self._failure_line_due = 0.0
         self._unsaid_failures: dict[str, int] = {}
@@ -65,8 +68,10 @@ class WorkerHalf:
                 backend = versions.backend_name(self._vllm_config, name)
                 if group.kind == CANONICAL and backend.startswith("CPU"):
                     raise RefusedError(
-                        f'"layout" is "canonical" but the attention backend {backend} packs its blocks by instruction set: '
-                        'use "auto" or "opaque"')
+                        f'"layout" is "canonical" but the attention backend {backend} packs its blocks by '
+                        "instruction set: "
+                        'use "auto" or "opaque"'
+                    )
                 declared = versions.declared_shape(self._vllm_config, name, cache_dtype)
                 layers.append(layer_planes(tensor, group, block_count, declared, name))
             self._depot.attach(**attach_arguments(group, group.part(self._placement), block_count, layers))
@@ -75,6 +80,9 @@ class WorkerHalf:
     # --- loads ---------------------------------------------------------------------------------------------------
 
     def start_loads(self, orders: StepOrders) -> None:
+        for name, amount in orders.counts.items():
+            self._scheduler_counts[name] = self._scheduler_counts.get(name, 0) + amount
+            self._stats_due = 0.0
         for order in orders.loads:
             if order.plan is None or self._off or not self._attached:
                 self._end_load(order, everything=True)
@@ -187,7 +195,12 @@ class WorkerHalf:
         try:
             change = self._counters.delta(self._depot.stats())
         except _core.DepotError:
-            return None
+            change = {}
+        if (
+            self._placement.rank == 0
+        ):  # vLLM before 0.24 asks the workers only, and counts of one rank are enough
+            change |= self._scheduler_counts
+        self._scheduler_counts = {}
         return DepotStats(data=change) if change else None
 
     def _note_failure(self, reason: str) -> None:

@@ -1,0 +1,146 @@
+"""Preemption, abort, chunked prefill, limits of what is promised and stored."""
+
+from __future__ import annotations
+
+from harness import ABORTED
+from lab import (
+    HYBRID_LOADS,
+    LENGTH,
+    PROMPTS,
+    Lab,
+    ask,
+    case,
+    damage,
+    keys_of,
+    request,
+    same,
+    store_prompts,
+)
+
+
+@case
+def preemption_with_a_tiny_pool_never_mixes_requests(lab: Lab) -> None:
+    for hybrid, blocks in ((False, 21), (True, 36)):
+        root, expected = str(lab.root / str(hybrid)), lab.expected(hybrid, length=30)
+        engine = lab.engine(blocks=blocks, hybrid=hybrid, root=root)
+        same(engine.run(PROMPTS, 30), expected)
+        same(engine.run(PROMPTS, 30), expected)
+        assert engine.preemptions > 0 or hybrid
+        lab.stop(engine)
+        engine = lab.engine(hybrid=hybrid, root=root)
+        follow = [prompt + text + [9] * 70 for prompt, text in zip(PROMPTS, expected, strict=True)]
+        same(engine.run(follow, LENGTH), lab.expected(hybrid, prompts=follow))
+        assert engine.loaded() > 0 or (hybrid and not HYBRID_LOADS)
+
+
+@case
+def preemption_with_corrupt_extents(lab: Lab) -> None:
+    store_prompts(lab)
+    damage(lab.root)
+    engine = lab.engine(blocks=21)
+    same(engine.run(PROMPTS, 30), lab.expected(length=30))
+    assert engine.failures() > 0
+
+
+@case
+def chunked_prefill_and_preemption_leave_no_hole(lab: Lab) -> None:
+    long = [[(7 * n) % 240 + 3 for n in range(1000)]]
+    expected = lab.expected(prompts=long)
+    engine = lab.engine()
+    name = engine.add(long[0], LENGTH)
+    for _ in range(4):
+        engine.step()
+    assert 0 < engine.scheduler.requests[name].num_computed_tokens < 1000
+    assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert engine.scheduler.requests[name].num_computed_tokens == 0
+    for rank in engine.ranks:
+        for cells in rank.cells.values():
+            cells.fill_(777.0)  # the freed blocks belong to others now
+    engine.finish([name])
+    same([engine.output[name]], expected)
+    stored = engine.half._depot.stored(b"".join(keys_of(engine, long[0])), engine.half._wants[0])
+    assert list(stored) == [1] * 15, list(stored)
+    lab.stop(engine)
+    engine = lab.engine()
+    same(engine.run(long, LENGTH), expected)
+    assert engine.stats["hit_tokens"] == 960
+
+
+@case
+def abort_during_a_load_frees_the_blocks_when_it_ends(lab: Lab) -> None:
+    for hybrid in (False, True) if HYBRID_LOADS else (False,):
+        root = str(lab.root / str(hybrid))
+        store_prompts(lab, hybrid=hybrid, root=root)
+        engine = lab.engine(hybrid=hybrid, root=root)
+        free = engine.free_blocks()
+        name = engine.add(PROMPTS[0], LENGTH)
+        aborted = []
+
+        def abort(so, engine=engine, name=name, aborted=aborted, free=free) -> None:
+            if so.kv_connector_metadata.loads and not aborted:
+                assert engine.free_blocks() < free
+                aborted.append(engine.scheduler.finish_requests(name, ABORTED))
+
+        engine.between = abort
+        engine.step()
+        engine.settle()
+        assert aborted and engine.free_blocks() == free
+        same(engine.run(PROMPTS, LENGTH), lab.expected(hybrid))
+        assert engine.free_blocks() == free and not engine.half._requests and not engine.half._loads
+
+
+@case
+def external_tokens_leave_one_to_compute_and_are_never_negative(lab: Lab) -> None:
+    engine = lab.engine(chunk=16)
+    prompt = [(11 * n) % 240 + 3 for n in range(300)]
+    engine.run([prompt], 2)
+    for length in (15, 16, 17, 31, 32, 33, 256, 257):
+        assert ask(engine, prompt[:length]) == 16 * ((length - 1) // 16), length
+    wide = lab.engine(chunk=256, root=str(lab.root / "wide"))
+    long = [(13 * n) % 240 + 3 for n in range(1000)]
+    wide.run([long], 2)
+    assert ask(wide, long) == 768
+    assert ask(wide, long, 832) == 0 and ask(wide, long, 800) == 0 and ask(wide, long, 768) == 0
+    assert ask(wide, long, 512) == 256
+
+
+@case
+def a_very_long_prompt_does_not_hold_up_the_scheduler(lab: Lab) -> None:
+    engine = lab.engine()
+    one = request([(17 * n) % 240 + 3 for n in range(200_000)])
+    answers = [engine.scheduler.connector.get_num_new_matched_tokens(one, 0) for _ in range(4)]
+    assert answers == [(None, False)] * 3 + [(0, False)]
+
+
+@case
+def only_prompts_are_stored_when_asked_for(lab: Lab) -> None:
+    engine = lab.engine(extra={"store": "prompt"})
+    texts = engine.run(PROMPTS, 40)
+    follow = PROMPTS[0] + texts[0] + [4] * 64
+    assert ask(engine, follow) == len(PROMPTS[0]) // 64 * 64
+
+
+@case
+def roles_limit_what_is_done(lab: Lab) -> None:
+    consumer = lab.engine(role="kv_consumer")
+    same(consumer.run(PROMPTS, LENGTH), lab.expected())
+    assert not consumer.stats.get("store_extents")
+    producer = lab.engine(role="kv_producer")
+    same(producer.run(PROMPTS, LENGTH), lab.expected())
+    assert producer.stats["store_extents"] > 0 and producer.external == 0
+    consumer.settle()
+    same(consumer.run(PROMPTS, LENGTH), lab.expected())
+    assert consumer.loaded() > 0
+
+
+@case
+def after_reset_cache_nothing_older_is_served(lab: Lab) -> None:
+    store_prompts(lab)
+    engine = lab.engine()
+    assert ask(engine, PROMPTS[0]) == 128
+    assert engine.scheduler.connector.reset_cache() is True
+    assert ask(engine, PROMPTS[0]) == 0
+    same(engine.run(PROMPTS, LENGTH), lab.expected())
+    assert ask(engine, PROMPTS[0]) == 128
+    lab.stop(engine)
+    assert ask(lab.engine(), PROMPTS[0]) == 128

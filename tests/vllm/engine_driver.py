@@ -1,0 +1,103 @@
+"""Runs a real vLLM engine through a list of rounds; one JSON line a round on stdout. Driven by test_real_engine.py.
+
+usage: engine_driver.py JSON with: model, llm (arguments of LLM), extra (kv_connector_extra_config or null), prompts,
+rounds; a round is {"length": n, "damage": bool, "pause": s}. The process then waits to be killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def damage_extents(root: str) -> int:
+    """Flips one byte in the payload of every extent of the root."""
+    import tokendepot
+
+    extents = tokendepot.list_extents(root)
+    for extent in extents:
+        with open(os.path.join(root, "segments", f"{extent['segment']}.seg"), "r+b") as file:
+            file.seek(extent["offset"] + extent["bytes"] * 2 // 3)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 0x5A]))
+    return len(extents)
+
+
+def main() -> None:
+    order = json.loads(sys.argv[1])
+    from prometheus_client import REGISTRY
+    from vllm import LLM, SamplingParams
+
+    transfer = None
+    if order["extra"] is not None:
+        transfer = dict(
+            kv_connector="TokendepotConnector",
+            kv_connector_module_path="tokendepot.engines.vllm",
+            kv_role="kv_both",
+            kv_connector_extra_config=order["extra"],
+        )
+    engine = LLM(
+        model=order["model"],
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        dtype="float32",
+        seed=0,
+        block_size=32,
+        max_model_len=1024,
+        kv_transfer_config=transfer,
+        disable_log_stats=False,
+        **order["llm"],
+    )
+    prompts = [{"prompt_token_ids": tokens} for tokens in order["prompts"]]
+    for round_ in order["rounds"]:
+        damaged = 0
+        if round_.get("damage"):
+            damaged = damage_extents(order["extra"]["roots"][0].split("?")[0])
+        sampling = SamplingParams(
+            temperature=0, max_tokens=round_["length"], ignore_eos=True, detokenize=False
+        )
+        started = time.monotonic()
+        outputs = [
+            engine.generate(prompts[:1], sampling, use_tqdm=False)[0],
+            *engine.generate(prompts[1:], sampling, use_tqdm=False),
+        ]
+        seconds = time.monotonic() - started
+        engine.reset_prefix_cache()
+        metrics = {
+            ":".join(
+                [
+                    sample.name,
+                    *(sample.labels[label] for label in ("operation", "reason") if label in sample.labels),
+                ]
+            ): sample.value
+            for metric in REGISTRY.collect()
+            for sample in metric.samples
+            if sample.name.startswith("tokendepot_") or sample.name == "vllm:num_preemptions_total"
+        }
+        print(
+            "ROUND "
+            + json.dumps(
+                dict(
+                    tokens=[list(output.outputs[0].token_ids) for output in outputs],
+                    damaged=damaged,
+                    seconds=seconds,
+                    cached=[output.num_cached_tokens for output in outputs],
+                    metrics=metrics,
+                )
+            ),
+            flush=True,
+        )
+        time.sleep(round_.get("pause", 0))
+    print("DONE", flush=True)
+    time.sleep(3600)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What the cases share: fresh roots and engines, expected texts, captured log lines, damage on the medium."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from tokendepot import _core
+
+from harness import VERSION, Engine, Options
+
+HYBRID_LOADS = VERSION >= (0, 30)
+_random = random.Random(3)
+SHARED = [_random.randrange(3, 250) for _ in range(150)]
+PROMPTS = [SHARED + [_random.randrange(3, 250) for _ in range(11 + 29 * n)] for n in range(3)] + [
+    SHARED[:128]
+]
+LENGTH = 10
+
+
+class Lab:
+    """A fresh root for each case, and engines that are closed when it ends."""
+
+    def __init__(self, model: str, scratch: Path) -> None:
+        self.model, self.scratch = model, scratch
+        self.engines: list[Engine] = []
+        self.gold: dict = {}
+        self.number = 0
+
+    def begin(self) -> None:
+        self.number += 1
+        self.root = self.scratch / f"root{self.number}"
+        lines.clear()
+
+    def end(self) -> None:
+        for engine in self.engines:
+            engine.close()
+        self.engines.clear()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def engine(self, model: str | None = None, **options) -> Engine:
+        options.setdefault("root", str(self.root))
+        Path(options["root"]).parent.mkdir(parents=True, exist_ok=True)
+        engine = Engine(model or self.model, Options(**options))
+        self.engines.append(engine)
+        return engine
+
+    def stop(self, engine: Engine) -> None:
+        engine.close()
+        self.engines.remove(engine)
+
+    def expected(self, hybrid: bool = False, prompts=None, length: int = LENGTH):
+        """What an engine without a depot writes."""
+        key = (hybrid, length, json.dumps(prompts))
+        if key not in self.gold:
+            engine = Engine(
+                self.model, Options(root=str(self.scratch / "none"), hybrid=hybrid, extra={"nonsense": 1})
+            )
+            assert engine.half is None
+            self.gold[key] = engine.run(prompts or PROMPTS, length)
+            engine.close()
+        return self.gold[key]
+
+
+class Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: list[tuple[str, str]] = []
+
+    def emit(self, record) -> None:
+        self.all.append((record.levelname, record.getMessage()))
+
+    def clear(self) -> None:
+        self.all.clear()
+
+    def having(self, text: str, level: str | None = None) -> list[str]:
+        return [line for name, line in self.all if text in line and level in (None, name)]
+
+
+lines = Lines()
+CASES = {}
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+def same(got, expected) -> None:
+    assert got == expected, (
+        f"other text: {[(g, e) for g, e in zip(got, expected, strict=True) if g != e][:1]}"
+    )
+
+
+def damage(root, chosen=lambda extent: True, at: float = 0.6) -> int:
+    """Flips one byte inside the payload of the chosen extents; returns how many."""
+    count = 0
+    for extent in _core.list_extents(str(root)):
+        if chosen(extent):
+            path = segment_path(root, extent)
+            with open(path, "r+b") as file:
+                file.seek(extent["offset"] + extent["bytes"] - int(extent["bytes"] * (1 - at)))
+                byte = file.read(1)
+                file.seek(-1, os.SEEK_CUR)
+                file.write(bytes([byte[0] ^ 0x5A]))
+            count += 1
+    assert count
+    return count
+
+
+def segment_path(root, extent) -> Path:
+    return Path(root) / "segments" / f"{extent['segment']}.seg"
+
+
+def keys_of(engine: Engine, prompt) -> list[bytes]:
+    chain = _core.KeyChain(engine.half._namespace, engine.options.chunk)
+    chain.append(prompt)
+    joined = bytes(chain.keys())
+    return [joined[at : at + 32] for at in range(0, len(joined), 32)]
+
+
+def request(tokens, **fields) -> SimpleNamespace:
+    """What the scheduler half reads of a request."""
+    values = dict(
+        request_id=f"q{time.monotonic_ns()}",
+        num_tokens=len(tokens),
+        num_prompt_tokens=len(tokens),
+        all_token_ids=list(tokens),
+        prompt_embeds=None,
+        cache_salt=None,
+        lora_request=None,
+        mm_features=[],
+        resumable=False,
+        streaming_queue=None,
+    )
+    return SimpleNamespace(**{**values, **fields})
+
+
+def ask(engine: Engine, tokens, local: int = 0, **fields) -> int:
+    one = request(tokens, **fields)
+    first = engine.scheduler.connector.get_num_new_matched_tokens(one, local)
+    assert first == engine.scheduler.connector.get_num_new_matched_tokens(one, local), (
+        "asking twice must not matter"
+    )
+    assert first[1] == (first[0] != 0), "loads are asynchronous, and only if there is something to load"
+    engine.half.finished(one)
+    return first[0]
+
+
+def store_prompts(lab: Lab, **options) -> None:
+    engine = lab.engine(**options)
+    same(engine.run(PROMPTS, LENGTH), lab.expected(options.get("hybrid", False)))
+    lab.stop(engine)

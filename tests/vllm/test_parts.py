@@ -1,0 +1,249 @@
+"""The pieces of the connector that need no scheduler: groups, placement, messages, identity, metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from tokendepot.engines.vllm import identity
+from tokendepot.engines.vllm.groups import Placement, describe_groups
+from tokendepot.engines.vllm.identity import (
+    content_digest,
+    kv_dtype_name,
+    snapshot_commit,
+)
+from tokendepot.engines.vllm.messages import (
+    GroupBlocks,
+    LoadOrder,
+    StepOrders,
+    StepReport,
+    StoreOrder,
+)
+from tokendepot.engines.vllm.settings import RefusedError, read_settings
+from tokendepot.engines.vllm.stats import DepotPromMetrics, DepotStats, EngineCounters
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
+
+ROOTS = {"roots": ["/dev/shm/unused?capacity=64MiB"]}
+
+
+def configuration(tp: int = 1, pp: int = 1, heads: int = 8, layers: int = 4, **parallel):
+    model = SimpleNamespace(
+        get_total_num_kv_heads=lambda: heads, hf_text_config=SimpleNamespace(num_hidden_layers=layers)
+    )
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(tensor_parallel_size=tp, pipeline_parallel_size=pp, **parallel),
+        cache_config=SimpleNamespace(calculate_kv_scales=False),
+        model_config=model,
+    )
+
+
+def groups_of(config, *specs, names=4, layout="canonical", chunk=256):
+    cache = SimpleNamespace(
+        kv_cache_groups=[
+            SimpleNamespace(kv_cache_spec=spec, layer_names=[f"model.layers.{n}.attn" for n in range(names)])
+            for spec in specs
+        ]
+    )
+    return describe_groups(config, cache, read_settings({**ROOTS, "layout": layout, "chunk_tokens": chunk}))
+
+
+def full(heads: int = 8, block: int = 16, **fields) -> FullAttentionSpec:
+    return FullAttentionSpec(
+        block_size=block, num_kv_heads=heads, head_size=64, dtype=torch.bfloat16, **fields
+    )
+
+
+def window(size: int, block: int = 16) -> SlidingWindowSpec:
+    return SlidingWindowSpec(
+        block_size=block, num_kv_heads=8, head_size=64, dtype=torch.bfloat16, sliding_window=size
+    )
+
+
+def test_ranks_tile_all_heads_once_and_one_replica_stores() -> None:
+    for tp in (1, 2, 4, 8, 16, 32):
+        group = groups_of(configuration(tp), full(heads=max(1, 8 // tp)))[0]
+        places = [Placement(tp, 1, rank) for rank in range(tp)]
+        storing = [group.part(place) for place in places if group.stores(place)]
+        assert [head for part in storing for head in range(part[2], part[3])] == list(range(8)), tp
+        assert {group.part(place) for place in places} == set(storing)
+
+
+def test_pipeline_ranks_tile_all_layers_once() -> None:
+    group = groups_of(configuration(2, 2, layers=8), full(heads=4), names=4)[0]
+    parts = [group.part(Placement(2, 2, rank)) for rank in range(4)]
+    assert parts == [(0, 4, 0, 4), (0, 4, 4, 8), (4, 8, 0, 4), (4, 8, 4, 8)]
+    assert group.want().part == (0, 8, 0, 8)
+
+
+def test_latent_attention_is_stored_by_one_rank() -> None:
+    spec = MLAAttentionSpec(block_size=64, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
+    for layout in ("canonical", "opaque"):
+        group = groups_of(configuration(4), spec, layout=layout)[0]
+        assert [group.stores(Placement(4, 1, rank)) for rank in range(4)] == [True, False, False, False]
+        assert {group.part(Placement(4, 1, rank)) for rank in range(4)} == {(0, 4, 0, 1)}
+        if layout == "canonical":
+            assert (group.planes, group.row_bytes) == (1, 1152)
+
+
+def test_windows_keep_the_tail_that_a_boundary_needs() -> None:
+    expected = {
+        1: (16, 1),
+        2: (16, 1),
+        17: (16, 1),
+        18: (32, 1),
+        40: (48, 1),
+        257: (256, 1),
+        258: (256, 2),
+        1024: (256, 4),
+    }
+    for size, (tokens, chunks) in expected.items():
+        group = groups_of(configuration(), full(), window(size))[1]
+        assert (group.stored_tokens, group.window_chunks) == (tokens, chunks), size
+
+
+def test_what_is_not_understood_is_refused_in_one_sentence() -> None:
+    mamba = MambaSpec(block_size=16, shapes=((1, 2),), dtypes=(torch.float32,))
+    refused = (
+        ("MambaSpec", lambda: groups_of(configuration(), full(), mamba)),
+        ("block size 48", lambda: groups_of(configuration(), full(block=48))),
+        (
+            "decode_context_parallel_size",
+            lambda: groups_of(configuration(decode_context_parallel_size=2), full()),
+        ),
+        ("several groups", lambda: groups_of(configuration(pp=2), full(), window(40))),
+        ("no share of", lambda: groups_of(configuration(pp=2, layers=8), full(), names=5)),
+        ("over 2 ranks", lambda: groups_of(configuration(2, heads=8), full(heads=3))),
+        ("no KV-cache group", lambda: groups_of(configuration())),
+    )
+    for text, call in refused:
+        with pytest.raises(RefusedError, match=text) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_kv_type_names_resolve_auto_and_aliases() -> None:
+    assert kv_dtype_name("auto", torch.float16) == "float16"
+    assert kv_dtype_name("auto", torch.bfloat16) == kv_dtype_name("bfloat16", torch.bfloat16)
+    assert kv_dtype_name("fp8", torch.uint8) == kv_dtype_name("fp8_e4m3", torch.uint8)
+    assert kv_dtype_name("fp8", torch.uint8) != kv_dtype_name("fp8_e5m2", torch.uint8)
+
+
+def test_a_snapshot_is_its_commit_only_while_its_files_are_links(tmp_path) -> None:
+    commit = "a" * 40
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / commit
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (blobs / name).write_text(name)
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    assert snapshot_commit(snapshot) == commit
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").write_text("replaced")
+    assert snapshot_commit(snapshot) is None
+
+
+def test_content_digests_are_remembered_by_inode_state(tmp_path, monkeypatch) -> None:
+    model, root = tmp_path / "model", tmp_path / "root"
+    model.mkdir()
+    root.mkdir()
+    (model / "config.json").write_text("{}")
+    weights = model / "model.safetensors"
+    weights.write_bytes(b"A" * 1000)
+    status = os.stat(weights)
+    first = content_digest(model, (str(root),))
+    hashed = []
+    original = identity._hash_file
+    monkeypatch.setattr(identity, "_hash_file", lambda file: hashed.append(file.name) or original(file))
+    assert content_digest(model, (str(root),)) == first and hashed == []
+    with open(weights, "r+b") as file:
+        file.write(b"B")
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert content_digest(model, (str(root),)) != first and hashed == ["model.safetensors"]
+    (root / identity.CACHE_FILE).write_text("garbage")
+    with open(weights, "r+b") as file:
+        file.write(b"A")
+    assert content_digest(model, (str(root),)) == first
+    (root / identity.CACHE_FILE).write_text(json.dumps({str(weights): "odd", "x": [1]}))
+    assert content_digest(model, (str(root),)) == first
+
+
+def test_reports_of_ranks_add_up() -> None:
+    one = StepReport({(1, 2, 0)}, {7: 1}, {(7, 3)})
+    two = StepReport({(1, 4, 0)}, {7: 1, 8: 1}, disabled="why")
+    both = one.aggregate(two)
+    assert both == StepReport({(1, 2, 0), (1, 4, 0)}, {7: 2, 8: 1}, {(7, 3)}, "why")
+    assert StepReport().is_empty() and not both.is_empty()
+
+
+def test_orders_stay_small_and_survive_pickling() -> None:
+    ids = list(range(8192))
+    orders = StepOrders(
+        [LoadOrder(1, "r", b"plan", [GroupBlocks.pack(0, 3, 16, ids)])], [StoreOrder(2, 0, b"plan")]
+    )
+    packed = pickle.dumps(orders)
+    assert len(packed) < 4 * len(ids) + 1000
+    places = pickle.loads(packed).loads[0].groups[0]
+    assert places.ids() == ids and places.of_chunk(4) == set(range(16, 32)) and places.of_chunk(2) == set()
+    assert GroupBlocks.pack(0, 0, 2, [5, -1]).wanted() == {5}
+
+
+def engine_stats(load: int = 0, corrupt: int = 0) -> dict:
+    failures = dict.fromkeys(
+        ("absent", "mismatch", "corrupt", "io_error", "timed_out", "cancelled", "dropped"), 0
+    )
+    way = dict(
+        extents=load, bytes=load * 100, nanoseconds=load * 10**9, failures={**failures, "corrupt": corrupt}
+    )
+    return dict(load=way, store=dict(way, extents=0, bytes=0, nanoseconds=0, failures=failures))
+
+
+def test_metrics_are_deltas_and_counters_go_on_in_a_second_engine() -> None:
+    counters = EngineCounters()
+    assert counters.delta(engine_stats(2)) == dict(load_extents=2, load_bytes=200, load_seconds=2.0)
+    assert counters.delta(engine_stats(2, 1)) == {"failures:load:corrupt": 1}
+    assert counters.delta(engine_stats(2, 1)) == {}
+    merged = DepotStats(data={"load_bytes": 200, "load_seconds": 1e-6}).aggregate(
+        DepotStats(data={"load_bytes": 1})
+    )
+    assert merged.reduce()["tokendepot_load_bytes"] == 201 and not merged.is_empty()
+    types = {Counter: Counter, Gauge: Gauge, Histogram: Histogram}
+    config = SimpleNamespace(kv_transfer_config=None)
+    for _ in range(2):
+        metrics = DepotPromMetrics(config, types, ["model_name", "engine"], {0: ["m", "0"], 1: ["m", "1"]})
+        metrics.observe({"load_bytes": 5, "failures:load:corrupt": 2, "unknown": 1}, 1)
+    labels = dict(model_name="m", engine="1")
+    assert REGISTRY.get_sample_value("tokendepot_load_bytes_total", labels) == 10
+    failed = dict(labels, operation="load", reason="corrupt")
+    assert REGISTRY.get_sample_value("tokendepot_failures_total", failed) == 4
+
+
+def test_keys_do_not_depend_on_the_process(tmp_path) -> None:
+    script = (
+        "import sys; sys.path.reverse(); from tokendepot import _core; c = _core.KeyChain(bytes(32), 16, "
+        "'salt', b'lora');"
+        "c.append(list(range(64)), [('image', 3, 20)]); print(bytes(c.keys()).hex())"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+            text=True,
+            env=dict(os.environ, PYTHONHASHSEED=seed),
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1 and len(found.pop().strip()) == 4 * 64

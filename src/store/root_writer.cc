@@ -209,7 +209,8 @@ Result<uint64_t> RootWriter::bytes_on_medium() const {
 }
 
 Status RootWriter::evict_coldest(const std::function<void(uint32_t)>& before_eviction,
-                                 const std::string& recycle_as, uint64_t wanted_bytes, bool* recycled) {
+                                 const std::string& recycle_as, uint64_t wanted_bytes, bool* recycled,
+                                 Mapping* kept) {
   *recycled = false;
   for (const auto& [slot, segment] : segments_.present_segments(root_.index())) {
     if (!segment.roots[root_.index()].sealed || segment.in_use > 0) continue;
@@ -217,6 +218,8 @@ Status RootWriter::evict_coldest(const std::function<void(uint32_t)>& before_evi
     const SegmentTable::Segment now = segments_.get(slot);
     if (now.in_use > 0 || now.roots[root_.index()].condemned) continue;
     const std::string path = root_.files().path_of(segment.id);
+    if (kept != nullptr && now.roots[root_.index()].file_bytes == wanted_bytes)
+      *kept = root_.files().take_mapping(segment.id);
     Record record;
     record.type = RecordType::condemn_segment;
     record.where.segment = segment.id;
@@ -229,7 +232,10 @@ Status RootWriter::evict_coldest(const std::function<void(uint32_t)>& before_evi
     if (!gone && gone.error().kind != ErrorKind::not_found) return gone;
     if (full) written = append(record);
     if (!written) return written;
-    if (!gone) continue;  // another process was faster
+    if (!gone) {  // another process was faster
+      if (kept != nullptr) *kept = {};
+      continue;
+    }
     ++evicted_;
     *recycled = fits;
     return {};
@@ -246,7 +252,7 @@ Result<File> RootWriter::lock_keeper() const {
 }
 
 Result<File> RootWriter::make_file(const std::string& path, uint64_t bytes,
-                                   const std::function<void(uint32_t)>& before_eviction) {
+                                   const std::function<void(uint32_t)>& before_eviction, Mapping* kept) {
   // Each round evicts one segment, so the number of segments bounds the rounds.
   while (true) {
     const auto used = bytes_on_medium();
@@ -263,7 +269,7 @@ Result<File> RootWriter::make_file(const std::string& path, uint64_t bytes,
       if (allocated.error().kind != ErrorKind::no_space) return std::unexpected(allocated.error());
     }
     bool recycled = false;
-    if (auto evicted = evict_coldest(before_eviction, path, bytes, &recycled); !evicted) {
+    if (auto evicted = evict_coldest(before_eviction, path, bytes, &recycled, kept); !evicted) {
       if (evicted.error().kind != ErrorKind::no_space) return std::unexpected(evicted.error());
       return fail(
           ErrorKind::no_space,
@@ -271,11 +277,15 @@ Result<File> RootWriter::make_file(const std::string& path, uint64_t bytes,
           "leave less than free_space_reserve={} on its file system",
           root_.path(), bytes, root_.capacity(), free_space_reserve_);
     }
-    if (!recycled) continue;
+    if (!recycled) {
+      if (kept != nullptr) *kept = {};  // of a file that is gone
+      continue;
+    }
     auto file = File::open(path, {.write = true, .direct = root_.direct()});
     if (!file) return file;
     const auto size = file->size();
     if (size && *size == bytes) return file;
+    if (kept != nullptr) *kept = {};
     if (auto removed = remove_file(path); !removed)
       return std::unexpected(removed.error());  // truncated by somebody
   }
@@ -311,12 +321,15 @@ Status RootWriter::prepare_spare(const std::function<void(uint32_t)>& before_evi
   }
   const uint64_t bytes = root_.segment_bytes();
   const std::string path = root_.files().path_of(id);
+  bool populated = false;
   const auto make = [&]() -> Result<SegmentLease> {
     const auto keeper = lock_keeper();
     if (!keeper) return std::unexpected(keeper.error());
-    auto file = make_file(path, bytes, before_eviction);
+    Mapping kept;
+    auto file = make_file(path, bytes, before_eviction, &kept);
     if (!file) return std::unexpected(file.error());
-    auto adopted = root_.files().adopt(id, std::move(*file));
+    populated = kept.is_mapped();
+    auto adopted = root_.files().adopt(id, std::move(*file), std::move(kept));
     // Left behind, it would take up capacity until the next start.
     if (!adopted) (void)remove_file(path);
     return adopted;
@@ -325,7 +338,7 @@ Status RootWriter::prepare_spare(const std::function<void(uint32_t)>& before_evi
   // A lock held by another process passes; everything else means that stores cannot wait for space.
   failing_ = no_space_ = !segment && segment.error().kind != ErrorKind::busy;
   if (!segment) return std::unexpected(segment.error());
-  if ((*segment)->mapping.is_mapped()) (*segment)->mapping.populate();
+  if ((*segment)->mapping.is_mapped() && !populated) (*segment)->mapping.populate();
   std::lock_guard lock(mutex_);
   if (id.writer != journal_.writer()) {
     // The journal was compacted meanwhile: nobody would find this segment by its name after a crash.

@@ -48,11 +48,21 @@ Result<SegmentLease> SegmentFiles::open(const SegmentId& id) {
   return insert(std::move(segment));
 }
 
-Result<SegmentLease> SegmentFiles::adopt(const SegmentId& id, File file) {
+Mapping SegmentFiles::take_mapping(const SegmentId& id) {
+  std::lock_guard lock(mutex_);
+  const auto found = files_.find(id);
+  if (found == files_.end() || found->second->leases > 0 || !found->second->writable) return {};
+  Mapping mapping = std::move(found->second->mapping);
+  files_.erase(found);
+  return mapping;
+}
+
+Result<SegmentLease> SegmentFiles::adopt(const SegmentId& id, File file, Mapping mapping) {
   auto segment = std::make_unique<SegmentFile>();
   segment->id = id;
   segment->file = std::move(file);
   segment->writable = true;
+  segment->mapping = std::move(mapping);
   return insert(std::move(segment));
 }
 
@@ -60,7 +70,7 @@ Result<SegmentLease> SegmentFiles::insert(std::unique_ptr<SegmentFile> segment) 
   const auto size = segment->file.size();
   if (!size) return std::unexpected(size.error());
   segment->bytes = *size;
-  if (mapped_ && *size > 0) {
+  if (mapped_ && *size > 0 && segment->mapping.size() != *size) {
     auto mapping = Mapping::map(segment->file, *size, segment->writable);
     if (!mapping) return std::unexpected(mapping.error());
     segment->mapping = std::move(*mapping);

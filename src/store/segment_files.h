@@ -54,7 +54,11 @@ class SegmentFiles {
   /// file.
   Result<SegmentLease> open(const SegmentId& id);
   /// Puts in a file that this process writes. Replaces a copy opened for reading.
-  Result<SegmentLease> adopt(const SegmentId& id, File file);
+  /// `mapping`, when it is of the same file, saves mapping and populating it again.
+  Result<SegmentLease> adopt(const SegmentId& id, File file, Mapping mapping = {});
+  /// Takes the writable mapping of a file that nobody uses out of the cache, for the file's next life. Empty when
+  /// there is none.
+  Mapping take_mapping(const SegmentId& id);
   /// One more lease of the same open file, also when it was dropped meanwhile.
   SegmentLease share(const SegmentLease& lease);
   /// Lets go of the file as soon as nobody uses it: the segment was recycled or removed.

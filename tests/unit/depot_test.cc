@@ -318,15 +318,18 @@ TEST_P(DepotOn, AHeldLoadIsPlacedEvenWhenItsRootIsGone) {
   cache_.clear();
   ASSERT_TRUE(depot->submit_hold(2, *plan));
   EXPECT_EQ(wait_for(*depot, 2).items_ok, 6u);
-  EXPECT_EQ(cache_.block(0), std::vector<std::byte>(cache_.block(0).size(), std::byte{0xEE})) << "nothing is written yet";
+  EXPECT_EQ(cache_.block(0), std::vector<std::byte>(cache_.block(0).size(), std::byte{0xEE}))
+      << "nothing is written yet";
   for (const std::string& file : segment_files()) std::filesystem::resize_file(file, 0);
   std::vector<Depot::HeldBlocks> blocks;
   for (uint32_t chunk = 1; chunk < 6; ++chunk) {
-    blocks.push_back({chunk, 0, iota_blocks(static_cast<int32_t>(100 + chunk * kBlocksPerChunk), kBlocksPerChunk)});
+    blocks.push_back(
+        {chunk, 0, iota_blocks(static_cast<int32_t>(100 + chunk * kBlocksPerChunk), kBlocksPerChunk)});
   }
   ASSERT_TRUE(depot->place(3, 2, blocks));
   EXPECT_EQ(wait_for(*depot, 3).items_ok, 5u);
-  for (int32_t b = 4; b < 24; ++b) EXPECT_EQ(cache_.block(100 + b), before[static_cast<size_t>(b)]) << "block " << b;
+  for (int32_t b = 4; b < 24; ++b)
+    EXPECT_EQ(cache_.block(100 + b), before[static_cast<size_t>(b)]) << "block " << b;
   EXPECT_FALSE(depot->place(4, 2, blocks)) << "nothing is held any more";
 }
 
@@ -346,7 +349,8 @@ TEST_P(DepotOn, AHoldOfDamagedOrTooManyExtentsFailsBeforeAnythingIsPromised) {
   EXPECT_GE(held.items_ok, 4u);
   EXPECT_LE(held.items_ok, 6u) << "the staging memory holds five extents, a damaged one gives its place back";
   size_t corrupt = 0;
-  for (const ItemFailure& failure : held.failures) corrupt += failure.reason == ItemFailure::Reason::corrupt ? 1 : 0;
+  for (const ItemFailure& failure : held.failures)
+    corrupt += failure.reason == ItemFailure::Reason::corrupt ? 1 : 0;
   EXPECT_EQ(corrupt, 1u);
   depot->drop_held(2);
   ASSERT_TRUE(depot->submit_hold(3, *plan_chunks(*depot, ns_, keys, want_of(small_shape()), 3, 8, 0)));

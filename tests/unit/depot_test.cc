@@ -48,6 +48,12 @@ class DepotOn : public ::testing::TestWithParam<std::string> {
     }
     return files;
   }
+  std::string file_of(const SegmentId& id) const {
+    char name[64];
+    std::snprintf(name, sizeof name, "/root/segments/%016llx-%08x.seg",
+                  static_cast<unsigned long long>(id.writer), id.sequence);
+    return directory_.path() + name;
+  }
   void flip(const std::string& file, uint64_t offset) {
     const int fd = ::open(file.c_str(), O_RDWR);
     ASSERT_GE(fd, 0);
@@ -116,7 +122,7 @@ TEST_P(DepotOn, AFlippedByteIsAMissOfThatChunkOnlyAndAReputHeals) {
   const auto plan = plan_chunks(*depot, ns_, keys, want, 0, 4, 100);
   ASSERT_TRUE(plan);
   const ExtentRef& victim = plan->items[1].where;
-  for (const std::string& file : segment_files()) flip(file, victim.offset + 4096 + 1000);
+  flip(file_of(victim.segment), victim.offset + 4096 + 1000);
   cache_.clear();
   ASSERT_TRUE(depot->submit_load(2, *plan));
   const Completion done = wait_for(*depot, 2);
@@ -343,7 +349,7 @@ TEST_P(DepotOn, AHoldOfDamagedOrTooManyExtentsFailsBeforeAnythingIsPromised) {
   ASSERT_EQ(store_chunks(*depot, 1, ns_, keys, 0, 8).items_ok, 8u);
   const auto plan = plan_chunks(*depot, ns_, keys, want_of(small_shape()), 0, 8, 0);
   ASSERT_TRUE(plan);
-  for (const std::string& file : segment_files()) flip(file, plan->items[2].where.offset + 4096 + 9);
+  flip(file_of(plan->items[2].where.segment), plan->items[2].where.offset + 4096 + 9);
   ASSERT_TRUE(depot->submit_hold(2, *plan));
   const Completion held = wait_for(*depot, 2);
   EXPECT_GE(held.items_ok, 4u);

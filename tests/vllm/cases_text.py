@@ -108,7 +108,7 @@ def asynchronous_scheduling_stores_only_known_tokens(lab: Lab) -> None:
 
 
 @case
-def rejected_drafts_are_neverstore_prompts(lab: Lab) -> None:
+def rejected_drafts_are_never_stored(lab: Lab) -> None:
     expected = lab.expected(length=40)
     engine = lab.engine(drafts=3)
     for prompt, text in zip(PROMPTS, expected, strict=True):

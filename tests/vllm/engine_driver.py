@@ -1,7 +1,8 @@
 """Runs a real vLLM engine through a list of rounds; one JSON line a round on stdout. Driven by test_real_engine.py.
 
 usage: engine_driver.py JSON with: model, llm (arguments of LLM), extra (kv_connector_extra_config or null), prompts,
-rounds; a round is {"length": n, "damage": bool, "pause": s}. The process then waits to be killed.
+rounds; a round is {"length": n, "damage": bool, "pause": s}. The process then waits to be
+killed, or for stdin to end, on which it ends in order.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def main() -> None:
         )
         time.sleep(round_.get("pause", 0))
     print("DONE", flush=True)
-    time.sleep(3600)
+    sys.stdin.readline()
 
 
 if __name__ == "__main__":

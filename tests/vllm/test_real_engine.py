@@ -27,11 +27,12 @@ SHORT = {"num_gpu_blocks_override": 33}  # 1,024 tokens: two requests with 200 t
 ROUND = {"length": 16}
 
 
-def run(model: str, extra: dict | None, rounds: list[dict], llm: dict) -> list[dict]:
-    """The rounds' results; the engine and all its processes are then killed (-9)."""
+def run(model: str, extra: dict | None, rounds: list[dict], llm: dict, *, kill: bool = False) -> list[dict]:
+    """The rounds' results. With `kill` the engine and all its processes are then killed (-9), else it ends in order."""
     order = dict(model=model, llm=llm, extra=extra, prompts=PROMPTS, rounds=rounds)
     process = subprocess.Popen(
         [sys.executable, str(HERE / "engine_driver.py"), json.dumps(order)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -46,7 +47,9 @@ def run(model: str, extra: dict | None, rounds: list[dict], llm: dict) -> list[d
             if line.startswith("ROUND "):
                 results.append(json.loads(line[6:]))
             if line.startswith("DONE"):
-                break
+                if kill:
+                    break
+                process.stdin.close()
     finally:
         watchdog.cancel()
         try:
@@ -88,7 +91,7 @@ def metric(result: dict, name: str) -> float:
 
 def test_one_group_cold_warm_killed_restarted_corrupted(llama, expected, scratch) -> None:
     root = scratch / "llama-root"
-    cold, warm = run(llama, options(root), [{**ROUND, "pause": 1}, ROUND], PLENTY)
+    cold, warm = run(llama, options(root), [{**ROUND, "pause": 1}, ROUND], PLENTY, kill=True)
     assert cold["tokens"] == expected and cold["cached"][0] == 0
     assert warm["tokens"] == expected and warm["cached"][0] == 512
     assert metric(warm, "load_bytes") > 0 and metric(warm, "store_bytes") > 0
@@ -116,7 +119,7 @@ def test_one_group_with_a_pool_too_small_for_its_requests(llama, expected, scrat
 def test_several_groups_cold_warm_killed_restarted_corrupted(scratch) -> None:
     model, root = write_checkpoint(scratch / "gemma", "gemma3"), scratch / "gemma-root"
     expected = run(model, None, [ROUND], PLENTY)[0]["tokens"]
-    cold, warm = run(model, options(root), [{**ROUND, "pause": 1}, ROUND], PLENTY)
+    cold, warm = run(model, options(root), [{**ROUND, "pause": 1}, ROUND], PLENTY, kill=True)
     assert cold["tokens"] == expected and cold["cached"][0] == 0
     assert warm["tokens"] == expected and warm["cached"][0] == 512
     restarted, corrupted, healed = run(

@@ -169,8 +169,8 @@ Result<Replay> replay_root(const std::string& path) {
 
 // What is at the top of a root besides the depot's own.
 Status list_foreign_at_top(const std::string& path, Replay& replay) {
-  constexpr std::array<std::string_view, 7> kOurs{"DEPOT",       "manifests",           "segments",  "journals",
-                                                  "keeper.lock", "identity-cache.json", "lost+found"};
+  constexpr std::array<std::string_view, 7> kOurs{
+      "DEPOT", "manifests", "segments", "journals", "keeper.lock", "identity-cache.json", "lost+found"};
   const auto entries = list_directory(path);
   if (!entries) return std::unexpected(entries.error());
   for (const DirectoryEntry& entry : *entries) {

@@ -1,8 +1,9 @@
 // The depot: a set of directories ("roots") that keep KV-cache chunks of an inference server.
 //
-// Contract. A depot may always answer miss. It never hands out bytes whose identity and digest it has not checked,
-// and no failure of a medium is more than a miss, a counter and a log line. Thread safety: every member function may
-// be called from any thread. After fork() the child's copy answers `closed` to everything and touches nothing.
+// Contract. A depot may always answer miss. It never hands out bytes whose identity and digest it has not
+// checked, and no failure of a medium is more than a miss, a counter and a log line. Thread safety: every
+// member function may be called from any thread. After fork() the child's copy answers `closed` to everything
+// and touches nothing.
 #pragma once
 
 #include <chrono>
@@ -26,52 +27,53 @@ enum class TransportChoice : uint8_t { automatic, mapped, direct, buffered };
 enum class IoChoice : uint8_t { automatic, threads, uring };
 
 struct RootOptions {
-  std::string path;              // absolute; created with mode 0700 if its parent exists
-  uint64_t capacity_bytes = 0;   // upper bound of the segment files, the depot's own; required
-  uint64_t segment_bytes = 0;    // 0 = chosen from the capacity (at most 256 MiB)
+  std::string path;             // absolute; created with mode 0700 if its parent exists
+  uint64_t capacity_bytes = 0;  // upper bound of the segment files, the depot's own; required
+  uint64_t segment_bytes = 0;   // 0 = chosen from the capacity (at most 256 MiB)
   TransportChoice transport = TransportChoice::automatic;  // mapped on tmpfs, direct elsewhere
   IoChoice io = IoChoice::automatic;                       // measured at open
   bool read_only = false;
 };
 
 struct Options {
-  std::vector<RootOptions> roots;       // fastest first; stores go to the first writable one
-  bool catalog = true;                  // keep the index that lookups need
-  bool writer = true;                   // accept stores
-  uint64_t slab_bytes = 256ull << 20;   // staging memory for transports that are not mapped
-  uint32_t device_threads = 2;          // host device: threads that gather, verify and scatter
-  uint32_t io_depth = 16;               // operations in flight per root
-  uint64_t store_queue_bytes = 512ull << 20;  // stores queued beyond this are dropped and counted
-  uint64_t free_space_reserve = 256ull << 20; // left free on each root's file system
-  uint32_t poll_ms = 100;               // how often other writers' journals are read
+  std::vector<RootOptions> roots;              // fastest first; stores go to the first writable one
+  bool catalog = true;                         // keep the index that lookups need
+  bool writer = true;                          // accept stores
+  uint64_t slab_bytes = 256ull << 20;          // staging memory for transports that are not mapped
+  uint32_t device_threads = 2;                 // host device: threads that gather, verify and scatter
+  uint32_t io_depth = 16;                      // operations in flight per root
+  uint64_t store_queue_bytes = 512ull << 20;   // stores queued beyond this are dropped and counted
+  uint64_t free_space_reserve = 256ull << 20;  // left free on each root's file system
+  uint32_t poll_ms = 100;                      // how often other writers' journals are read
 };
 
 /// Reads the JSON object that users write, e.g. {"roots":["/dev/shm/depot?capacity=8GiB"],"slab":"256MiB"}.
-/// The error is one sentence that names key, value and what is allowed; unknown keys are errors and name the nearest
-/// known one. docs/operations.md has the table.
+/// The error is one sentence that names key, value and what is allowed; unknown keys are errors and name the
+/// nearest known one. docs/operations.md has the table.
 Result<Options> parse_options(std::string_view json);
 
-/// The effective options as the JSON object that parse_options() reads, every key written out, sizes in bytes.
+/// The effective options as the JSON object that parse_options() reads, every key written out, sizes in
+/// bytes.
 std::string to_json(const Options& options);
 
-/// A size greater than 0 as users write it: bytes, or a number and a unit with or without one blank between them
-/// (KiB MiB GiB TiB count by 1024, KB MB GB TB by 1000). "8G" is refused because it is read both ways.
+/// A size greater than 0 as users write it: bytes, or a number and a unit with or without one blank between
+/// them (KiB MiB GiB TiB count by 1024, KB MB GB TB by 1000). "8G" is refused because it is read both ways.
 Result<uint64_t> parse_size(std::string_view text);
 
 /// What a lookup asks of one group.
 struct GroupWant {
   uint16_t group = 0;
   LayoutKind kind = LayoutKind::canonical;
-  Part part;                    // over all ranks
-  uint32_t tokens = 0;          // tokens per extent, as in GroupShape
-  uint32_t window_chunks = 0;   // 0 = every chunk of the prefix; w = only the last w chunks before its end
+  Part part;                   // over all ranks
+  uint32_t tokens = 0;         // tokens per extent, as in GroupShape
+  uint32_t window_chunks = 0;  // 0 = every chunk of the prefix; w = only the last w chunks before its end
 };
 
 enum class JobKind : uint8_t { load, store };
 
 struct ItemFailure {
   enum class Reason : uint8_t { absent, mismatch, corrupt, io_error, timed_out, cancelled, dropped };
-  uint32_t item = 0;   // index in the plan
+  uint32_t item = 0;  // index in the plan
   uint32_t chunk = 0;
   uint16_t group = 0;
   Reason reason = Reason::absent;
@@ -90,8 +92,9 @@ struct Completion {
 class Depot {
  public:
   /// Opens (and where needed creates) every root, replays the journals and starts the background work.
-  /// Errors: invalid_argument (option or a root that holds something else), permission, no_space (capacity larger
-  /// than the file system), unsupported (format version). Nothing is left behind on failure but empty directories.
+  /// Errors: invalid_argument (option or a root that holds something else), permission, no_space (capacity
+  /// larger than the file system), unsupported (format version). Nothing is left behind on failure but empty
+  /// directories.
   static Result<std::unique_ptr<Depot>> open(const Options& options);
 
   /// Waits for the work in flight (bounded: queued loads and stores are cancelled), then closes.
@@ -101,9 +104,11 @@ class Depot {
   /// manifests/<digest>.json; the digest of its canonical form is the first parent of all keys.
   virtual Result<NamespaceDigest> register_namespace(std::string_view manifest_json) = 0;
 
-  // --- scheduler half: memory only, no I/O ---------------------------------------------------------------------
+  // --- scheduler half: memory only, no I/O
+  // ---------------------------------------------------------------------
 
-  /// Number n of leading keys such that every want is met for a prefix of n chunks. Known answers: O(n) probes.
+  /// Number n of leading keys such that every want is met for a prefix of n chunks. Known answers: O(n)
+  /// probes.
   virtual size_t longest_prefix(std::span<const Key> keys, std::span<const GroupWant> wants) = 0;
 
   /// One byte a key: 1 = all of `want` is stored for that chunk.
@@ -116,32 +121,37 @@ class Depot {
     uint32_t blocks_per_chunk = 0;
     std::span<const int32_t> blocks;  // kSkipBlock where nothing is wanted
   };
-  /// The extents to read. `not_found` when one has gone since the lookup. Chunks whose blocks are all skipped are
-  /// left out. Marks the segments as used.
+  /// The extents to read. `not_found` when one has gone since the lookup. Chunks whose blocks are all skipped
+  /// are left out. Marks the segments as used.
   virtual Result<LoadPlan> plan_load(const NamespaceDigest& ns, std::span<const Key> keys,
-                                     std::span<const LoadGroup> groups, std::chrono::nanoseconds deadline) = 0;
+                                     std::span<const LoadGroup> groups,
+                                     std::chrono::nanoseconds deadline) = 0;
 
   /// Drops every extent of this chunk and group from this process's catalog until it is stored again.
   virtual void forget(const Key& key, uint16_t group) = 0;
 
-  // --- worker half ---------------------------------------------------------------------------------------------
+  // --- worker half
+  // ---------------------------------------------------------------------------------------------
 
-  /// Lends the engine's paged cache of one group. Once per group, before the first submit. `invalid_argument` when
-  /// the shape is inconsistent or one extent is larger than a segment or the slab.
+  /// Lends the engine's paged cache of one group. Once per group, before the first submit. `invalid_argument`
+  /// when the shape is inconsistent or one extent is larger than a segment or the slab.
   virtual Status attach(const PagedCache& cache) = 0;
 
-  /// Queues the items of `plan` that intersect this worker's part. Never blocks on I/O. The job is reported by
-  /// poll() exactly once, also when every item failed or none was this worker's; after that report no byte of the
-  /// listed blocks is written any more. A failed item's blocks hold undefined bytes. `busy`: job id in use.
+  /// Queues the items of `plan` that intersect this worker's part. Never blocks on I/O. The job is reported
+  /// by poll() exactly once, also when every item failed or none was this worker's; after that report no byte
+  /// of the listed blocks is written any more. A failed item's blocks hold undefined bytes. `busy`: job id in
+  /// use.
   virtual Status submit_load(uint64_t job, LoadPlan plan) = 0;
 
-  /// The same reading and checking into staging memory of this process, without writing to the cache: for engines that
-  /// cannot survive a load that fails after it was promised. Block ids are ignored. Items that find no staging memory
-  /// fail at once as `dropped`. The good items stay held under this job's id until place() or drop_held().
+  /// The same reading and checking into staging memory of this process, without writing to the cache: for
+  /// engines that cannot survive a load that fails after it was promised. Block ids are ignored. Items that
+  /// find no staging memory fail at once as `dropped`. The good items stay held under this job's id until
+  /// place() or drop_held().
   virtual Status submit_hold(uint64_t job, LoadPlan plan) = 0;
 
-  /// Writes held items into their blocks (no entry = not wanted) and lets go of all items of `held_job`. Reported by
-  /// poll() under `job` like a load; cannot fail for reasons of a medium. `not_found`: nothing is held under that id.
+  /// Writes held items into their blocks (no entry = not wanted) and lets go of all items of `held_job`.
+  /// Reported by poll() under `job` like a load; cannot fail for reasons of a medium. `not_found`: nothing is
+  /// held under that id.
   struct HeldBlocks {
     uint32_t chunk = 0;
     uint16_t group = 0;
@@ -163,10 +173,12 @@ class Depot {
   /// Jobs that ended since the last call. Enforces deadlines.
   virtual std::vector<Completion> poll() = 0;
 
-  /// Waits until every store submitted so far is acknowledged (journal record written) or failed. False on time-out.
+  /// Waits until every store submitted so far is acknowledged (journal record written) or failed. False on
+  /// time-out.
   virtual bool flush(std::chrono::nanoseconds timeout) = 0;
 
-  // --- both ----------------------------------------------------------------------------------------------------
+  // --- both
+  // ----------------------------------------------------------------------------------------------------
 
   /// Reads the other writers' journals now instead of at the next poll.
   virtual void refresh() = 0;

@@ -1,7 +1,7 @@
 // Errors of the engine: one type throughout, never an exception.
 //
-// An expected outcome (miss, pending) is an enum of the call that has it; an operating error is an `Error` in a
-// `Result`; a bug is an assertion (src/base/check.h).
+// An expected outcome (miss, pending) is an enum of the call that has it; an operating error is an `Error` in
+// a `Result`; a bug is an assertion (src/base/check.h).
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 // Identity of stored KV: namespaces and chained chunk keys.
 //
-// Key of chunk i = SHA-256(key of chunk i-1 | token ids of chunk i as u32 LE | extras of chunk i), where the key of
-// "chunk -1" is the namespace digest. See docs/format.md, "Keys".
+// Key of chunk i = SHA-256(key of chunk i-1 | token ids of chunk i as u32 LE | extras of chunk i), where the
+// key of "chunk -1" is the namespace digest. See docs/format.md, "Keys".
 #pragma once
 
 #include <array>
@@ -29,7 +29,8 @@ using NamespaceDigest = Digest256<struct NamespaceTag>;
 /// Lower-case hex of the 32 bytes.
 std::string to_hex(std::span<const uint8_t, 32> bytes);
 
-/// One multimodal item of a prompt: its content hash (any bytes, not truncated) and the token range that it fills.
+/// One multimodal item of a prompt: its content hash (any bytes, not truncated) and the token range that it
+/// fills.
 struct MediaSpan {
   std::string_view content_hash;
   uint64_t first_token;
@@ -39,13 +40,14 @@ struct MediaSpan {
 /// Grows the keys of one prompt, chunk by chunk. Not thread-safe; cheap to copy. No I/O, no failure.
 class KeyChain {
  public:
-  /// `salt` and `lora` (name and digest of the adapter, any bytes) separate tenants and adapters; empty equals
-  /// absent. Neither is kept in clear. `chunk_tokens` > 0.
-  KeyChain(const NamespaceDigest& ns, uint32_t chunk_tokens, std::string_view salt = {}, std::string_view lora = {});
+  /// `salt` and `lora` (name and digest of the adapter, any bytes) separate tenants and adapters; empty
+  /// equals absent. Neither is kept in clear. `chunk_tokens` > 0.
+  KeyChain(const NamespaceDigest& ns, uint32_t chunk_tokens, std::string_view salt = {},
+           std::string_view lora = {});
 
-  /// Appends the prompt's next tokens; a key is added for every chunk that fills up. A partial chunk waits for the
-  /// next call. `media` lists every media span of the prompt known so far (only those that overlap the new chunks
-  /// are used, so passing the whole list each time is right and cheap).
+  /// Appends the prompt's next tokens; a key is added for every chunk that fills up. A partial chunk waits
+  /// for the next call. `media` lists every media span of the prompt known so far (only those that overlap
+  /// the new chunks are used, so passing the whole list each time is right and cheap).
   void append(std::span<const uint32_t> tokens, std::span<const MediaSpan> media = {});
 
   const std::vector<Key>& keys() const { return keys_; }

@@ -1,7 +1,8 @@
-// What travels from the scheduler half to the worker half of an inference server: plain data plus a checked encoding.
+// What travels from the scheduler half to the worker half of an inference server: plain data plus a checked
+// encoding.
 //
-// A plan is a promise about places, not about bytes: the worker checks identity and digest of everything it reads,
-// so an old, foreign or damaged plan costs a miss at most.
+// A plan is a promise about places, not about bytes: the worker checks identity and digest of everything it
+// reads, so an old, foreign or damaged plan costs a miss at most.
 #pragma once
 
 #include <cstddef>
@@ -15,14 +16,16 @@
 
 namespace tokendepot {
 
-/// Names one segment for ever: a recycled segment file gets a new id, so an old plan cannot match its new content.
+/// Names one segment for ever: a recycled segment file gets a new id, so an old plan cannot match its new
+/// content.
 struct SegmentId {
   uint64_t writer = 0;
   uint32_t sequence = 0;
   auto operator<=>(const SegmentId&) const = default;
 };
 
-/// Where one extent lies. Valid in every root that holds the segment: segments are copied between roots as they are.
+/// Where one extent lies. Valid in every root that holds the segment: segments are copied between roots as
+/// they are.
 struct ExtentRef {
   SegmentId segment;
   uint64_t offset = 0;  // of the header, multiple of 4 KiB
@@ -30,7 +33,8 @@ struct ExtentRef {
   bool operator==(const ExtentRef&) const = default;
 };
 
-/// Block id that stands for "not wanted": the engine already has the block, or does not need it (outside a window).
+/// Block id that stands for "not wanted": the engine already has the block, or does not need it (outside a
+/// window).
 inline constexpr int32_t kSkipBlock = -1;
 
 struct LoadItem {
@@ -38,8 +42,8 @@ struct LoadItem {
   uint32_t chunk = 0;  // index of the chunk in its prompt, handed back with failures
   uint16_t group = 0;
   LayoutKind kind = LayoutKind::canonical;
-  Part part;           // what the extent holds
-  uint32_t tokens = 0; // tokens the extent holds
+  Part part;            // what the extent holds
+  uint32_t tokens = 0;  // tokens the extent holds
   ExtentRef where;
   std::vector<int32_t> blocks;  // one id per block of the chunk's last `tokens`, or kSkipBlock
 };
@@ -62,8 +66,9 @@ struct StorePlan {
   std::vector<StoreItem> items;
 };
 
-/// Encodings with magic, version, bounds and a trailing XXH3-64. Decoders accept any bytes without crashing and
-/// allocate no more than a small multiple of the input; errors are `corrupt` or `unsupported` (other version).
+/// Encodings with magic, version, bounds and a trailing XXH3-64. Decoders accept any bytes without crashing
+/// and allocate no more than a small multiple of the input; errors are `corrupt` or `unsupported` (other
+/// version).
 std::vector<std::byte> encode(const LoadPlan& plan);
 std::vector<std::byte> encode(const StorePlan& plan);
 Result<LoadPlan> decode_load_plan(std::span<const std::byte> bytes);

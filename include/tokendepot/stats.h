@@ -9,18 +9,18 @@ namespace tokendepot {
 
 /// Why an extent that was asked for did not come, or a store did not happen. Order and names are stable.
 struct FailureCounts {
-  uint64_t absent = 0;       // file or extent gone since the promise
-  uint64_t mismatch = 0;     // header names another key, namespace, segment or shape
-  uint64_t corrupt = 0;      // a digest differs
-  uint64_t io_error = 0;     // the kernel failed the operation or delivered too little
-  uint64_t timed_out = 0;    // the deadline passed
-  uint64_t cancelled = 0;    // asked for by the caller, or the Depot closed
-  uint64_t dropped = 0;      // a bound (queue, slab, space) was reached
+  uint64_t absent = 0;     // file or extent gone since the promise
+  uint64_t mismatch = 0;   // header names another key, namespace, segment or shape
+  uint64_t corrupt = 0;    // a digest differs
+  uint64_t io_error = 0;   // the kernel failed the operation or delivered too little
+  uint64_t timed_out = 0;  // the deadline passed
+  uint64_t cancelled = 0;  // asked for by the caller, or the Depot closed
+  uint64_t dropped = 0;    // a bound (queue, slab, space) was reached
 };
 
 struct TransferStats {
   uint64_t extents = 0;
-  uint64_t bytes = 0;  // payload and header bytes moved
+  uint64_t bytes = 0;        // payload and header bytes moved
   uint64_t nanoseconds = 0;  // sum over extents, submit to done
   FailureCounts failures;
 };
@@ -30,19 +30,19 @@ struct RootStats {
   std::string transport;  // "mapped", "direct-threads", "direct-uring", "buffered-threads"
   std::string reason;     // why this transport was chosen
   uint64_t capacity_bytes = 0;
-  uint64_t used_bytes = 0;      // gauge: segment files on the medium
-  uint64_t segments = 0;        // gauge
+  uint64_t used_bytes = 0;  // gauge: segment files on the medium
+  uint64_t segments = 0;    // gauge
   uint64_t evicted_segments = 0;
   uint64_t demoted_segments = 0;
   bool writable = false;
-  bool suspended = false;       // gauge: failing, retried in the background
+  bool suspended = false;  // gauge: failing, retried in the background
 };
 
 struct DepotStats {
   TransferStats load;
   TransferStats store;
-  uint64_t entries = 0;          // gauge: extents in the catalog
-  uint64_t catalog_bytes = 0;    // gauge: memory of the catalog
+  uint64_t entries = 0;        // gauge: extents in the catalog
+  uint64_t catalog_bytes = 0;  // gauge: memory of the catalog
   uint64_t lookups = 0;
   uint64_t journal_records = 0;  // replayed or tailed
   uint64_t bad_records = 0;      // journal records left alone because they do not decode

@@ -1,7 +1,7 @@
 // The device seam: where paged KV lives, and the two fused operations between it and extents.
 //
-// Host twin and CUDA (issue B) must be bit-exact. Work is queued and completes on a thread of the device; loads are
-// taken before stores. Payload memory comes from the device's slab, or is a mapped segment.
+// Host twin and CUDA (issue B) must be bit-exact. Work is queued and completes on a thread of the device;
+// loads are taken before stores. Payload memory comes from the device's slab, or is a mapped segment.
 #pragma once
 
 #include <cstddef>
@@ -17,28 +17,28 @@ namespace tokendepot {
 
 enum class ScatterOutcome : uint8_t { ok, corrupt, gone /* the mapping behind the payload failed */ };
 
-/// Verify, then scatter: checks the digests of shards [first_shard, first_shard + shards), and only if all are right
-/// copies those that fall into the cache's part into its blocks. A bad extent writes nothing.
+/// Verify, then scatter: checks the digests of shards [first_shard, first_shard + shards), and only if all
+/// are right copies those that fall into the cache's part into its blocks. A bad extent writes nothing.
 struct ScatterWork {
   const PagedCache* cache = nullptr;
-  const ExtentHeader* header = nullptr;       // what the payload is; already checked against the plan
-  std::span<const std::byte> payload;         // the run of shards, (shards * shard_stride) bytes
+  const ExtentHeader* header = nullptr;  // what the payload is; already checked against the plan
+  std::span<const std::byte> payload;    // the run of shards, (shards * shard_stride) bytes
   uint32_t first_shard = 0;
   uint32_t shards = 0;
-  std::span<const int32_t> blocks;            // header->tokens / block_tokens ids, kSkipBlock = leave out
-  bool guarded = false;                       // payload is a mapped file
+  std::span<const int32_t> blocks;  // header->tokens / block_tokens ids, kSkipBlock = leave out
+  bool guarded = false;             // payload is a mapped file
   void (*done)(ScatterWork* self, ScatterOutcome outcome) = nullptr;  // once, on a device thread
   void* owner = nullptr;
   ScatterWork* next = nullptr;
 };
 
-/// Gather and digest: copies the shards of the cache's part out of its blocks into `payload` (padding zeroed) and
-/// writes one digest a shard.
+/// Gather and digest: copies the shards of the cache's part out of its blocks into `payload` (padding zeroed)
+/// and writes one digest a shard.
 struct GatherWork {
   const PagedCache* cache = nullptr;
-  std::span<const int32_t> blocks;   // all valid ids
-  std::span<std::byte> payload;      // shape.payload_bytes()
-  std::span<uint64_t> digests;       // shape.shards()
+  std::span<const int32_t> blocks;  // all valid ids
+  std::span<std::byte> payload;     // shape.payload_bytes()
+  std::span<uint64_t> digests;      // shape.shards()
   bool guarded = false;
   void (*done)(GatherWork* self, bool ok) = nullptr;  // ok = false: the mapping failed
   void* owner = nullptr;
@@ -63,8 +63,8 @@ class Device {
   virtual Slab& slab() = 0;
   virtual void submit(ScatterWork* work) = 0;
   virtual void submit(GatherWork* work) = 0;
-  /// A segment was mapped, or is about to be unmapped: a device with a memory of its own may register the range for
-  /// direct copies. Payloads outside registered ranges work too, slower.
+  /// A segment was mapped, or is about to be unmapped: a device with a memory of its own may register the
+  /// range for direct copies. Payloads outside registered ranges work too, slower.
   virtual void adopt(std::span<std::byte> mapping, bool writable) {
     static_cast<void>(mapping);
     static_cast<void>(writable);

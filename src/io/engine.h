@@ -1,5 +1,5 @@
-// Moves pieces of files to and from memory, several at a time. Two implementations: threads with pread/pwrite, and
-// io_uring. Which is faster is measured per root; neither is a win by itself.
+// Moves pieces of files to and from memory, several at a time. Two implementations: threads with
+// pread/pwrite, and io_uring. Which is faster is measured per root; neither is a win by itself.
 #pragma once
 
 #include <cstddef>
@@ -18,10 +18,11 @@ struct IoOperation {
   std::byte* buffer = nullptr;
   uint64_t offset = 0;
   uint32_t bytes = 0;  // at most 1 GiB
-  /// Called once, on a thread of the engine: 0 when all bytes moved, else a positive errno; a transfer that meets
-  /// the end of the file is ENODATA. Short transfers are continued by the engine. May call submit(); must not block.
+  /// Called once, on a thread of the engine: 0 when all bytes moved, else a positive errno; a transfer that
+  /// meets the end of the file is ENODATA. Short transfers are continued by the engine. May call submit();
+  /// must not block.
   void (*done)(IoOperation* self, int error) = nullptr;
-  void* owner = nullptr;     // the caller's
+  void* owner = nullptr;        // the caller's
   IoOperation* next = nullptr;  // the engine's queue link
 };
 
@@ -42,11 +43,12 @@ Result<std::unique_ptr<IoEngine>> make_uring_engine(uint32_t depth);
 
 struct EngineChoice {
   std::unique_ptr<IoEngine> engine;
-  std::string reason;  // e.g. "threads 1.9 GB/s, uring 1.7 GB/s" or "io_uring: Operation not permitted (kernel.io_uring_disabled=2)"
+  std::string reason;  // e.g. "threads 1.9 GB/s, uring 1.7 GB/s" or "io_uring: Operation not permitted
+                       // (kernel.io_uring_disabled=2)"
 };
-/// Reads a probe file of 32 MiB that it writes in `directory` (removed again, never left behind: unlinked right
-/// after creation) with both engines and keeps the faster one; a difference under 10 % goes to threads. Takes at most
-/// about 0.3 s a root. `direct` = open with O_DIRECT.
+/// Reads a probe file of 32 MiB that it writes in `directory` (removed again, never left behind: unlinked
+/// right after creation) with both engines and keeps the faster one; a difference under 10 % goes to threads.
+/// Takes at most about 0.3 s a root. `direct` = open with O_DIRECT.
 EngineChoice choose_engine(const std::string& directory, bool direct, uint32_t depth);
 
 }  // namespace tokendepot

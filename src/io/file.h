@@ -24,8 +24,8 @@ class File {
     bool exclusive = false;  // with create: the file must not exist
     bool direct = false;     // O_DIRECT; `unsupported` when the file system refuses it at open
   };
-  /// Opens a regular file. Never follows a symbolic link in the last component; anything but a regular file is
-  /// `invalid_argument`. O_CLOEXEC always.
+  /// Opens a regular file. Never follows a symbolic link in the last component; anything but a regular file
+  /// is `invalid_argument`. O_CLOEXEC always.
   static Result<File> open(const std::string& path, Flags flags);
 
   int fd() const { return fd_; }
@@ -37,16 +37,17 @@ class File {
   /// `not_found`). Retries EINTR.
   Status read_at(std::span<std::byte> out, uint64_t offset) const;
   Status write_at(std::span<const std::byte> bytes, uint64_t offset) const;
-  /// Allocates [0, bytes) so that later writes cannot fail for want of space. Falls back to writing zeros where
-  /// fallocate is not supported (EOPNOTSUPP, EINVAL). Shrinks nothing.
+  /// Allocates [0, bytes) so that later writes cannot fail for want of space. Falls back to writing zeros
+  /// where fallocate is not supported (EOPNOTSUPP, EINVAL). Shrinks nothing.
   Status preallocate(uint64_t bytes) const;
   Status truncate(uint64_t bytes) const;
   Status sync() const;  // fdatasync
   /// Whether path() still names this very file: false after it was renamed, replaced or removed.
   bool is_at_its_path() const;
 
-  /// Open-file-description lock over the whole file, never waiting. False = somebody else (another process, or
-  /// another open of this process) has it. Freed when the last copy of the descriptor closes, also by kill -9.
+  /// Open-file-description lock over the whole file, never waiting. False = somebody else (another process,
+  /// or another open of this process) has it. Freed when the last copy of the descriptor closes, also by kill
+  /// -9.
   Result<bool> try_lock_exclusive() const;
   /// Whether somebody else has that lock now. Takes nothing; works on a file opened for reading.
   Result<bool> is_locked_by_another() const;
@@ -58,13 +59,14 @@ class File {
 
 struct DirectoryEntry {
   std::string name;
-  uint64_t bytes = 0;   // of regular files
-  bool regular = false; // false for links, directories, devices
+  uint64_t bytes = 0;    // of regular files
+  bool regular = false;  // false for links, directories, devices
 };
 
 /// Names in a directory, without "." and "..", in no order. Links are listed, not followed.
 Result<std::vector<DirectoryEntry>> list_directory(const std::string& path);
-/// mkdir with mode 0700; fine when it exists as a directory; a link or another kind of file is invalid_argument.
+/// mkdir with mode 0700; fine when it exists as a directory; a link or another kind of file is
+/// invalid_argument.
 Status make_directory(const std::string& path);
 Status rename_file(const std::string& from, const std::string& to);
 Status remove_file(const std::string& path);
@@ -74,16 +76,16 @@ Status write_file_atomically(const std::string& path, std::span<const std::byte>
 Result<std::vector<std::byte>> read_file(const std::string& path, uint64_t limit);
 
 struct FileSystemInfo {
-  std::string type;            // "tmpfs", "ext4", "overlay", ... or "0x<magic>"
+  std::string type;  // "tmpfs", "ext4", "overlay", ... or "0x<magic>"
   uint64_t total_bytes = 0;
   uint64_t available_bytes = 0;
-  bool memory = false;         // tmpfs, ramfs, hugetlbfs
+  bool memory = false;  // tmpfs, ramfs, hugetlbfs
   bool read_only = false;
 };
 Result<FileSystemInfo> file_system_of(const std::string& path);
 
-/// Smallest power of two (512..64 KiB) that O_DIRECT accepts in `directory` for offset, length and address, found by
-/// writing and reading a temporary file there; `unsupported` when direct I/O does not work.
+/// Smallest power of two (512..64 KiB) that O_DIRECT accepts in `directory` for offset, length and address,
+/// found by writing and reading a temporary file there; `unsupported` when direct I/O does not work.
 Result<uint32_t> probe_direct_alignment(const std::string& directory);
 
 }  // namespace tokendepot

@@ -56,8 +56,8 @@ class SegmentFiles {
   /// Puts in a file that this process writes. Replaces a copy opened for reading.
   /// `mapping`, when it is of the same file, saves mapping and populating it again.
   Result<SegmentLease> adopt(const SegmentId& id, File file, Mapping mapping = {});
-  /// Takes the writable mapping of a file that nobody uses out of the cache, for the file's next life. Empty when
-  /// there is none.
+  /// Takes the writable mapping of a file that nobody uses out of the cache, for the file's next life. Empty
+  /// when there is none.
   Mapping take_mapping(const SegmentId& id);
   /// One more lease of the same open file, also when it was dropped meanwhile.
   SegmentLease share(const SegmentLease& lease);

@@ -15,7 +15,7 @@ from tokendepot import _core
 
 from harness import VERSION, Engine, Options
 
-HYBRID_LOADS = VERSION >= (0, 30)
+HYBRID_LOADS = True
 _random = random.Random(3)
 SHARED = [_random.randrange(3, 250) for _ in range(150)]
 PROMPTS = [SHARED + [_random.randrange(3, 250) for _ in range(11 + 29 * n)] for n in range(3)] + [

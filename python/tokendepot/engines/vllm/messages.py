@@ -28,6 +28,14 @@ class GroupBlocks:
         numbers.frombytes(self.packed_ids)
         return numbers.tolist()
 
+    def by_chunk(self) -> list[tuple[int, list[int]]]:
+        """(chunk, its ids) for each chunk from first_chunk on."""
+        ids = self.ids()
+        return [
+            (self.first_chunk + at // self.per_chunk, ids[at : at + self.per_chunk])
+            for at in range(0, len(ids), self.per_chunk)
+        ]
+
     def wanted(self) -> set[int]:
         return {block for block in self.ids() if block != SKIP}
 
@@ -41,12 +49,22 @@ class GroupBlocks:
 
 @dataclass
 class LoadOrder:
-    """One request's load. `plan` is None when the promise could not be kept: workers then report it failed."""
+    """One request's load. `plan` is None when the promise could not be kept: workers then report it failed; or when the
+    bytes were verified before the promise and are held under `held_job`."""
 
     job: int
     request_id: str
     plan: bytes | None
     groups: list[GroupBlocks]
+    held_job: int = 0
+
+
+@dataclass
+class HoldOrder:
+    """Extents to read and verify before anything is promised."""
+
+    job: int
+    plan: bytes
 
 
 @dataclass
@@ -64,6 +82,8 @@ class StepOrders(KVConnectorMetadata):
 
     loads: list[LoadOrder] = field(default_factory=list)
     stores: list[StoreOrder] = field(default_factory=list)
+    holds: list[HoldOrder] = field(default_factory=list)
+    drops: list[int] = field(default_factory=list)  # held jobs that will not be promised
     counts: dict[str, float] = field(default_factory=dict)  # the scheduler half's, for the metrics of rank 0
 
 
@@ -74,19 +94,24 @@ class StepReport(KVConnectorWorkerMetadata):
     failed_chunks: set[tuple[int, int, int]] = field(default_factory=set)  # (load job, chunk, group)
     ended_stores: dict[int, int] = field(default_factory=dict)  # store job -> ranks that ended it
     failed_stores: set[tuple[int, int]] = field(default_factory=set)  # (store job, item)
+    ended_holds: dict[int, int] = field(default_factory=dict)  # hold job -> ranks that ended it
+    failed_holds: set[int] = field(default_factory=set)  # hold jobs of which a rank lacks something
     disabled: str = ""  # why a rank can neither load nor store any more
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         assert isinstance(other, StepReport)
-        ended = dict(self.ended_stores)
-        for job, ranks in other.ended_stores.items():
-            ended[job] = ended.get(job, 0) + ranks
         return StepReport(
             self.failed_chunks | other.failed_chunks,
-            ended,
+            _added(self.ended_stores, other.ended_stores),
             self.failed_stores | other.failed_stores,
+            _added(self.ended_holds, other.ended_holds),
+            self.failed_holds | other.failed_holds,
             self.disabled or other.disabled,
         )
 
     def is_empty(self) -> bool:
-        return not (self.failed_chunks or self.ended_stores or self.failed_stores or self.disabled)
+        return self == StepReport()
+
+
+def _added(one: dict[int, int], other: dict[int, int]) -> dict[int, int]:
+    return {job: one.get(job, 0) + other.get(job, 0) for job in one.keys() | other.keys()}

@@ -24,11 +24,20 @@ from tokendepot.engines.vllm import versions
 from tokendepot.engines.vllm.adapters import Adapters, PendingError
 from tokendepot.engines.vllm.groups import FULL, Group, describe_groups, loads_are_safe
 from tokendepot.engines.vllm.identity import manifest
-from tokendepot.engines.vllm.messages import SKIP, GroupBlocks, LoadOrder, StepOrders, StepReport, StoreOrder
+from tokendepot.engines.vllm.messages import (
+    SKIP,
+    GroupBlocks,
+    HoldOrder,
+    LoadOrder,
+    StepOrders,
+    StepReport,
+    StoreOrder,
+)
 from tokendepot.engines.vllm.settings import RefusedError, Settings
 
 LOAD_ATTEMPTS = 2  # failed loads of one request before it is left to compute
 STORE_MEMORY_S = 60.0  # how long a store that no worker reports counts as on its way
+HOLD_GRACE_S = 5.0  # beyond the workers' own deadline, for the steps that carry order and answer
 SEEN_STORE_S = 2.0  # after its end: until the workers' journals have been read
 TOKENS_PER_CALL = 1 << 16  # keys made in one look-up, about 3 ms; a longer prompt is asked for again
 NULL_BLOCK = 0  # vLLM's block that stands for "freed, outside the window"
@@ -41,6 +50,18 @@ class Promise:
 
 
 @dataclass
+class Hold:
+    """Extents that the workers verify, or have verified, before they are promised."""
+
+    job: int
+    chunks: int  # of the prefix
+    keys: bytes
+    until: float  # when it is given up
+    ended_by: int = 0
+    failed: bool = False
+
+
+@dataclass
 class Tracked:
     """What is known about one live request."""
 
@@ -49,6 +70,7 @@ class Tracked:
     barred: str = ""
     media: list[tuple[str, int, int]] = field(default_factory=list)
     promise: Promise | None = None
+    hold: Hold | None = None
     failed_loads: int = 0
     tables: list[list[int]] = field(default_factory=list)  # block ids of each group
     next_chunk: int = 0  # chunks before it need no more thought
@@ -85,13 +107,17 @@ class SchedulerHalf:
             raise
         transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
         self._ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-        self._may_load = bool(transfer.is_kv_consumer) and loads_are_safe(self._groups)
+        self._may_load = bool(transfer.is_kv_consumer)
+        self._hold_first = not loads_are_safe(self._groups)
         self._may_store = bool(transfer.is_kv_producer)
         self._drop_last_chunk = versions.chunk_drop_needed(vllm_config.speculative_config)
         self._adapters = Adapters(settings.root_paths)
         self._requests: dict[str, Tracked] = {}
         self._pending: list[LoadOrder] = []
         self._loads: dict[int, Load] = {}
+        self._holds: dict[int, Hold] = {}  # by job, until every rank has ended it
+        self._new_holds: list[HoldOrder] = []
+        self._drops: list[int] = []
         self._stores: dict[int, Store] = {}
         self._storing: dict[tuple[bytes, int], float] = {}  # (key, group) -> when it stops counting
         self._next_job = 1
@@ -109,11 +135,10 @@ class SchedulerHalf:
                 f"{g.index} {g.attention} {g.kind} {g.layers} layers x {g.heads} heads" for g in self._groups
             ),
         )
-        if not loads_are_safe(self._groups):
-            versions.log.warning(
-                "tokendepot: this vLLM cannot survive a failed load of a model with %d KV-cache groups, so "
-                "prompts are stored "
-                "but not loaded (0.30 and newer can)",
+        if self._hold_first:
+            versions.log.info(
+                "tokendepot: this vLLM cannot survive a failed load of a model with %d KV-cache groups, so workers "
+                "verify chunks in their slab before they are promised",
                 len(self._groups),
             )
         versions.use_recompute_policy(vllm_config.kv_transfer_config)
@@ -147,8 +172,49 @@ class SchedulerHalf:
         external = hit * self._chunk - local_tokens
         if external < self._settings.min_load_tokens:
             return 0
+        if self._hold_first:
+            verified = self._verified(tracked, keys, hit)
+            if not verified:
+                return verified
+            hit, external = verified, verified * self._chunk - local_tokens
+            if external < self._settings.min_load_tokens:
+                return 0
         tracked.promise = Promise(local_tokens, hit * self._chunk)
         return external
+
+    def _verified(self, tracked: Tracked, keys: bytes, hit: int) -> int | None:
+        """Chunks of the prefix that all ranks hold, verified, in memory; None = they are at it."""
+        hold = tracked.hold
+        if hold is None:
+            plan = self._plan(keys, self._everywhere(hit))
+            if plan is None:
+                return 0
+            job, self._next_job = self._next_job, self._next_job + 1
+            until = time.monotonic() + self._settings.load_timeout + HOLD_GRACE_S
+            tracked.hold = self._holds[job] = Hold(job, hit, keys, until)
+            self._new_holds.append(HoldOrder(job, plan))
+            return None
+        if hold.failed or time.monotonic() > hold.until:
+            self._let_go(tracked)
+            tracked.failed_loads += 1
+            self._count("failed_requests", 1)
+            return 0
+        return hold.chunks if hold.ended_by >= self._ranks else None
+
+    def _everywhere(self, hit: int) -> list[GroupBlocks]:
+        """All chunks that a prefix needs of each group; block 0 stands for any."""
+        places = []
+        for group in self._groups:
+            first = max(0, hit - group.window_chunks) if group.window_chunks else 0
+            ids = [0] * ((hit - first) * group.stored_blocks)
+            places.append(GroupBlocks.pack(group.index, first, group.stored_blocks, ids))
+        return places
+
+    def _let_go(self, tracked: Tracked) -> None:
+        """The workers free what they hold for a request that will not use it."""
+        if tracked.hold is not None:
+            self._drops.append(tracked.hold.job)
+            tracked.hold = None
 
     def allocated(self, request: Any, tables: list[list[int]], external_tokens: int) -> None:
         """Turns the promise into a load order for this step. `external_tokens` may be less than promised."""
@@ -173,14 +239,18 @@ class SchedulerHalf:
         groups, complete = self._places(tables, local, end)
         plan = None
         keys = tracked.chain.keys(0, -(-end // self._chunk)) if tracked.chain is not None else b""
-        if promise is not None and complete and end <= promise.hit_tokens and not self._off:
+        hold, tracked.hold = tracked.hold, None
+        keepable = promise is not None and complete and end <= promise.hit_tokens and not self._off
+        held_job = hold.job if hold is not None and keepable else 0
+        if keepable and not held_job:
             plan = self._plan(keys, groups)
-        self._loads[job] = Load(request_id, keys, failed=plan is None)
-        if plan is None:
+        broken = plan is None and not held_job
+        self._loads[job] = Load(request_id, keys, failed=broken)
+        if broken:
             tracked.failed_loads += 1
             self._count("broken_promises", 1)
             groups = self._everything(tables, local, end)
-        return LoadOrder(job, request_id, plan, groups)
+        return LoadOrder(job, request_id, plan, groups, held_job)
 
     def _places(self, tables: list[list[int]], local: int, end: int) -> tuple[list[GroupBlocks], bool]:
         """The blocks that tokens [local, end) need from the depot, and whether the depot holds all of them."""
@@ -241,8 +311,10 @@ class SchedulerHalf:
 
     def step(self, output: Any) -> StepOrders:
         """The orders of this step; called once a step, after all calls of allocated(). Loads survive any trouble."""
-        orders = StepOrders(loads=self._pending, counts=self._counts)
-        self._pending, self._counts = [], {}
+        orders = StepOrders(
+            loads=self._pending, holds=self._new_holds, drops=self._drops, counts=self._counts
+        )
+        self._pending, self._new_holds, self._drops, self._counts = [], [], [], {}
         try:
             orders.stores = self._stores_of(output)
         except Exception as error:  # the loads of this step must reach the workers whatever happens here
@@ -361,6 +433,8 @@ class SchedulerHalf:
                 self.turn_off(report.disabled)
             for job, chunk, group in report.failed_chunks:
                 self._load_failed(job, chunk, group)
+            for job, ranks in report.ended_holds.items():
+                self._hold_ended(job, ranks, failed=job in report.failed_holds)
             for job, item in report.failed_stores:
                 store = self._stores.get(job)
                 if store is not None and item < len(store.keys):
@@ -372,15 +446,31 @@ class SchedulerHalf:
                 job: load for job, load in self._loads.items() if load.request_id not in finished_loads
             }
 
+    def _forget(self, keys: bytes, chunk: int, group: int) -> None:
+        """Not promised again until somebody stores it anew, which the recomputing request does."""
+        key = keys[chunk * _core.KEY_BYTES : (chunk + 1) * _core.KEY_BYTES]
+        if len(key) == _core.KEY_BYTES:
+            self._guard(lambda: self._depot.forget(key, group))
+            self._storing.pop((key, group), None)
+
+    def _hold_ended(self, job: int, ranks: int, *, failed: bool) -> None:
+        hold = self._holds.get(job)
+        if hold is None:
+            return
+        hold.ended_by += ranks
+        hold.failed |= failed
+        if hold.ended_by >= self._ranks:
+            del self._holds[job]
+
     def _load_failed(self, job: int, chunk: int, group: int) -> None:
+        hold = self._holds.get(job)
+        if hold is not None:
+            self._forget(hold.keys, chunk, group)
+            return
         load = self._loads.get(job)
         if load is None:
             return
-        key = load.keys[chunk * _core.KEY_BYTES : (chunk + 1) * _core.KEY_BYTES]
-        if len(key) == _core.KEY_BYTES:
-            # Not promised again until somebody stores it anew, which the recomputing request does.
-            self._guard(lambda: self._depot.forget(key, group))
-            self._storing.pop((key, group), None)
+        self._forget(load.keys, chunk, group)
         if not load.failed:
             load.failed = True
             self._count("failed_requests", 1)
@@ -404,6 +494,8 @@ class SchedulerHalf:
 
     def _track(self, request: Any) -> Tracked:
         tracked = self._requests.get(request.request_id)
+        if tracked is not None and tracked.request is not request:
+            self._let_go(tracked)
         if tracked is None or tracked.request is not request:
             tracked = self._requests[request.request_id] = Tracked(request, barred=_bar(request))
             if tracked.barred:
@@ -417,7 +509,9 @@ class SchedulerHalf:
 
     def finished(self, request: Any) -> None:
         """Stores are gathered within their step and loads end by themselves, so nothing is held back."""
-        self._requests.pop(request.request_id, None)
+        tracked = self._requests.pop(request.request_id, None)
+        if tracked is not None:
+            self._let_go(tracked)
 
     def _chain(self, tracked: Tracked) -> _core.KeyChain | None:
         """The request's keys; None when it takes no part. Raises PendingError while its adapter is being identified."""
@@ -463,6 +557,7 @@ class SchedulerHalf:
         self._storing.clear()
         self._stores.clear()
         for tracked in self._requests.values():
+            self._let_go(tracked)
             tracked.chain, tracked.promise = None, None
             if tracked.tables:
                 tracked.barred = "its KV was computed in part before a reset"

@@ -17,7 +17,7 @@ from tokendepot import _core
 from tokendepot.engines.vllm import versions
 from tokendepot.engines.vllm.geometry import attach_arguments, layer_planes
 from tokendepot.engines.vllm.groups import CANONICAL, Placement, describe_groups
-from tokendepot.engines.vllm.messages import LoadOrder, StepOrders, StepReport
+from tokendepot.engines.vllm.messages import HoldOrder, LoadOrder, StepOrders, StepReport
 from tokendepot.engines.vllm.settings import RefusedError, Settings
 from tokendepot.engines.vllm.stats import DepotStats, EngineCounters
 
@@ -42,6 +42,7 @@ class WorkerHalf:
         self._depot = _core.Depot.open(settings.engine_json, catalog=False, writer=True)
         self._attached = False
         self._loading: dict[int, LoadOrder] = {}
+        self._holding: set[int] = set()  # hold jobs under way
         self._finished: set[str] = set()
         self._failed_requests: set[str] = set()
         self._bad_blocks: set[int] = set()
@@ -83,7 +84,14 @@ class WorkerHalf:
         for name, amount in orders.counts.items():
             self._scheduler_counts[name] = self._scheduler_counts.get(name, 0) + amount
             self._stats_due = 0.0
+        for job in orders.drops:
+            self._drop_held(job)
+        for hold in orders.holds:
+            self._start_hold(hold)
         for order in orders.loads:
+            if order.held_job and not self._off:
+                self._place(order)
+                continue
             if order.plan is None or self._off or not self._attached:
                 self._end_load(order, everything=True)
                 continue
@@ -103,6 +111,39 @@ class WorkerHalf:
             self._bad_blocks |= bad
         self._finished.add(order.request_id)
 
+    def _start_hold(self, hold: HoldOrder) -> None:
+        """Reads and verifies without touching the cache; whatever fails here fails before anything is promised."""
+        if self._off or not self._attached:
+            self._end_hold(hold.job, failed=True)
+            return
+        try:
+            self._depot.submit_hold(hold.job, hold.plan)
+            self._holding.add(hold.job)
+        except Exception as error:  # one order's trouble must not leave the next one unanswered
+            self._note_failure(f"chunks not verified ahead ({type(error).__name__}: {error})")
+            self._end_hold(hold.job, failed=True)
+
+    def _end_hold(self, job: int, *, failed: bool) -> None:
+        self._report.ended_holds[job] = 1
+        if failed:
+            self._report.failed_holds.add(job)
+
+    def _place(self, order: LoadOrder) -> None:
+        """Copies verified bytes into the promised blocks, which no fault of a medium can stop."""
+        blocks = [(chunk, places.group, ids) for places in order.groups for chunk, ids in places.by_chunk()]
+        try:
+            self._depot.place(order.job, order.held_job, blocks)
+            self._loading[order.job] = order
+        except Exception as error:
+            versions.log.error("tokendepot: rank %d: verified bytes are gone: %s", self._placement.rank, error)
+            self._end_load(order, everything=True)
+
+    def _drop_held(self, job: int) -> None:
+        try:
+            self._depot.drop_held(job)
+        except _core.DepotError as error:
+            versions.log.debug("tokendepot: rank %d: %s", self._placement.rank, error)
+
     def poll(self) -> None:
         """Takes what ended since the last call. Cheap when nothing did."""
         try:
@@ -111,11 +152,22 @@ class WorkerHalf:
             self.turn_off(str(error))
             ended = []
         for completion in ended:
-            if completion["kind"] == "load":
+            if completion["job"] in self._holding:
+                self._hold_ended(completion)
+            elif completion["kind"] == "load":
                 self._load_ended(completion)
             else:
                 self._store_ended(completion)
             self._stats_due = 0.0
+
+    def _hold_ended(self, completion: dict[str, Any]) -> None:
+        job = completion["job"]
+        self._holding.discard(job)
+        for _, chunk, group, reason in completion["failures"]:
+            if reason != "dropped":  # a full slab says nothing against the extent
+                self._report.failed_chunks.add((job, chunk, group))
+            self._note_failure(f"chunk not loaded ({reason}), recomputed")
+        self._end_hold(job, failed=bool(completion["failures"]))
 
     def _load_ended(self, completion: dict[str, Any]) -> None:
         order = self._loading.pop(completion["job"], None)
@@ -140,9 +192,11 @@ class WorkerHalf:
         return failed if len(self._groups) > 1 else set()
 
     def take_bad_blocks(self) -> set[int]:
-        """Block ids say nothing where groups share one pool, and newer engines refuse them there."""
+        """Block ids say nothing where groups share one pool, and newer engines refuse them there. Older ones have no other
+        channel and do not survive it: they are promised verified bytes only, and would rather stop than go on with
+        blocks that were never filled."""
         bad, self._bad_blocks = self._bad_blocks, set()
-        return bad if len(self._groups) == 1 else set()
+        return bad if len(self._groups) == 1 or not versions.REQUEST_LEVEL_FAILURES else set()
 
     # --- stores --------------------------------------------------------------------------------------------------
 
@@ -222,6 +276,9 @@ class WorkerHalf:
         for order in self._loading.values():
             self._end_load(order, everything=True)
         self._loading.clear()
+        for job in self._holding:
+            self._end_hold(job, failed=True)
+        self._holding.clear()
 
     def _close_depot(self) -> None:
         """After this the depot writes no byte of the cache any more."""

@@ -110,7 +110,11 @@ def a_promise_that_cannot_be_planned_is_a_failed_load(lab: Lab) -> None:
         half._plan = lambda keys, groups, calls=calls: calls.append(1)
         same(engine.run(PROMPTS, LENGTH), lab.expected(hybrid))
         assert calls and len(calls) <= 2 * len(PROMPTS)
-        assert engine.stats["broken_promises"] == len(calls) and engine.loaded() == 0, (engine.stats, calls)
+        planned_first = (
+            hybrid and not versions.REQUEST_LEVEL_FAILURES
+        )  # there nothing is promised before its plan
+        assert engine.stats.get("broken_promises", 0) == (0 if planned_first else len(calls))
+        assert engine.loaded() == 0
         half._plan = plan
         same(engine.run(PROMPTS, LENGTH), lab.expected(hybrid))
         assert engine.loaded() > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tokendepot.engines.vllm import versions
+
 from harness import FAMILIES
 from lab import (
     HYBRID_LOADS,
@@ -28,7 +30,10 @@ def _cold_warm_restart(lab: Lab, **options) -> None:
     second = lab.engine(**options)
     same(second.run(PROMPTS, LENGTH), expected)
     assert (second.loaded() > 0) == loads and second.failures() == 0
-    assert (second.external == len(PROMPTS)) == loads
+    if (
+        not options.get("hybrid") or versions.REQUEST_LEVEL_FAILURES
+    ):  # else verified chunk by chunk, a few loads may do
+        assert second.external == len(PROMPTS)
 
 
 @case

@@ -251,7 +251,7 @@ def test_log_lines_that_the_failure_table_quotes_are_in_the_code() -> None:
     """Each quotation is cut at what varies ("...", N, punctuation); every longer piece must be in some source."""
     sources = [*(TREE / "src").rglob("*.cc"), *(TREE / "python").rglob("*.py")]
     text = "\n".join(source.read_text(encoding="utf-8") for source in sources).replace('\\"', '"')
-    text = re.sub(r'''(["'])\s*\n\s*f?\1''', "", text)  # joins literals that were broken over lines
+    text = re.sub(r'''["']\s*\n\s*f?["']''', "", text)  # joins literals that were broken over lines
     checked = 0
     for cells in rows(section(OPERATIONS, "When something is wrong")):
         for quotation in re.findall(r"`([^`]+)`", cells[1]):

@@ -110,9 +110,8 @@ def a_promise_that_cannot_be_planned_is_a_failed_load(lab: Lab) -> None:
         half._plan = lambda keys, groups, calls=calls: calls.append(1)
         same(engine.run(PROMPTS, LENGTH), lab.expected(hybrid))
         assert calls and len(calls) <= 2 * len(PROMPTS)
-        planned_first = (
-            hybrid and not versions.REQUEST_LEVEL_FAILURES
-        )  # there nothing is promised before its plan
+        # Where verified first, nothing is promised before its plan.
+        planned_first = hybrid and not versions.REQUEST_LEVEL_FAILURES
         assert engine.stats.get("broken_promises", 0) == (0 if planned_first else len(calls))
         assert engine.loaded() == 0
         half._plan = plan

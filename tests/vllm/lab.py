@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 from tokendepot import _core
 
-from harness import VERSION, Engine, Options
+from harness import Engine, Options
 
 HYBRID_LOADS = True
 _random = random.Random(3)

@@ -13,7 +13,7 @@ namespace {
 
 // Stores that have not started after this long inside wait_gathered() are dropped: law 5, never slow the
 // engine.
-constexpr uint64_t kStorePatienceNs = 250ull * 1000 * 1000;
+constexpr uint64_t kStorePatienceNs = 1000ull * 1000 * 1000;
 constexpr uint64_t kDeadlineTickMs = 10;
 constexpr uint64_t kLongestWaitNs = 3600ull * 1000 * 1000 * 1000;  // adding more to a clock could overflow
 // Mapped loads have no staging that bounds them; more in motion would only defeat earliest-deadline-first.

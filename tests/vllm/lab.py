@@ -155,5 +155,9 @@ def ask(engine: Engine, tokens, local: int = 0, **fields) -> int:
 
 def store_prompts(lab: Lab, **options) -> None:
     engine = lab.engine(**options)
-    same(engine.run(PROMPTS, LENGTH), lab.expected(options.get("hybrid", False)))
+    for _ in range(3):  # a machine that stands still for a second drops stores, as it should
+        dropped = engine.stats.get("failures:store:dropped", 0)
+        same(engine.run(PROMPTS, LENGTH), lab.expected(options.get("hybrid", False)))
+        if engine.stats.get("failures:store:dropped", 0) == dropped:
+            break
     lab.stop(engine)

@@ -23,11 +23,14 @@ constexpr uint32_t kMostLoadsInMotion = 32;
 
 void cut_pieces(std::vector<IoOperation>& pieces, const IoOperation& pattern, std::byte* memory,
                 uint64_t offset, uint64_t bytes) {
-  for (uint64_t at = 0; at < bytes; at += kPieceBytes) {
+  // Even pieces: a last one of a few pages would cost the disk as much as a whole one.
+  const uint64_t count = std::max<uint64_t>(1, (bytes + kPieceBytes / 2) / kPieceBytes);
+  const uint64_t piece_bytes = align_up((bytes + count - 1) / count);
+  for (uint64_t at = 0; at < bytes; at += piece_bytes) {
     IoOperation& piece = pieces.emplace_back(pattern);
     piece.buffer = memory + at;
     piece.offset = offset + at;
-    piece.bytes = static_cast<uint32_t>(std::min(kPieceBytes, bytes - at));
+    piece.bytes = static_cast<uint32_t>(std::min(piece_bytes, bytes - at));
   }
 }
 

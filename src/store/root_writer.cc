@@ -13,6 +13,21 @@ constexpr uint32_t kKeeperPatienceMs = 2000;
 constexpr uint64_t kTouchIntervalNs = 60ull * 1000 * 1000 * 1000;
 constexpr uint64_t kCompactBytes = 4ull << 20;
 
+/// The record that makes an extent known, from the extent itself. scan_extents() has checked where it lies.
+Record put_of(const ExtentHeader& header, uint64_t bytes) {
+  Record put;
+  put.type = RecordType::put;
+  put.kind = header.kind;
+  put.group = header.group;
+  put.key = header.key;
+  put.ns_prefix = prefix_of(header.ns);
+  put.where = {header.segment, header.offset, bytes};
+  put.part = header.part;
+  put.tokens = header.tokens;
+  put.time_ns = header.stored_at_ns;
+  return put;
+}
+
 }  // namespace
 
 RootWriter::RootWriter(Root& root, Replay& replay, SegmentTable& segments, const Clock& clock,
@@ -111,20 +126,9 @@ Result<uint64_t> RootWriter::recover_tail(JournalWriter& journal, const SegmentI
   auto segment = root_.files().open(id);
   if (!segment) return std::unexpected(segment.error());
   std::vector<Record> found;
-  const auto end =
-      scan_extents((*segment)->file, id, used, true, [&](const ExtentHeader& header, uint64_t bytes) {
-        Record put;
-        put.type = RecordType::put;
-        put.kind = header.kind;
-        put.group = header.group;
-        put.key = header.key;
-        put.ns_prefix = prefix_of(header.ns);
-        put.where = {id, header.offset, bytes};
-        put.part = header.part;
-        put.tokens = header.tokens;
-        put.time_ns = header.stored_at_ns;
-        found.push_back(put);
-      });
+  const auto end = scan_extents(
+      (*segment)->file, id, used, true,
+      [&](const ExtentHeader& header, uint64_t bytes) { found.push_back(put_of(header, bytes)); });
   root_.files().drop(id);  // opened for reading only; the writer opens it again
   if (!end || found.empty()) return end;
   if (auto written = journal.append(found); !written) return std::unexpected(written.error());
@@ -454,15 +458,7 @@ Status RootWriter::publish_copy(const SegmentId& id, const File& copy, uint64_t 
   records[0].type = RecordType::adopt_segment;
   records[0].where = {id, 0, *size};
   const auto end = scan_extents(copy, id, 0, false, [&](const ExtentHeader& header, uint64_t bytes) {
-    Record& put = records.emplace_back();
-    put.kind = header.kind;
-    put.group = header.group;
-    put.key = header.key;
-    put.ns_prefix = prefix_of(header.ns);
-    put.where = {id, header.offset, bytes};
-    put.part = header.part;
-    put.tokens = header.tokens;
-    put.time_ns = header.stored_at_ns;
+    records.push_back(put_of(header, bytes));
   });
   if (!end) return std::unexpected(end.error());
   Record& seal = records.emplace_back();

@@ -107,16 +107,45 @@ Status remove_file(const std::string& path) {
   return {};
 }
 
-Status write_file_atomically(const std::string& path, std::span<const std::byte> bytes) {
-  const std::string temporary = temporary_path(parent_of(path));
+namespace {
+
+/// Makes `temporary` with these bytes and flushes it: without the flush a power failure may leave a new name
+/// with no bytes behind it.
+Status write_and_flush(const std::string& temporary, std::span<const std::byte> bytes) {
   Result<File> file = File::open(temporary, {.write = true, .create = true, .exclusive = true});
   if (!file) return std::unexpected(file.error());
   Status status = file->write_at(bytes, 0);
-  // Without the flush a power failure may leave the new name with no bytes behind it.
   if (status) status = file->sync();
-  if (status) status = rename_file(temporary, path);
   if (!status) ::unlink(temporary.c_str());
   return status;
+}
+
+}  // namespace
+
+Status write_file_atomically(const std::string& path, std::span<const std::byte> bytes) {
+  const std::string temporary = temporary_path(parent_of(path));
+  if (auto written = write_and_flush(temporary, bytes); !written) return written;
+  Status status = rename_file(temporary, path);
+  if (!status) ::unlink(temporary.c_str());
+  return status;
+}
+
+Result<bool> write_new_file_atomically(const std::string& path, std::span<const std::byte> bytes) {
+  const std::string temporary = temporary_path(parent_of(path));
+  if (auto written = write_and_flush(temporary, bytes); !written) return std::unexpected(written.error());
+  const int error = ::link(temporary.c_str(), path.c_str()) == 0 ? 0 : errno;
+  if (error == EPERM || error == EOPNOTSUPP || error == ENOSYS || error == EMLINK) {
+    // No hard links here.
+    if (auto renamed = rename_file(temporary, path); !renamed) {
+      ::unlink(temporary.c_str());
+      return std::unexpected(renamed.error());
+    }
+    return true;
+  }
+  ::unlink(temporary.c_str());
+  if (error == EEXIST) return false;
+  if (error != 0) return fail_errno(error, "cannot make {}", path);
+  return true;
 }
 
 Result<std::vector<std::byte>> read_file(const std::string& path, uint64_t limit) {

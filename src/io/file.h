@@ -72,6 +72,10 @@ Status rename_file(const std::string& from, const std::string& to);
 Status remove_file(const std::string& path);
 /// Writes a small file so that readers see all of it or none of it: temporary name, write, rename. 0600.
 Status write_file_atomically(const std::string& path, std::span<const std::byte> bytes);
+/// The same for a file that must have one content for good: false, and nothing changed, when `path` exists.
+/// Of several processes at it exactly one gets true, but for file systems without hard links, where the last
+/// one counts.
+Result<bool> write_new_file_atomically(const std::string& path, std::span<const std::byte> bytes);
 /// Whole content; `io` when larger than `limit`.
 Result<std::vector<std::byte>> read_file(const std::string& path, uint64_t limit);
 

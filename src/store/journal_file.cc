@@ -94,22 +94,30 @@ Result<uint64_t> JournalReader::read_new(const std::function<void(const Record&)
 }
 
 Result<JournalWriter> JournalWriter::create(const std::string& directory) {
-  uint64_t writer = 0;
-  while (writer == 0) {
-    if (RAND_bytes(reinterpret_cast<unsigned char*>(&writer), sizeof writer) != 1) {
-      return fail(ErrorKind::io, "no random bytes for a writer id");
+  // Between its making and its locking a journal looks like a dead writer's, and another process may adopt
+  // it: it is theirs then, and the next id is tried.
+  constexpr int kAttempts = 64;
+  for (int attempt = 0; attempt < kAttempts; ++attempt) {
+    uint64_t writer = 0;
+    while (writer == 0) {
+      if (RAND_bytes(reinterpret_cast<unsigned char*>(&writer), sizeof writer) != 1) {
+        return fail(ErrorKind::io, "no random bytes for a writer id");
+      }
     }
+    auto file = File::open(directory + "/" + journal_name(writer),
+                           {.write = true, .create = true, .exclusive = true});
+    if (!file) return std::unexpected(file.error());
+    const auto locked = file->try_lock_exclusive();
+    if (!locked) return std::unexpected(locked.error());
+    if (!*locked || !file->is_at_its_path()) continue;
+    JournalWriter journal;
+    journal.file_ = std::move(*file);
+    journal.writer_ = writer;
+    return journal;
   }
-  auto file =
-      File::open(directory + "/" + journal_name(writer), {.write = true, .create = true, .exclusive = true});
-  if (!file) return std::unexpected(file.error());
-  const auto locked = file->try_lock_exclusive();
-  if (!locked) return std::unexpected(locked.error());
-  if (!*locked) return fail(ErrorKind::busy, "{}: new journal is already locked", file->path());
-  JournalWriter journal;
-  journal.file_ = std::move(*file);
-  journal.writer_ = writer;
-  return journal;
+  return fail(ErrorKind::busy,
+              "{}: {} new journals were taken by other processes before they could be locked", directory,
+              kAttempts);
 }
 
 Result<std::optional<JournalWriter>> JournalWriter::lock(const std::string& path, uint64_t writer) {

@@ -64,8 +64,9 @@ Status Root::open_marker() {
     }
     std::array<std::byte, kPageBytes> page;
     encode_marker(fresh, page);
-    if (auto written = write_file_atomically(file, page); !written) return written;
-    content = read_file(file, 1 << 16);  // another process may have been at it too; whoever came last counts
+    if (auto written = write_new_file_atomically(file, page); !written)
+      return std::unexpected(written.error());
+    content = read_file(file, 1 << 16);  // ours, or that of a process which was faster
   }
   if (!content) return std::unexpected(content.error());
   auto marker = decode_marker(*content);

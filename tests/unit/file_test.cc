@@ -11,8 +11,10 @@
 #include <sys/un.h>
 
 #include <algorithm>
-#include <cerrno>
+#include <atomic>
 #include <cstring>
+#include <thread>
+#include <vector>
 
 #include "forked_child.h"
 #include "temporary_directory.h"
@@ -343,6 +345,27 @@ TEST(AtomicFile, ReplacesWholeContentAndDoesNotFollowALink) {
   EXPECT_EQ(*read_file(directory / "a", 100), pattern(3, 3));
   EXPECT_EQ(*read_file(directory / "victim", 100), pattern(10, 1));
   EXPECT_EQ(directory.entries(), 2u);
+}
+
+TEST(AtomicFile, OfSeveralMakersOfANewFileOneWinsAndItsContentStays) {
+  const TemporaryDirectory directory;
+  std::atomic<int> winners = 0;
+  std::vector<std::thread> makers;
+  for (int maker = 0; maker < 8; ++maker) {
+    makers.emplace_back([&, maker] {
+      const auto made = write_new_file_atomically(directory / "a", pattern(64, maker));
+      ASSERT_TRUE(made) << made.error().message;
+      const auto seen = read_file(directory / "a", 64);
+      ASSERT_TRUE(seen);
+      if (*made) {
+        ++winners;
+        EXPECT_EQ(*seen, pattern(64, maker));
+      }
+    });
+  }
+  for (std::thread& maker : makers) maker.join();
+  EXPECT_EQ(winners, 1);
+  EXPECT_EQ(list_directory(directory.path())->size(), 1u) << "a temporary file was left";
 }
 
 TEST(AtomicFile, LeavesNothingBehindOnFailure) {

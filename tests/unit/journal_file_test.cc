@@ -4,7 +4,10 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <filesystem>
+#include <thread>
+#include <vector>
 
 #include "depot_fixture.h"
 
@@ -101,6 +104,35 @@ TEST_F(JournalFileTest, ALiveWritersJournalCannotBeTakenAndADeadOnesCan) {
   auto reader = JournalReader::open(path, id);
   ASSERT_TRUE(reader);
   EXPECT_EQ(offsets(*reader), (std::vector<uint64_t>{0, 1}));
+}
+
+TEST_F(JournalFileTest, ANewJournalThatAnotherAdoptsBeforeItIsLockedIsMadeAnew) {
+  std::atomic<bool> done = false;
+  std::vector<JournalWriter> adopted;
+  std::thread adopter([&] {
+    while (!done) {
+      const auto entries = list_directory(directory_.path());
+      if (!entries) continue;
+      for (const DirectoryEntry& entry : *entries) {
+        auto taken =
+            JournalWriter::lock(directory_.path() + "/" + entry.name, *writer_of_journal(entry.name));
+        if (!taken || !*taken) continue;
+        EXPECT_TRUE(remove_file((*taken)->path()));
+        adopted.push_back(std::move(**taken));
+      }
+    }
+  });
+  std::vector<JournalWriter> made;
+  for (int i = 0; i < 300; ++i) {
+    auto writer = JournalWriter::create(directory_.path());
+    ASSERT_TRUE(writer) << writer.error().message;
+    ASSERT_TRUE(writer->append(put(0)));
+    made.push_back(std::move(*writer));
+  }
+  done = true;
+  adopter.join();
+  for (const JournalWriter& writer : made) EXPECT_TRUE(std::filesystem::exists(writer.path()));
+  RecordProperty("adopted", static_cast<int>(adopted.size()));
 }
 
 TEST_F(JournalFileTest, ARecordOfAnotherJournalIsNotBelieved) {

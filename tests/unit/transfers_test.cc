@@ -446,13 +446,19 @@ TEST_P(TransfersOn, TheFirstLookupAfterOpenIsWholeWithManySmallExtents) {
   std::printf("%zu extents: ready after %lld ms\n", count, static_cast<long long>(milliseconds));
 }
 
+/// Reported in place of a prompt, plus the exit code, by a process that could not store all of its prompts.
+constexpr uint32_t kGaveUp = 1u << 31;
+
 /// Body of a process that stores prompts [first, last) of `chunks` each, then waits to be killed.
 int store_prompts(const Options& options, uint32_t first, uint32_t last, size_t chunks, int gate,
                   int report) {
   char none = 0;
   if (read(gate, &none, 1) < 0) return 2;
   auto depot = Depot::open(options);
-  if (!depot) return 3;
+  if (!depot) {
+    std::fprintf(stderr, "open failed: %s\n", depot.error().message.c_str());
+    return 3;
+  }
   const auto ns = (*depot)->register_namespace(R"({"model":"m"})");
   HostCache cache(small_shape(), kBlocks);
   if (!ns || !(*depot)->attach(cache.paged())) return 4;
@@ -492,7 +498,11 @@ void run_processes(const Options& options, const std::vector<std::pair<uint32_t,
     if (child == 0) {
       close(gate[1]);
       close(report[0]);
-      _exit(store_prompts(options, first, last, chunks, gate[0], report[1]));
+      const int code = store_prompts(options, first, last, chunks, gate[0], report[1]);
+      // A process that gives up says so: the others keep the pipe open, its end alone is not seen.
+      const uint32_t gave_up = kGaveUp + static_cast<uint32_t>(code);
+      (void)!write(report[1], &gave_up, sizeof gave_up);
+      _exit(code);
     }
     children.push_back(child);
   }
@@ -500,8 +510,11 @@ void run_processes(const Options& options, const std::vector<std::pair<uint32_t,
   close(gate[1]);  // now, all at once
   close(report[1]);
   size_t reported = 0;
-  for (uint32_t prompt = 0; reported < expected && read(report[0], &prompt, sizeof prompt) == sizeof prompt;)
+  for (uint32_t prompt = 0;
+       reported < expected && read(report[0], &prompt, sizeof prompt) == sizeof prompt;) {
+    if (prompt >= kGaveUp) break;
     ++reported;
+  }
   close(report[0]);
   for (const pid_t child : children) {
     kill(child, SIGKILL);

@@ -162,7 +162,7 @@ class Rig {
           stop("an extent failed: " + std::string(name(completion.failures[0].reason)));
       }
       ended += done.size();
-      if (done.empty()) usleep(50);
+      if (done.empty()) depot_->wait_ended(std::chrono::seconds(1));
     }
     const double gb = static_cast<double>(extents_ * extent_payload()) * 1e-9;
     return {gb / (now_s() - begin), (cpu_s() - cpu) / gb};

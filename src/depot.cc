@@ -61,6 +61,7 @@ class OpenDepot final : public Depot {
   bool wait_gathered(std::chrono::nanoseconds timeout) override;
   void cancel(uint64_t job) override;
   std::vector<Completion> poll() override;
+  bool wait_ended(std::chrono::nanoseconds timeout) override;
   bool flush(std::chrono::nanoseconds timeout) override;
   void refresh() override;
   DepotStats stats() const override;
@@ -302,6 +303,10 @@ bool OpenDepot::wait_gathered(std::chrono::nanoseconds timeout) {
 
 void OpenDepot::cancel(uint64_t job) {
   if (!forked()) transfers_->cancel(job);
+}
+
+bool OpenDepot::wait_ended(std::chrono::nanoseconds timeout) {
+  return !forked() && transfers_->wait_ended(static_cast<uint64_t>(std::max<int64_t>(0, timeout.count())));
 }
 
 std::vector<Completion> OpenDepot::poll() {

@@ -173,6 +173,9 @@ class Depot {
   /// Jobs that ended since the last call. Enforces deadlines.
   virtual std::vector<Completion> poll() = 0;
 
+  /// Waits until poll() has something to report. False on time-out.
+  virtual bool wait_ended(std::chrono::nanoseconds timeout) = 0;
+
   /// Waits until every store submitted so far is acknowledged (journal record written) or failed. False on
   /// time-out.
   virtual bool flush(std::chrono::nanoseconds timeout) = 0;

@@ -63,6 +63,13 @@ class Device {
   virtual Slab& slab() = 0;
   virtual void submit(ScatterWork* work) = 0;
   virtual void submit(GatherWork* work) = 0;
+  /// Does the work now, on the calling thread, where the device's work is the caller's kind of work and one
+  /// of its threads idles meanwhile: waking another thread costs as much as a small extent. False: nothing
+  /// was done, submit() it. `done` is called before this returns.
+  virtual bool run_here(ScatterWork* work) {
+    static_cast<void>(work);
+    return false;
+  }
   /// A segment was mapped, or is about to be unmapped: a device with a memory of its own may register the
   /// range for direct copies. Payloads outside registered ranges work too, slower.
   virtual void adopt(std::span<std::byte> mapping, bool writable) {

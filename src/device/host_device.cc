@@ -100,12 +100,28 @@ class HostDevice final : public Device {
     }
     wake_.notify_all();
     for (std::thread& thread : threads_) thread.join();
+    std::unique_lock lock(mutex_);
+    wake_.wait(lock, [this] { return running_ == 0; });
   }
 
   const char* name() const override { return "host"; }
   Slab& slab() override { return slab_; }
   void submit(ScatterWork* work) override { queue(scatters_, work); }
   void submit(GatherWork* work) override { queue(gathers_, work); }
+  bool run_here(ScatterWork* work) override {
+    TD_CHECK(work->done != nullptr);
+    {
+      const std::lock_guard lock(mutex_);
+      if (running_ == threads_.size() || !scatters_.empty()) return false;
+      ++running_;
+    }
+    run(work);
+    const std::lock_guard lock(mutex_);
+    --running_;
+    // Threads that kept the bound, or the destructor.
+    if (!scatters_.empty() || !gathers_.empty() || closing_) wake_.notify_all();
+    return true;
+  }
 
  private:
   template <typename Work>
@@ -121,14 +137,12 @@ class HostDevice final : public Device {
   void serve() {
     std::unique_lock lock(mutex_);
     while (true) {
-      if (ScatterWork* scatter = scatters_.pop()) {
-        lock.unlock();
-        run(scatter);
-        lock.lock();
+      if (running_ == threads_.size()) {
+        wake_.wait(lock);
+      } else if (ScatterWork* scatter = scatters_.pop()) {
+        run_counted(lock, scatter);
       } else if (GatherWork* gather = gathers_.pop()) {
-        lock.unlock();
-        run(gather);
-        lock.lock();
+        run_counted(lock, gather);
       } else if (closing_) {
         return;
       } else {
@@ -137,12 +151,23 @@ class HostDevice final : public Device {
     }
   }
 
+  template <typename Work>
+  void run_counted(std::unique_lock<std::mutex>& lock, Work* work) {
+    ++running_;
+    lock.unlock();
+    run(work);
+    lock.lock();
+    --running_;
+    if (!scatters_.empty() || !gathers_.empty() || closing_) wake_.notify_one();
+  }
+
   HostSlab slab_;
   std::mutex mutex_;
   std::condition_variable wake_;
   WorkQueue<ScatterWork> scatters_;
   WorkQueue<GatherWork> gathers_;
   bool closing_ = false;
+  size_t running_ = 0;  // works under way, on these threads or in run_here(): at most as many as threads
   std::vector<std::thread> threads_;
 };
 

@@ -20,7 +20,7 @@ struct IoOperation {
   uint32_t bytes = 0;  // at most 1 GiB
   /// Called once, on a thread of the engine: 0 when all bytes moved, else a positive errno; a transfer that
   /// meets the end of the file is ENODATA. Short transfers are continued by the engine. May call submit();
-  /// must not block.
+  /// must not wait for anything.
   void (*done)(IoOperation* self, int error) = nullptr;
   void* owner = nullptr;        // the caller's
   IoOperation* next = nullptr;  // the engine's queue link
@@ -34,6 +34,8 @@ class IoEngine {
   /// operations are in the kernel at once. First in, first out.
   virtual void submit(IoOperation* operation) = 0;
   virtual const char* name() const = 0;  // "threads", "uring"
+  /// Whether `done` runs on one thread of several: work in it delays no other operation's end.
+  virtual bool completes_in_parallel() const = 0;
 };
 
 /// `depth` in 1..128 threads.

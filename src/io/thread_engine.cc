@@ -68,6 +68,7 @@ class ThreadEngine final : public IoEngine {
   }
 
   const char* name() const override { return "threads"; }
+  bool completes_in_parallel() const override { return true; }
 
  private:
   void work() {

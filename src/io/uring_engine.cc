@@ -77,6 +77,7 @@ class UringEngine final : public IoEngine {
   }
 
   const char* name() const override { return "uring"; }
+  bool completes_in_parallel() const override { return false; }
 
  private:
   struct Slot {

@@ -203,11 +203,11 @@ void Transfers::read_staged(LoadTask& task) {
   task.io_error = 0;
   const uint64_t at = task.item.where.offset;
   if (task.run_offset == 0) {
-    cut_pieces(task.pieces, pattern, task.staging, at, task.header_bytes + task.run_bytes);
+    cut_pieces(task.pieces, pattern, task.staging, at, task.header_bytes + task.run_bytes, task.piece_bytes);
   } else {
-    cut_pieces(task.pieces, pattern, task.staging, at, task.header_bytes);
+    cut_pieces(task.pieces, pattern, task.staging, at, task.header_bytes, task.piece_bytes);
     cut_pieces(task.pieces, pattern, task.staging + task.header_bytes,
-               at + task.header_bytes + task.run_offset, task.run_bytes);
+               at + task.header_bytes + task.run_offset, task.run_bytes, task.piece_bytes);
   }
   task.pieces_left = static_cast<uint32_t>(task.pieces.size());
   // The last completion may end the task while the loop still runs: nothing of it is touched after its
@@ -223,7 +223,10 @@ void Transfers::pieces_read(LoadTask& task) {
     return fail_load(task, error == ENODATA ? Reason::absent : Reason::io_error, error == ENODATA);
   }
   if (!check_header(task, {task.staging, task.header_bytes})) return;
-  start_scatter(task, {task.staging + task.header_bytes, task.run_bytes}, false);
+  if (!begin_scatter(task)) return;
+  make_scatter(task, {task.staging + task.header_bytes, task.run_bytes}, false);
+  if (tiers_[task.tier].root->engine().completes_in_parallel() && device_.run_here(&task.scatter)) return;
+  device_.submit(&task.scatter);
 }
 
 bool Transfers::check_header(LoadTask& task, std::span<const std::byte> header_bytes) {
@@ -254,23 +257,28 @@ bool Transfers::check_header(LoadTask& task, std::span<const std::byte> header_b
 }
 
 void Transfers::start_scatter(LoadTask& task, std::span<const std::byte> run, bool guarded) {
-  {
-    std::unique_lock lock(mutex_);
-    if (task.resolved) {
-      lock.unlock();
-      let_go(task);  // outside: it may unmap a whole segment
-      lock.lock();
-      --loads_in_motion_;
-      work_ = true;
-      wake_.notify_one();
-      return retire(task);
-    }
-    task.state = LoadTask::State::scattering;
-  }
-  submit_scatter(task, run, guarded);
+  if (!begin_scatter(task)) return;
+  make_scatter(task, run, guarded);
+  device_.submit(&task.scatter);
 }
 
-void Transfers::submit_scatter(LoadTask& task, std::span<const std::byte> run, bool guarded) {
+bool Transfers::begin_scatter(LoadTask& task) {
+  std::unique_lock lock(mutex_);
+  if (!task.resolved) {
+    task.state = LoadTask::State::scattering;
+    return true;
+  }
+  lock.unlock();
+  let_go(task);  // outside: it may unmap a whole segment
+  lock.lock();
+  --loads_in_motion_;
+  work_ = true;
+  wake_.notify_one();
+  retire(task);
+  return false;
+}
+
+void Transfers::make_scatter(LoadTask& task, std::span<const std::byte> run, bool guarded) {
   task.scatter = ScatterWork{};
   task.scatter.cache = task.cache;
   task.scatter.header = &task.header;
@@ -284,7 +292,6 @@ void Transfers::submit_scatter(LoadTask& task, std::span<const std::byte> run, b
     auto* load = static_cast<LoadTask*>(self->owner);
     load->transfers->scattered(*load, outcome);
   };
-  device_.submit(&task.scatter);
 }
 
 void Transfers::scattered(LoadTask& task, ScatterOutcome outcome) {

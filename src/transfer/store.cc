@@ -166,7 +166,7 @@ void Transfers::write_pieces(StoreTask& task) {
     if (store->pieces_left.fetch_sub(1, std::memory_order_acq_rel) == 1)
       store->transfers->pieces_written(*store);
   };
-  cut_pieces(task.pieces, pattern, task.staging, task.place.where.offset, task.bytes);
+  cut_pieces(task.pieces, pattern, task.staging, task.place.where.offset, task.bytes, task.piece_bytes);
   task.pieces_left = static_cast<uint32_t>(task.pieces.size());
   // The last completion may end the task while the loop still runs.
   IoEngine& engine = task.writer->root().engine();

@@ -12,9 +12,11 @@
 
 namespace tokendepot {
 
-// One operation of the kernel: large enough for full bandwidth, small enough that a single extent fills the
-// queue.
-inline constexpr uint64_t kPieceBytes = 1ull << 20;
+/// Bytes of one operation of the kernel when so many extents are in motion: large enough for full bandwidth,
+/// small enough that few extents fill the queue too.
+constexpr uint64_t piece_bytes_for(size_t in_motion) {
+  return in_motion <= 2 ? 256 << 10 : in_motion <= 8 ? 512 << 10 : 1 << 20;
+}
 
 struct LoadTask {
   enum class State : uint8_t { queued, reading, scattering, held, over };
@@ -42,6 +44,7 @@ struct LoadTask {
   bool slot_held = false;
   SegmentLease segment;
   std::byte* staging = nullptr;
+  uint64_t piece_bytes = 0;
   std::vector<IoOperation> pieces;
   std::atomic<uint32_t> pieces_left = 0;
   std::atomic<int> io_error = 0;
@@ -68,13 +71,14 @@ struct StoreTask {
   std::byte* staging = nullptr;
   ExtentHeader header;
   GatherWork gather;
+  uint64_t piece_bytes = 0;
   std::vector<IoOperation> pieces;
   std::atomic<uint32_t> pieces_left = 0;
   std::atomic<int> io_error = 0;
 };
 
-/// Cuts [offset, offset + bytes) of a file into operations between it and `memory`.
+/// Cuts [offset, offset + bytes) of a file into operations of about `piece_bytes` between it and `memory`.
 void cut_pieces(std::vector<IoOperation>& pieces, const IoOperation& pattern, std::byte* memory,
-                uint64_t offset, uint64_t bytes);
+                uint64_t offset, uint64_t bytes, uint64_t piece_bytes);
 
 }  // namespace tokendepot

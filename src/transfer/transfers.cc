@@ -22,15 +22,15 @@ constexpr uint32_t kMostLoadsInMotion = 32;
 }  // namespace
 
 void cut_pieces(std::vector<IoOperation>& pieces, const IoOperation& pattern, std::byte* memory,
-                uint64_t offset, uint64_t bytes) {
+                uint64_t offset, uint64_t bytes, uint64_t piece_bytes) {
   // Even pieces: a last one of a few pages would cost the disk as much as a whole one.
-  const uint64_t count = std::max<uint64_t>(1, (bytes + kPieceBytes / 2) / kPieceBytes);
-  const uint64_t piece_bytes = align_up((bytes + count - 1) / count);
-  for (uint64_t at = 0; at < bytes; at += piece_bytes) {
+  const uint64_t count = std::max<uint64_t>(1, (bytes + piece_bytes / 2) / piece_bytes);
+  const uint64_t even_bytes = align_up((bytes + count - 1) / count);
+  for (uint64_t at = 0; at < bytes; at += even_bytes) {
     IoOperation& piece = pieces.emplace_back(pattern);
     piece.buffer = memory + at;
     piece.offset = offset + at;
-    piece.bytes = static_cast<uint32_t>(std::min(piece_bytes, bytes - at));
+    piece.bytes = static_cast<uint32_t>(std::min(even_bytes, bytes - at));
   }
 }
 
@@ -184,12 +184,19 @@ void Transfers::end_job_locked(uint64_t id) {
   job.completion.nanoseconds = clock_.steady_ns() - job.submitted_ns;
   ended_.push_back(std::move(job.completion));
   jobs_.erase(found);
+  reported_.notify_all();
 }
 
 std::vector<Completion> Transfers::poll() {
   std::lock_guard lock(mutex_);
   enforce_deadlines();
   return std::exchange(ended_, {});
+}
+
+bool Transfers::wait_ended(uint64_t timeout_ns) {
+  std::unique_lock lock(mutex_);
+  const auto timeout = std::chrono::nanoseconds(std::min(timeout_ns, kLongestWaitNs));
+  return reported_.wait_for(lock, timeout, [this] { return !ended_.empty(); });
 }
 
 bool Transfers::wait_gathered(uint64_t timeout_ns) {
@@ -257,7 +264,8 @@ void Transfers::run() {
       LoadTask& task = *queued_loads_.begin()->second;
       queued_loads_.erase(queued_loads_.begin());
       task.state = LoadTask::State::reading;
-      ++loads_in_motion_;
+      // Those that wait will be in motion soon: small pieces would only cost them.
+      task.piece_bytes = piece_bytes_for(++loads_in_motion_ + queued_loads_.size());
       lock.unlock();
       const bool started = start_load(task);
       lock.lock();
@@ -274,6 +282,7 @@ void Transfers::run() {
     while (!stop_ && !queued_stores_.empty()) {
       StoreTask& task = *queued_stores_.front();
       queued_stores_.pop_front();
+      task.piece_bytes = piece_bytes_for(store_tasks_.size());
       lock.unlock();
       const Start start = start_store(task);
       lock.lock();

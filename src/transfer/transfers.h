@@ -48,6 +48,7 @@ class Transfers {
   bool wait_gathered(uint64_t timeout_ns);
   void cancel(uint64_t job);
   std::vector<Completion> poll();
+  bool wait_ended(uint64_t timeout_ns);
   bool flush(uint64_t timeout_ns);
   /// A segment became ready: stores that waited for it may start.
   void space_ready();
@@ -83,7 +84,9 @@ class Transfers {
   void scattered(LoadTask& task, ScatterOutcome outcome);
   void fail_load(LoadTask& task, Reason reason, bool bad_on_medium);
   void condemn_missing(LoadTask& task);
-  void submit_scatter(LoadTask& task, std::span<const std::byte> run, bool guarded);
+  /// False: the job was told already, and the task is gone.
+  bool begin_scatter(LoadTask& task);
+  static void make_scatter(LoadTask& task, std::span<const std::byte> run, bool guarded);
   void let_go(LoadTask& task);
   void leave_place(LoadTask& task);
   void resolve_load_locked(LoadTask& task, std::optional<Reason> failure);
@@ -115,8 +118,9 @@ class Transfers {
   const bool staged_;  // some root is not mapped
 
   mutable std::mutex mutex_;
-  std::condition_variable wake_;     // the dispatcher
-  std::condition_variable settled_;  // wait_gathered, flush, the destructor
+  std::condition_variable wake_;      // the dispatcher
+  std::condition_variable settled_;   // wait_gathered, flush, the destructor
+  std::condition_variable reported_;  // wait_ended
   bool stop_ = false;
   bool work_ = false;
   std::map<uint16_t, std::unique_ptr<PagedCache>> caches_;

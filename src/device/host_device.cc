@@ -110,15 +110,11 @@ class HostDevice final : public Device {
   void submit(GatherWork* work) override { queue(gathers_, work); }
   bool run_here(ScatterWork* work) override {
     TD_CHECK(work->done != nullptr);
-    {
-      const std::lock_guard lock(mutex_);
-      if (running_ == threads_.size() || !scatters_.empty()) return false;
-      ++running_;
-    }
-    run(work);
-    const std::lock_guard lock(mutex_);
-    --running_;
-    // Threads that kept the bound, or the destructor.
+    std::unique_lock lock(mutex_);
+    if (running_ == threads_.size() || !scatters_.empty()) return false;
+    run_counted(lock, work);
+    // Threads that kept the bound, or the destructor. Nothing else waits for the end of a work: a thread
+    // takes the next one itself.
     if (!scatters_.empty() || !gathers_.empty() || closing_) wake_.notify_all();
     return true;
   }
@@ -158,7 +154,6 @@ class HostDevice final : public Device {
     run(work);
     lock.lock();
     --running_;
-    if (!scatters_.empty() || !gathers_.empty() || closing_) wake_.notify_one();
   }
 
   HostSlab slab_;

@@ -109,6 +109,12 @@ Status remove_file(const std::string& path) {
 
 namespace {
 
+Status rename_or_remove(const std::string& temporary, const std::string& path) {
+  Status status = rename_file(temporary, path);
+  if (!status) ::unlink(temporary.c_str());
+  return status;
+}
+
 /// Makes `temporary` with these bytes and flushes it: without the flush a power failure may leave a new name
 /// with no bytes behind it.
 Status write_and_flush(const std::string& temporary, std::span<const std::byte> bytes) {
@@ -125,9 +131,7 @@ Status write_and_flush(const std::string& temporary, std::span<const std::byte> 
 Status write_file_atomically(const std::string& path, std::span<const std::byte> bytes) {
   const std::string temporary = temporary_path(parent_of(path));
   if (auto written = write_and_flush(temporary, bytes); !written) return written;
-  Status status = rename_file(temporary, path);
-  if (!status) ::unlink(temporary.c_str());
-  return status;
+  return rename_or_remove(temporary, path);
 }
 
 Result<bool> write_new_file_atomically(const std::string& path, std::span<const std::byte> bytes) {
@@ -136,10 +140,7 @@ Result<bool> write_new_file_atomically(const std::string& path, std::span<const 
   const int error = ::link(temporary.c_str(), path.c_str()) == 0 ? 0 : errno;
   if (error == EPERM || error == EOPNOTSUPP || error == ENOSYS || error == EMLINK) {
     // No hard links here.
-    if (auto renamed = rename_file(temporary, path); !renamed) {
-      ::unlink(temporary.c_str());
-      return std::unexpected(renamed.error());
-    }
+    if (auto renamed = rename_or_remove(temporary, path); !renamed) return std::unexpected(renamed.error());
     return true;
   }
   ::unlink(temporary.c_str());

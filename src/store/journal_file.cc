@@ -24,6 +24,16 @@ std::optional<uint64_t> parse_hex(std::string_view text, size_t digits) {
   return value;
 }
 
+Result<uint64_t> random_writer() {
+  uint64_t writer = 0;
+  while (writer == 0) {
+    if (RAND_bytes(reinterpret_cast<unsigned char*>(&writer), sizeof writer) != 1) {
+      return fail(ErrorKind::io, "no random bytes for a writer id");
+    }
+  }
+  return writer;
+}
+
 }  // namespace
 
 std::string journal_name(uint64_t writer) {
@@ -98,13 +108,9 @@ Result<JournalWriter> JournalWriter::create(const std::string& directory) {
   // it: it is theirs then, and the next id is tried.
   constexpr int kAttempts = 64;
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
-    uint64_t writer = 0;
-    while (writer == 0) {
-      if (RAND_bytes(reinterpret_cast<unsigned char*>(&writer), sizeof writer) != 1) {
-        return fail(ErrorKind::io, "no random bytes for a writer id");
-      }
-    }
-    auto file = File::open(directory + "/" + journal_name(writer),
+    const auto writer = random_writer();
+    if (!writer) return std::unexpected(writer.error());
+    auto file = File::open(directory + "/" + journal_name(*writer),
                            {.write = true, .create = true, .exclusive = true});
     if (!file) return std::unexpected(file.error());
     const auto locked = file->try_lock_exclusive();
@@ -112,7 +118,7 @@ Result<JournalWriter> JournalWriter::create(const std::string& directory) {
     if (!*locked || !file->is_at_its_path()) continue;
     JournalWriter journal;
     journal.file_ = std::move(*file);
-    journal.writer_ = writer;
+    journal.writer_ = *writer;
     return journal;
   }
   return fail(ErrorKind::busy,

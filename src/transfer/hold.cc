@@ -59,10 +59,8 @@ Status Transfers::place(uint64_t id, uint64_t held_job, std::span<const Depot::H
     }
     end_job_locked(id);
   }
-  for (LoadTask* task : started) {
-    make_scatter(*task, {task->staging + task->header_bytes, task->run_bytes}, false);
-    device_.submit(&task->scatter);
-  }
+  for (LoadTask* task : started)
+    submit_scatter(*task, {task->staging + task->header_bytes, task->run_bytes}, false);
   return {};
 }
 

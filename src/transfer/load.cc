@@ -223,10 +223,8 @@ void Transfers::pieces_read(LoadTask& task) {
     return fail_load(task, error == ENODATA ? Reason::absent : Reason::io_error, error == ENODATA);
   }
   if (!check_header(task, {task.staging, task.header_bytes})) return;
-  if (!begin_scatter(task)) return;
-  make_scatter(task, {task.staging + task.header_bytes, task.run_bytes}, false);
-  if (tiers_[task.tier].root->engine().completes_in_parallel() && device_.run_here(&task.scatter)) return;
-  device_.submit(&task.scatter);
+  start_scatter(task, {task.staging + task.header_bytes, task.run_bytes}, false,
+                tiers_[task.tier].root->engine().completes_in_parallel());
 }
 
 bool Transfers::check_header(LoadTask& task, std::span<const std::byte> header_bytes) {
@@ -256,29 +254,24 @@ bool Transfers::check_header(LoadTask& task, std::span<const std::byte> header_b
   return true;
 }
 
-void Transfers::start_scatter(LoadTask& task, std::span<const std::byte> run, bool guarded) {
-  if (!begin_scatter(task)) return;
-  make_scatter(task, run, guarded);
-  device_.submit(&task.scatter);
-}
-
-bool Transfers::begin_scatter(LoadTask& task) {
-  std::unique_lock lock(mutex_);
-  if (!task.resolved) {
+void Transfers::start_scatter(LoadTask& task, std::span<const std::byte> run, bool guarded, bool here) {
+  {
+    std::unique_lock lock(mutex_);
+    if (task.resolved) {
+      lock.unlock();
+      let_go(task);  // outside: it may unmap a whole segment
+      lock.lock();
+      --loads_in_motion_;
+      work_ = true;
+      wake_.notify_one();
+      return retire(task);
+    }
     task.state = LoadTask::State::scattering;
-    return true;
   }
-  lock.unlock();
-  let_go(task);  // outside: it may unmap a whole segment
-  lock.lock();
-  --loads_in_motion_;
-  work_ = true;
-  wake_.notify_one();
-  retire(task);
-  return false;
+  submit_scatter(task, run, guarded, here);
 }
 
-void Transfers::make_scatter(LoadTask& task, std::span<const std::byte> run, bool guarded) {
+void Transfers::submit_scatter(LoadTask& task, std::span<const std::byte> run, bool guarded, bool here) {
   task.scatter = ScatterWork{};
   task.scatter.cache = task.cache;
   task.scatter.header = &task.header;
@@ -292,6 +285,7 @@ void Transfers::make_scatter(LoadTask& task, std::span<const std::byte> run, boo
     auto* load = static_cast<LoadTask*>(self->owner);
     load->transfers->scattered(*load, outcome);
   };
+  if (!here || !device_.run_here(&task.scatter)) device_.submit(&task.scatter);
 }
 
 void Transfers::scattered(LoadTask& task, ScatterOutcome outcome) {

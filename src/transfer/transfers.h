@@ -78,15 +78,14 @@ class Transfers {
   void read_mapped(LoadTask& task);
   void copy_mapped(LoadTask& task);
   void read_staged(LoadTask& task);
-  void start_scatter(LoadTask& task, std::span<const std::byte> run, bool guarded);
+  /// `here`: this thread may do the work itself, if the device lets it.
+  void start_scatter(LoadTask& task, std::span<const std::byte> run, bool guarded, bool here = false);
   void pieces_read(LoadTask& task);
   bool check_header(LoadTask& task, std::span<const std::byte> header_bytes);
   void scattered(LoadTask& task, ScatterOutcome outcome);
   void fail_load(LoadTask& task, Reason reason, bool bad_on_medium);
   void condemn_missing(LoadTask& task);
-  /// False: the job was told already, and the task is gone.
-  bool begin_scatter(LoadTask& task);
-  static void make_scatter(LoadTask& task, std::span<const std::byte> run, bool guarded);
+  void submit_scatter(LoadTask& task, std::span<const std::byte> run, bool guarded, bool here = false);
   void let_go(LoadTask& task);
   void leave_place(LoadTask& task);
   void resolve_load_locked(LoadTask& task, std::optional<Reason> failure);

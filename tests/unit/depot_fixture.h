@@ -127,7 +127,7 @@ inline Completion wait_for(Depot& depot, uint64_t job, std::chrono::milliseconds
     for (Completion& done : depot.poll()) {
       if (done.job == job) return done;
     }
-    usleep(200);
+    depot.wait_ended(10ms);
   }
   ADD_FAILURE() << "job " << job << " was not reported";
   return {};

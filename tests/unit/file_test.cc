@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <cstring>
 #include <thread>
 #include <vector>
@@ -365,7 +366,7 @@ TEST(AtomicFile, OfSeveralMakersOfANewFileOneWinsAndItsContentStays) {
   }
   for (std::thread& maker : makers) maker.join();
   EXPECT_EQ(winners, 1);
-  EXPECT_EQ(list_directory(directory.path())->size(), 1u) << "a temporary file was left";
+  EXPECT_EQ(directory.entries(), 1u) << "a temporary file was left";
 }
 
 TEST(AtomicFile, LeavesNothingBehindOnFailure) {

@@ -4,7 +4,6 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <filesystem>
 #include <thread>
 #include <vector>
@@ -107,10 +106,9 @@ TEST_F(JournalFileTest, ALiveWritersJournalCannotBeTakenAndADeadOnesCan) {
 }
 
 TEST_F(JournalFileTest, ANewJournalThatAnotherAdoptsBeforeItIsLockedIsMadeAnew) {
-  std::atomic<bool> done = false;
   std::vector<JournalWriter> adopted;
-  std::thread adopter([&] {
-    while (!done) {
+  std::jthread adopter([&](const std::stop_token& stop) {
+    while (!stop.stop_requested()) {
       const auto entries = list_directory(directory_.path());
       if (!entries) continue;
       for (const DirectoryEntry& entry : *entries) {
@@ -129,7 +127,7 @@ TEST_F(JournalFileTest, ANewJournalThatAnotherAdoptsBeforeItIsLockedIsMadeAnew) 
     ASSERT_TRUE(writer->append(put(0)));
     made.push_back(std::move(*writer));
   }
-  done = true;
+  adopter.request_stop();
   adopter.join();
   for (const JournalWriter& writer : made) EXPECT_TRUE(std::filesystem::exists(writer.path()));
   RecordProperty("adopted", static_cast<int>(adopted.size()));

@@ -510,11 +510,9 @@ void run_processes(const Options& options, const std::vector<std::pair<uint32_t,
   close(gate[1]);  // now, all at once
   close(report[1]);
   size_t reported = 0;
-  for (uint32_t prompt = 0;
-       reported < expected && read(report[0], &prompt, sizeof prompt) == sizeof prompt;) {
-    if (prompt >= kGaveUp) break;
+  uint32_t prompt = 0;
+  while (reported < expected && read(report[0], &prompt, sizeof prompt) == sizeof prompt && prompt < kGaveUp)
     ++reported;
-  }
   close(report[0]);
   for (const pid_t child : children) {
     kill(child, SIGKILL);

@@ -180,10 +180,10 @@ def test_content_digests_are_remembered_by_inode_state(tmp_path, monkeypatch) ->
 
 
 def test_reports_of_ranks_add_up() -> None:
-    one = StepReport({(1, 2, 0)}, {7: 1}, {(7, 3)})
-    two = StepReport({(1, 4, 0)}, {7: 1, 8: 1}, disabled="why")
+    one = StepReport({(1, 2, 0)}, {7: 1}, {(7, 3)}, {5: 1}, {6})
+    two = StepReport({(1, 4, 0)}, {7: 1, 8: 1}, ended_holds={5: 1}, disabled="why")
     both = one.aggregate(two)
-    assert both == StepReport({(1, 2, 0), (1, 4, 0)}, {7: 2, 8: 1}, {(7, 3)}, "why")
+    assert both == StepReport({(1, 2, 0), (1, 4, 0)}, {7: 2, 8: 1}, {(7, 3)}, {5: 2}, {6}, "why")
     assert StepReport().is_empty() and not both.is_empty()
 
 

@@ -11,6 +11,7 @@
 #include <mutex>
 #include <utility>
 
+#include "base/check.h"
 #include "base/errors.h"
 #include "tokendepot/layout.h"
 
@@ -65,10 +66,55 @@ struct GuardFrame {
   sigjmp_buf back;
 };
 
-// Initial-exec: the handler must not be the first to touch these in a thread, which could allocate.
-__attribute__((tls_model("initial-exec"))) thread_local GuardFrame* innermost = nullptr;
-__attribute__((tls_model("initial-exec"))) thread_local bool chaining = false;
-__attribute__((tls_model("initial-exec"))) thread_local bool unblocked = false;
+// What the handler needs to know of a thread. Not thread_local: the handler would allocate on the first touch
+// in a thread, and the initial-exec model, which would not, binds all thread-local memory of a loaded library
+// to the little that a process has left for libraries (the static CUDA runtime alone is over it). A thread
+// takes a slot at its first guarded call and gives it back when it ends.
+struct ThreadSlot {
+  std::atomic<pthread_t> owner{0};  // 0 = free; no thread of glibc is number 0
+  GuardFrame* innermost = nullptr;
+  bool unblocked = false;
+};
+constexpr size_t kMostThreads = 4096;
+ThreadSlot slots[kMostThreads];
+// Per process, because a thread without a slot has nowhere else: the first handler that came after ours runs
+// once.
+std::atomic<pthread_t> chaining{0};
+
+ThreadSlot* find_slot(pthread_t thread) {
+  for (ThreadSlot& slot : slots) {
+    if (slot.owner.load(std::memory_order_relaxed) == thread) return &slot;
+  }
+  return nullptr;
+}
+
+class SlotHolder {
+ public:
+  SlotHolder() {
+    const pthread_t self = pthread_self();
+    for (ThreadSlot& slot : slots) {
+      pthread_t none = 0;
+      if (!slot.owner.compare_exchange_strong(none, self)) continue;
+      slot.innermost = nullptr;
+      slot.unblocked = false;
+      slot_ = &slot;
+      return;
+    }
+    TD_CHECK(slot_ != nullptr);
+  }
+  ~SlotHolder() { slot_->owner.store(0); }
+  SlotHolder(const SlotHolder&) = delete;
+  SlotHolder& operator=(const SlotHolder&) = delete;
+  ThreadSlot& slot() { return *slot_; }
+
+ private:
+  ThreadSlot* slot_ = nullptr;
+};
+
+ThreadSlot& my_slot() {
+  thread_local SlotHolder holder;
+  return holder.slot();
+}
 
 // Handlers found in our place, oldest first. Slots are written once, then published: the handler reads
 // without locks.
@@ -89,9 +135,11 @@ void on_sigbus(int signal, siginfo_t* info, void* context) {
   const bool sent = info->si_code <= 0;  // by kill() or raise(): no fault, so the address means nothing
   if (!sent) {
     const auto address = reinterpret_cast<uintptr_t>(info->si_addr);
-    for (GuardFrame* frame = innermost; frame != nullptr; frame = frame->outer) {
+    ThreadSlot* const slot = find_slot(pthread_self());
+    for (GuardFrame* frame = slot != nullptr ? slot->innermost : nullptr; frame != nullptr;
+         frame = frame->outer) {
       if (address >= frame->begin && address < frame->end) {
-        innermost = frame->outer;
+        slot->innermost = frame->outer;
         siglongjmp(frame->back, 1);
       }
     }
@@ -99,8 +147,8 @@ void on_sigbus(int signal, siginfo_t* info, void* context) {
   // A handler that came after ours may have us as its own previous one: let it run once, then end as it wants
   // to.
   const struct sigaction* const next = next_in_chain.load(std::memory_order_acquire);
-  if (chaining || next == nullptr) return die_of_sigbus();
-  chaining = true;
+  if (chaining.load() == pthread_self() || next == nullptr) return die_of_sigbus();
+  chaining.store(pthread_self());
   if ((next->sa_flags & SA_SIGINFO) != 0) {
     next->sa_sigaction(signal, info, context);
   } else if (next->sa_handler == SIG_IGN) {
@@ -110,7 +158,7 @@ void on_sigbus(int signal, siginfo_t* info, void* context) {
   } else {
     next->sa_handler(signal);
   }
-  chaining = false;
+  chaining.store(0);
 }
 
 bool same_handler(const struct sigaction& a, const struct sigaction& b) {
@@ -149,32 +197,36 @@ void ensure_handler() {
 }
 
 // A blocked SIGBUS kills the process without asking any handler.
-void unblock_once() {
-  if (unblocked) return;
+void unblock_once(ThreadSlot& slot) {
+  if (slot.unblocked) return;
   sigset_t only;
   sigemptyset(&only);
   sigaddset(&only, SIGBUS);
   pthread_sigmask(SIG_UNBLOCK, &only, nullptr);
-  unblocked = true;
+  slot.unblocked = true;
 }
 
 }  // namespace
 
 bool run_guarded(std::span<const std::byte> guarded, GuardedBody body, void* context) {
-  unblock_once();
+  ThreadSlot& slot = my_slot();
+  unblock_once(slot);
   ensure_handler();
   GuardFrame frame;
   const auto begin = reinterpret_cast<uintptr_t>(guarded.data());
   frame.begin = begin / kPageBytes * kPageBytes;
   frame.end = align_up(begin + guarded.size());
-  frame.outer = innermost;
-  if (frame.outer == nullptr) chaining = false;  // a handler that jumped away may have left it set
+  frame.outer = slot.innermost;
+  if (frame.outer == nullptr) {  // a handler that jumped away may have left it set
+    pthread_t self = pthread_self();
+    chaining.compare_exchange_strong(self, 0);
+  }
   if (sigsetjmp(frame.back, 0) != 0) return false;
-  innermost = &frame;
+  slot.innermost = &frame;
   std::atomic_signal_fence(std::memory_order_seq_cst);
   body(context);
   std::atomic_signal_fence(std::memory_order_seq_cst);
-  innermost = frame.outer;
+  slot.innermost = frame.outer;
   return true;
 }
 

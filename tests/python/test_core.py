@@ -4,6 +4,7 @@ import array
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -435,3 +436,12 @@ def test_the_stub_names_what_the_module_has():
         declared |= set(getattr(scope[kind.__name__], "__annotations__", {}))
         assert declared == {m for m in dir(kind) if not m.startswith("_")}
     assert pathlib.Path(tokendepot.__file__).with_name("py.typed").exists()
+
+
+def test_the_module_asks_for_no_static_thread_local_memory() -> None:
+    """What a process has left of it is too little for the CUDA runtime: the import would fail."""
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        pytest.skip("no readelf on this machine")
+    told = subprocess.run([readelf, "-dW", tokendepot._core.__file__], capture_output=True, text=True, check=True).stdout
+    assert "NEEDED" in told and "STATIC_TLS" not in told

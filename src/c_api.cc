@@ -441,6 +441,13 @@ td_status td_wait_gathered(td_depot* depot, uint64_t timeout_ns) {
   });
 }
 
+td_status td_depot_mark_stream(td_depot* depot, void* stream) {
+  return guarded([&]() -> Status {
+    if (auto given = require_open(depot); !given) return given;
+    return depot->engine->mark_stream(stream);
+  });
+}
+
 td_status td_cancel(td_depot* depot, uint64_t job) {
   return guarded([&]() -> Status {
     if (auto given = require_open(depot); !given) return given;

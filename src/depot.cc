@@ -8,6 +8,7 @@
 #include "base/errors.h"
 #include "base/log.h"
 #include "device/device.h"
+#include "device/open_device.h"
 #include "format/manifest.h"
 #include "store/catalog.h"
 #include "store/keeper.h"
@@ -53,6 +54,7 @@ class OpenDepot final : public Depot {
                              std::span<const LoadGroup> groups, std::chrono::nanoseconds deadline) override;
   void forget(const Key& key, uint16_t group) override;
   Status attach(const PagedCache& cache) override;
+  Status mark_stream(void* stream) override;
   Status submit_load(uint64_t job, LoadPlan plan) override;
   Status submit_hold(uint64_t job, LoadPlan plan) override;
   Status place(uint64_t job, uint64_t held_job, std::span<const HeldBlocks> blocks) override;
@@ -81,8 +83,8 @@ class OpenDepot final : public Depot {
   const pid_t pid_ = getpid();
   SegmentTable segments_;
   std::unique_ptr<Catalog> catalog_;
+  std::unique_ptr<Device> device_;  // before the roots: they give their mappings back to it
   std::vector<Tier> tiers_;
-  std::unique_ptr<Device> device_;
   std::unique_ptr<Transfers> transfers_;
   std::unique_ptr<Keeper> keeper_;
   std::atomic<uint64_t> lookups_ = 0;
@@ -105,6 +107,10 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options) {
     return fail(ErrorKind::invalid_argument, "poll_ms={} is out of range; expected 1 or more",
                 options.poll_ms);
   auto depot = std::make_unique<OpenDepot>();
+  auto device =
+      open_device({options.device, options.device_threads, options.slab_bytes, options.device_slab_bytes});
+  if (!device) return std::unexpected(device.error());
+  depot->device_ = std::move(*device);
   if (options.catalog) depot->catalog_ = std::make_unique<Catalog>(depot->segments_);
   for (const RootOptions& wanted : options.roots) {
     Tier& tier = depot->tiers_.emplace_back();
@@ -120,7 +126,6 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options) {
     tier.writer = std::move(*writer);
   }
   if (depot->catalog_) depot->catalog_->sweep();
-  depot->device_ = make_host_device(options.device_threads, options.slab_bytes);
   std::vector<Transfers::Tier> transfer_tiers;
   std::vector<Keeper::Tier> keeper_tiers;
   for (const Tier& tier : depot->tiers_) {
@@ -269,6 +274,12 @@ Status OpenDepot::attach(const PagedCache& cache) {
   return {};
 }
 
+Status OpenDepot::mark_stream(void* stream) {
+  if (forked())
+    return fail(ErrorKind::closed, "this depot was opened before fork(); open it again in the child");
+  return transfers_->mark_stream(stream);
+}
+
 Status OpenDepot::submit_load(uint64_t job, LoadPlan plan) {
   if (forked())
     return fail(ErrorKind::closed, "this depot was opened before fork(); open it again in the child");
@@ -333,6 +344,12 @@ DepotStats OpenDepot::stats() const {
     stats.catalog_bytes = catalog_->memory_bytes();
   }
   stats.lookups = lookups_;
+  const DeviceStats device = device_->stats();
+  stats.device.name = device.name;
+  stats.device.slab_bytes = device.slab_bytes;
+  stats.device.pinned_bytes = device.pinned_bytes;
+  stats.device.registered_bytes = device.registered_bytes;
+  stats.device.threads = device.threads;
   for (const Tier& tier : tiers_) {
     stats.journal_records += tier.replay->records();
     stats.bad_records += tier.replay->bad_records();

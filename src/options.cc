@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "base/errors.h"
+#include "device/open_device.h"
 #include "store/segment_table.h"
 #include "tokendepot/depot.h"
 
@@ -35,8 +36,9 @@ constexpr std::string_view kSizeAllowed =
     "a size greater than 0 in bytes or with one of the units KiB MiB GiB TiB (by 1024) or KB MB GB TB (by "
     "1000)";
 
-constexpr std::array<std::string_view, 7> kTopKeys{
-    "roots", "slab", "device_threads", "io_depth", "store_queue", "free_space_reserve", "poll_ms"};
+constexpr std::array<std::string_view, 9> kTopKeys{
+    "roots",    "device",      "device_slab",        "slab",   "device_threads",
+    "io_depth", "store_queue", "free_space_reserve", "poll_ms"};
 constexpr std::array<std::string_view, 6> kRootKeys{"path",      "capacity", "segment",
                                                     "transport", "io",       "read_only"};
 
@@ -386,8 +388,15 @@ Result<Options> parse_options(std::string_view json) {
   if (!roots) return std::unexpected(roots.error());
   options.roots = std::move(*roots);
 
-  const std::array<std::pair<const char*, uint64_t*>, 3> sizes{
+  if (config.contains("device")) {
+    const Json& device = config["device"];
+    if (!device.is_string() || !parse_device(device.get_ref<const std::string&>()))
+      return refuse("device", device, kDeviceAllowed);
+    options.device = device.get<std::string>();
+  }
+  const std::array<std::pair<const char*, uint64_t*>, 4> sizes{
       {{"slab", &options.slab_bytes},
+       {"device_slab", &options.device_slab_bytes},
        {"store_queue", &options.store_queue_bytes},
        {"free_space_reserve", &options.free_space_reserve}}};
   for (const auto& [key, into] : sizes) {
@@ -428,6 +437,8 @@ std::string to_json(const Options& options) {
                      {"read_only", root.read_only}});
   }
   const Json config{{"roots", roots},
+                    {"device", options.device},
+                    {"device_slab", options.device_slab_bytes},
                     {"slab", options.slab_bytes},
                     {"device_threads", options.device_threads},
                     {"io_depth", options.io_depth},

@@ -33,15 +33,29 @@ Json json_of(const RootStats& r) {
           {"suspended", r.suspended}};
 }
 
+Json json_of(const DeviceUse& d) {
+  return {{"name", d.name},
+          {"slab_bytes", d.slab_bytes},
+          {"pinned_bytes", d.pinned_bytes},
+          {"mapped_bytes", d.mapped_bytes},
+          {"registered_bytes", d.registered_bytes},
+          {"threads", d.threads}};
+}
+
 }  // namespace
 
 std::string to_json(const DepotStats& s) {
   Json roots = Json::array();
   for (const RootStats& root : s.roots) roots.push_back(json_of(root));
-  const Json stats{{"load", json_of(s.load)},      {"store", json_of(s.store)},
-                   {"entries", s.entries},         {"catalog_bytes", s.catalog_bytes},
-                   {"lookups", s.lookups},         {"journal_records", s.journal_records},
-                   {"bad_records", s.bad_records}, {"roots", roots}};
+  const Json stats{{"load", json_of(s.load)},
+                   {"store", json_of(s.store)},
+                   {"entries", s.entries},
+                   {"catalog_bytes", s.catalog_bytes},
+                   {"lookups", s.lookups},
+                   {"journal_records", s.journal_records},
+                   {"bad_records", s.bad_records},
+                   {"device", json_of(s.device)},
+                   {"roots", roots}};
   return stats.dump(-1, ' ', false, Json::error_handler_t::replace);
 }
 

@@ -194,6 +194,8 @@ typedef struct td_paged_cache {
 td_status td_attach(td_depot* depot, const td_paged_cache* cache);
 td_status td_submit_load(td_depot* depot, uint64_t job, const void* plan, size_t plan_bytes);
 td_status td_submit_store(td_depot* depot, uint64_t job, const void* plan, size_t plan_bytes);
+/* `stream`: a cudaStream_t, NULL for the legacy default stream. */
+td_status td_depot_mark_stream(td_depot* depot, void* stream);
 /* TD_OK, or TD_TIMED_OUT. */
 td_status td_wait_gathered(td_depot* depot, uint64_t timeout_ns);
 td_status td_cancel(td_depot* depot, uint64_t job);

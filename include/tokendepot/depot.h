@@ -36,13 +36,15 @@ struct RootOptions {
 };
 
 struct Options {
-  std::vector<RootOptions> roots;              // fastest first; stores go to the first writable one
-  bool catalog = true;                         // keep the index that lookups need
-  bool writer = true;                          // accept stores
-  uint64_t slab_bytes = 256ull << 20;          // staging memory for transports that are not mapped
-  uint32_t device_threads = 2;                 // host device: threads that gather, verify and scatter
-  uint32_t io_depth = 16;                      // operations in flight per root
-  uint64_t store_queue_bytes = 512ull << 20;   // stores queued beyond this are dropped and counted
+  std::vector<RootOptions> roots;             // fastest first; stores go to the first writable one
+  bool catalog = true;                        // keep the index that lookups need
+  bool writer = true;                         // accept stores
+  std::string device = "host";                // where the paged caches are: "host" or "cuda:N"
+  uint64_t device_slab_bytes = 512ull << 20;  // CUDA: device memory for extents in flight
+  uint64_t slab_bytes = 256ull << 20;         // staging memory on the host; pinned for a CUDA device
+  uint32_t device_threads = 2;                // gather, verify and scatter; CUDA: copy what is not registered
+  uint32_t io_depth = 16;                     // operations in flight per root
+  uint64_t store_queue_bytes = 512ull << 20;  // stores queued beyond this are dropped and counted
   uint64_t free_space_reserve = 256ull << 20;  // left free on each root's file system
   uint32_t poll_ms = 100;                      // how often other writers' journals are read
 };
@@ -93,8 +95,8 @@ class Depot {
  public:
   /// Opens (and where needed creates) every root, replays the journals and starts the background work.
   /// Errors: invalid_argument (option or a root that holds something else), permission, no_space (capacity
-  /// larger than the file system), unsupported (format version). Nothing is left behind on failure but empty
-  /// directories.
+  /// larger than the file system, device slab larger than the free device memory), unsupported (format
+  /// version, no such device). Nothing is left behind on failure but empty directories.
   static Result<std::unique_ptr<Depot>> open(const Options& options);
 
   /// Waits for the work in flight (bounded: queued loads and stores are cancelled), then closes.
@@ -133,9 +135,16 @@ class Depot {
   // --- worker half
   // ---------------------------------------------------------------------------------------------
 
-  /// Lends the engine's paged cache of one group. Once per group, before the first submit. `invalid_argument`
-  /// when the shape is inconsistent or one extent is larger than a segment or the slab.
+  /// Lends the engine's paged cache of one group, in memory of the depot's device. Once per group, before the
+  /// first submit. `invalid_argument` when the shape is inconsistent or one extent is larger than a segment
+  /// or a slab.
   virtual Status attach(const PagedCache& cache) = 0;
+
+  /// Marks the present end of the engine's CUDA stream (a cudaStream_t; null = the legacy default stream):
+  /// loads, places and stores submitted after this call touch the paged cache only when the work queued on
+  /// the stream before the call has ended. Nobody waits: neither this call nor host or device as a whole. On
+  /// the host device it does nothing. `busy` while the stream is being captured into a graph.
+  virtual Status mark_stream(void* stream) = 0;
 
   /// Queues the items of `plan` that intersect this worker's part. Never blocks on I/O. The job is reported
   /// by poll() exactly once, also when every item failed or none was this worker's; after that report no byte

@@ -38,6 +38,16 @@ struct RootStats {
   bool suspended = false;  // gauge: failing, retried in the background
 };
 
+/// What the device of a depot holds. All gauges.
+struct DeviceUse {
+  std::string name;               // "host", "cuda:0"
+  uint64_t slab_bytes = 0;        // device memory
+  uint64_t pinned_bytes = 0;      // page-locked host memory, registered segments not counted
+  uint64_t mapped_bytes = 0;      // segments mapped into this process
+  uint64_t registered_bytes = 0;  // of them, what the device reaches without a copy
+  uint32_t threads = 0;
+};
+
 struct DepotStats {
   TransferStats load;
   TransferStats store;
@@ -46,6 +56,7 @@ struct DepotStats {
   uint64_t lookups = 0;
   uint64_t journal_records = 0;  // replayed or tailed
   uint64_t bad_records = 0;      // journal records left alone because they do not decode
+  DeviceUse device;
   std::vector<RootStats> roots;
 };
 

@@ -328,6 +328,14 @@ void bind_depot(nb::module_& module) {
       .def("attach", &attach, nb::kw_only(), nb::arg("group"), nb::arg("kind"), nb::arg("part"),
            nb::arg("tokens"), nb::arg("block_tokens"), nb::arg("block_count"), nb::arg("row_bytes") = 0,
            nb::arg("page_bytes") = 0, nb::arg("layers"))
+      .def(
+          "mark_stream",
+          [](Handle& self, uint64_t stream) {
+            unwrap(self.use([&](Depot& depot) {
+              return depot.mark_stream(reinterpret_cast<void*>(static_cast<uintptr_t>(stream)));
+            }));
+          },
+          nb::arg("stream"))
       .def("submit_load", &submit_load, nb::arg("job"), nb::arg("plan"))
       .def("submit_hold", &submit_hold, nb::arg("job"), nb::arg("plan"))
       .def("place", &place, nb::arg("job"), nb::arg("held_job"), nb::arg("blocks"))

@@ -79,6 +79,10 @@ class Depot:
     ) -> None:
         """layers: per layer, per plane or piece: (address, block_stride, head_stride, token_stride, piece_bytes),
         strides in bytes. Memory must outlive the Depot. See include/tokendepot/layout.h."""
+    def mark_stream(self, stream: int) -> None:
+        """Marks the present end of a CUDA stream (its address, as torch's Stream.cuda_stream; 0 = the default
+        stream): what is submitted later touches the cache only when the stream has come so far. Waits for nothing;
+        does nothing on the host device."""
     def submit_load(self, job: int, plan: bytes) -> None: ...
     def submit_hold(self, job: int, plan: bytes) -> None:
         """Verifies the plan's extents into staging memory without writing to the cache; poll() reports it as a load."""

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
 
 #include "format/extent.h"
 #include "tokendepot/error.h"
@@ -15,7 +16,12 @@
 
 namespace tokendepot {
 
-enum class ScatterOutcome : uint8_t { ok, corrupt, gone /* the mapping behind the payload failed */ };
+enum class ScatterOutcome : uint8_t {
+  ok,
+  corrupt,
+  gone,   // the mapping behind the payload failed
+  failed  // the device could not do it; says nothing about the payload
+};
 
 /// Verify, then scatter: checks the digests of shards [first_shard, first_shard + shards), and only if all
 /// are right copies those that fall into the cache's part into its blocks. A bad extent writes nothing.
@@ -26,6 +32,7 @@ struct ScatterWork {
   uint32_t first_shard = 0;
   uint32_t shards = 0;
   std::span<const int32_t> blocks;  // header->tokens / block_tokens ids, kSkipBlock = leave out
+  uint64_t after = 0;               // mark that must have been reached before the cache is touched
   bool guarded = false;             // payload is a mapped file
   void (*done)(ScatterWork* self, ScatterOutcome outcome) = nullptr;  // once, on a device thread
   void* owner = nullptr;
@@ -39,8 +46,9 @@ struct GatherWork {
   std::span<const int32_t> blocks;  // all valid ids
   std::span<std::byte> payload;     // shape.payload_bytes()
   std::span<uint64_t> digests;      // shape.shards()
+  uint64_t after = 0;               // as in ScatterWork
   bool guarded = false;
-  void (*done)(GatherWork* self, bool ok) = nullptr;  // ok = false: the mapping failed
+  void (*done)(GatherWork* self, bool ok) = nullptr;  // ok = false: the mapping or the device failed
   void* owner = nullptr;
   GatherWork* next = nullptr;
 };
@@ -55,11 +63,19 @@ class Slab {
   virtual uint64_t size() const = 0;
 };
 
+struct DeviceStats {
+  std::string name;           // as in Options::device
+  uint64_t slab_bytes = 0;    // of the device's own memory
+  uint64_t pinned_bytes = 0;  // page-locked host memory, registered segments not counted
+  uint64_t registered_bytes = 0;
+  uint32_t threads = 0;
+};
+
 class Device {
  public:
   /// Finishes all queued work first.
   virtual ~Device() = default;
-  virtual const char* name() const = 0;
+  virtual DeviceStats stats() const = 0;
   virtual Slab& slab() = 0;
   virtual void submit(ScatterWork* work) = 0;
   virtual void submit(GatherWork* work) = 0;
@@ -69,6 +85,12 @@ class Device {
   virtual bool run_here(ScatterWork* work) {
     static_cast<void>(work);
     return false;
+  }
+  /// Marks the present end of a stream of the engine; work whose `after` is this mark or a later one touches
+  /// the cache only when the stream has come so far. Neither host nor device waits. 0: nothing to wait for.
+  virtual Result<uint64_t> mark(void* stream) {
+    static_cast<void>(stream);
+    return 0;
   }
   /// A segment was mapped, or is about to be unmapped: a device with a memory of its own may register the
   /// range for direct copies. Payloads outside registered ranges work too, slower.

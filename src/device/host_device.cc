@@ -84,7 +84,7 @@ class SignalsBlocked {
 
 class HostDevice final : public Device {
  public:
-  HostDevice(uint32_t threads, uint64_t slab_bytes) : slab_(slab_bytes) {
+  HostDevice(uint32_t threads, uint64_t slab_bytes) : slab_(slab_bytes), thread_count_(threads) {
     TD_CHECK(threads >= 1 && threads <= 64);
     const SignalsBlocked blocked;
     for (uint32_t i = 0; i < threads; ++i) {
@@ -104,7 +104,12 @@ class HostDevice final : public Device {
     wake_.wait(lock, [this] { return running_ == 0; });
   }
 
-  const char* name() const override { return "host"; }
+  DeviceStats stats() const override {
+    DeviceStats stats;
+    stats.name = "host";
+    stats.threads = thread_count_;
+    return stats;
+  }
   Slab& slab() override { return slab_; }
   void submit(ScatterWork* work) override { queue(scatters_, work); }
   void submit(GatherWork* work) override { queue(gathers_, work); }
@@ -157,6 +162,7 @@ class HostDevice final : public Device {
   }
 
   HostSlab slab_;
+  const uint32_t thread_count_;
   std::mutex mutex_;
   std::condition_variable wake_;
   WorkQueue<ScatterWork> scatters_;

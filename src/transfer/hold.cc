@@ -51,6 +51,7 @@ Status Transfers::place(uint64_t id, uint64_t held_job, std::span<const Depot::H
       task->job = id;
       task->submitted_ns = job.submitted_ns;
       task->deadline_ns = UINT64_MAX;
+      task->mark = mark_;
       task->state = LoadTask::State::scattering;
       ++job.unresolved;
       ++loads_in_motion_;

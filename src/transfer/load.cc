@@ -81,6 +81,7 @@ Status Transfers::submit_load(uint64_t id, LoadPlan plan, bool hold) {
     task.cache = cache->second.get();
     task.submitted_ns = now;
     task.deadline_ns = job.deadline_ns;
+    task.mark = hold ? 0 : mark_;
     const GroupShape extent = shape_of_extent(item, *task.cache);
     const Part& mine = task.cache->shape.part;
     if (item.kind == LayoutKind::canonical) {
@@ -279,6 +280,7 @@ void Transfers::submit_scatter(LoadTask& task, std::span<const std::byte> run, b
   task.scatter.first_shard = task.first_shard;
   task.scatter.shards = task.shards;
   task.scatter.blocks = task.item.blocks;
+  task.scatter.after = task.mark;
   task.scatter.guarded = guarded;
   task.scatter.owner = &task;
   task.scatter.done = [](ScatterWork* self, ScatterOutcome outcome) {
@@ -291,6 +293,7 @@ void Transfers::submit_scatter(LoadTask& task, std::span<const std::byte> run, b
 void Transfers::scattered(LoadTask& task, ScatterOutcome outcome) {
   if (outcome == ScatterOutcome::corrupt) return fail_load(task, Reason::corrupt, true);
   if (outcome == ScatterOutcome::gone) return fail_load(task, Reason::absent, true);
+  if (outcome == ScatterOutcome::failed) return fail_load(task, Reason::io_error, false);
   // A mapped payload is read twice, to verify and to copy. A segment is renamed before it is written anew, so
   // while it has its name nothing has changed in between.
   if (task.scatter.guarded && !task.segment->file.is_at_its_path())

@@ -57,6 +57,7 @@ Status Transfers::submit_store(uint64_t id, StorePlan plan, Keeper& keeper) {
     task.bytes = bytes;
     task.header_bytes = extent_header_bytes(task.cache->shape.shards());
     task.submitted_ns = now;
+    task.mark = mark_;
     store_bytes_ += bytes;
     ++ungathered_;
     queued_stores_.push_back(&task);
@@ -121,6 +122,7 @@ Transfers::Start Transfers::start_store(StoreTask& task) {
   task.gather.blocks = task.item.blocks;
   task.gather.payload = {extent + task.header_bytes, task.bytes - task.header_bytes};
   task.gather.digests = header.shard_digests;
+  task.gather.after = task.mark;
   task.gather.guarded = mapped;
   task.gather.owner = &task;
   task.gather.done = [](GatherWork* self, bool ok) {

@@ -34,6 +34,7 @@ struct LoadTask {
   uint64_t run_offset = 0;  // in the payload
   uint64_t submitted_ns = 0;
   uint64_t deadline_ns = UINT64_MAX;
+  uint64_t mark = 0;  // see ScatterWork::after
 
   State state = State::queued;  // guarded by Transfers::mutex_
   bool resolved = false;        // its job knows the outcome; only buffers are still in use
@@ -64,6 +65,7 @@ struct StoreTask {
   uint64_t header_bytes = 0;
   uint64_t bytes = 0;
   uint64_t submitted_ns = 0;
+  uint64_t mark = 0;  // see ScatterWork::after
 
   bool counted_ungathered = true;  // guarded by Transfers::mutex_, as is the next
   bool spoilt = false;             // its blocks may have changed while they were read

@@ -92,6 +92,14 @@ Status Transfers::attach(const PagedCache& cache) {
   return {};
 }
 
+Status Transfers::mark_stream(void* stream) {
+  const auto mark = device_.mark(stream);
+  if (!mark) return std::unexpected(mark.error());
+  std::lock_guard lock(mutex_);
+  mark_ = std::max(mark_, *mark);
+  return {};
+}
+
 void Transfers::count(FailureCounts& counts, Reason reason) {
   switch (reason) {
     case Reason::absent:

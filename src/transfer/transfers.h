@@ -41,6 +41,7 @@ class Transfers {
   void close();
 
   Status attach(const PagedCache& cache);
+  Status mark_stream(void* stream);
   Status submit_load(uint64_t job, LoadPlan plan, bool hold = false);
   Status place(uint64_t job, uint64_t held_job, std::span<const Depot::HeldBlocks> blocks);
   void drop_held(uint64_t held_job);
@@ -122,6 +123,7 @@ class Transfers {
   std::condition_variable reported_;  // wait_ended
   bool stop_ = false;
   bool work_ = false;
+  uint64_t mark_ = 0;  // of the engine's stream: what is submitted now waits for it
   std::map<uint16_t, std::unique_ptr<PagedCache>> caches_;
   std::unordered_map<uint64_t, Job> jobs_;
   std::vector<Completion> ended_;

@@ -83,7 +83,7 @@ class CudaDeviceTest : public ::testing::Test {
  protected:
   void SetUp() override {
     SKIP_WITHOUT_GPU();
-    auto made = make_cuda_device(0, 512ull << 20, 128ull << 20);
+    auto made = make_cuda_device(0, 512ull << 20, 128ull << 20, 2);
     ASSERT_TRUE(made) << made.error().message;
     device_ = std::move(*made);
   }
@@ -213,7 +213,7 @@ TEST_F(CudaDeviceTest, BlocksOnBothSidesOfTwoAndFourGiBAreExact) {
 }
 
 TEST_F(CudaDeviceTest, ADeviceSlabLargerThanTheFreeMemoryIsRefusedByName) {
-  const auto refused = make_cuda_device(0, 1ull << 50, 1 << 20);
+  const auto refused = make_cuda_device(0, 1ull << 50, 1 << 20, 2);
   ASSERT_FALSE(refused);
   EXPECT_EQ(refused.error().kind, ErrorKind::no_space);
   EXPECT_NE(refused.error().message.find("device_slab"), std::string::npos);
@@ -222,7 +222,7 @@ TEST_F(CudaDeviceTest, ADeviceSlabLargerThanTheFreeMemoryIsRefusedByName) {
 TEST_F(CudaDeviceTest, TheDevicesThreadMakesNoSecondContext) {
   size_t before = 0, after = 0, total = 0;
   must(cudaMemGetInfo(&before, &total));
-  auto second = make_cuda_device(0, 64ull << 20, 16ull << 20);
+  auto second = make_cuda_device(0, 64ull << 20, 16ull << 20, 2);
   ASSERT_TRUE(second);
   must(cudaMemGetInfo(&after, &total));
   EXPECT_LT(before - after, (64ull << 20) + (50ull << 20));

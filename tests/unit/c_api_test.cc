@@ -149,6 +149,8 @@ TEST_F(CApi, AnIdleDepotHasNoCompletionsAndNothingToWaitFor) {
   EXPECT_EQ(td_flush(depot.get(), 0), TD_OK);
   EXPECT_EQ(td_refresh(depot.get()), TD_OK);
   EXPECT_EQ(td_cancel(depot.get(), 42), TD_OK);
+  EXPECT_EQ(td_depot_mark_stream(depot.get(), nullptr), TD_OK);
+  EXPECT_EQ(td_depot_mark_stream(nullptr, nullptr), TD_INVALID_ARGUMENT);
 }
 
 TEST_F(CApi, PlansThatDoNotProveThemselvesAreRefused) {

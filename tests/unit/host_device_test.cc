@@ -53,6 +53,8 @@ const char* name_of(ScatterOutcome outcome) {
       return "scatter corrupt";
     case ScatterOutcome::gone:
       return "scatter gone";
+    case ScatterOutcome::failed:
+      return "scatter failed";
   }
   return "?";
 }
@@ -107,7 +109,8 @@ class HostDeviceTest : public testing::Test {
 
 TEST_F(HostDeviceTest, WhatWasScatteredIsGatheredAgain) {
   auto device = make_host_device(2, 1 << 20);
-  EXPECT_STREQ(device->name(), "host");
+  EXPECT_EQ(device->stats().name, "host");
+  EXPECT_EQ(device->stats().threads, 2u);
   EXPECT_EQ(device->slab().size(), 1u << 20);
   auto load = scatter();
   device->submit(&load);

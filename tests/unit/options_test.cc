@@ -59,7 +59,7 @@ TEST(ParseOptions, AStringAndAnObjectSayTheSame) {
 
 TEST(ParseOptions, EveryKeyReachesItsOption) {
   const auto options = parse_options(with_root(
-      R"("slab":"128MiB","device_threads":3,"io_depth":7,"store_queue":"1GB","free_space_reserve":0,"poll_ms":250)"));
+      R"("slab":"128MiB","device_threads":3,"io_depth":7,"store_queue":"1GB","free_space_reserve":0,"poll_ms":250,"device":"cuda:3","device_slab":"1GiB")"));
   ASSERT_TRUE(options) << options.error().message;
   EXPECT_EQ(options->slab_bytes, 128ull << 20);
   EXPECT_EQ(options->device_threads, 3u);
@@ -67,11 +67,13 @@ TEST(ParseOptions, EveryKeyReachesItsOption) {
   EXPECT_EQ(options->store_queue_bytes, 1'000'000'000u);
   EXPECT_EQ(options->free_space_reserve, 0u);
   EXPECT_EQ(options->poll_ms, 250u);
+  EXPECT_EQ(options->device, "cuda:3");
+  EXPECT_EQ(options->device_slab_bytes, 1ull << 30);
 }
 
 TEST(ParseOptions, TheEffectiveOptionsReadBackAsThemselves) {
   const auto options = parse_options(
-      R"({"roots":["/a?capacity=1GiB",{"path":"/b?c","capacity":"3TB","segment":"1MiB","io":"threads"}],"slab":4096})");
+      R"({"roots":["/a?capacity=1GiB",{"path":"/b?c","capacity":"3TB","segment":"1MiB","io":"threads"}],"slab":4096,"device":"cuda:255"})");
   ASSERT_TRUE(options) << options.error().message;
   const auto again = parse_options(to_json(*options));
   ASSERT_TRUE(again) << again.error().message;
@@ -201,6 +203,21 @@ TEST(ParseOptions, CountsHaveBounds) {
   }
   EXPECT_THAT(refusal_of(with_root(R"("io_depth":129)")), HasSubstr("from 1 to 128"));
   EXPECT_THAT(refusal_of(with_root(R"("poll_ms":60001)")), HasSubstr("from 1 to 60000"));
+}
+
+TEST(ParseOptions, ADeviceIsTheHostOrAGpuByNumber) {
+  for (const char* device : {"host", "cuda:0", "cuda:7", "cuda:255"}) {
+    const auto options = parse_options(with_root("\"device\":\"" + std::string(device) + "\""));
+    ASSERT_TRUE(options) << device;
+    EXPECT_EQ(options->device, device);
+  }
+  for (const char* device :
+       {R"("cuda")", R"("cuda:")", R"("cuda:-1")", R"("cuda:256")", R"("cuda:00")", R"("cuda:1 ")",
+        R"("cuda:0x1")", R"("CUDA:0")", R"("cpu")", R"("")", "0", "null"}) {
+    EXPECT_THAT(refusal_of(with_root("\"device\":" + std::string(device))),
+                AllOf(HasSubstr("config key device"), HasSubstr("\"host\" or \"cuda:N\"")))
+        << device;
+  }
 }
 
 TEST(ParseOptions, ASegmentIsWholePagesWithinTheCapacity) {

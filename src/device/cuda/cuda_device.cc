@@ -79,6 +79,16 @@ class CudaDevice final : public Device {
 
   Status start(uint32_t ordinal, uint64_t device_slab_bytes, uint64_t pinned_bytes) {
     ordinal_ = static_cast<int>(ordinal);
+    int count = 0;
+    const cudaError_t counted = cudaGetDeviceCount(&count);
+    if (counted != cudaSuccess) {
+      return fail(ErrorKind::unsupported, "device=cuda:{} is not possible: no GPU can be used here ({})",
+                  ordinal, cudaGetErrorString(counted));
+    }
+    if (ordinal_ >= count) {
+      return fail(ErrorKind::unsupported, "device=cuda:{} does not exist: this process sees {} GPUs", ordinal,
+                  count);
+    }
     if (auto s = check(cudaSetDevice(ordinal_), "cudaSetDevice"); !s) return s;
     size_t free_bytes = 0, total = 0;
     if (auto s = check(cudaMemGetInfo(&free_bytes, &total), "cudaMemGetInfo"); !s) return s;
@@ -123,7 +133,14 @@ class CudaDevice final : public Device {
     return {};
   }
 
-  const char* name() const override { return "cuda"; }
+  DeviceStats stats() const override {
+    DeviceStats stats;
+    stats.name = fmt::format("cuda:{}", ordinal_);
+    stats.slab_bytes = regions_->size();
+    stats.pinned_bytes = pinned_->size() + kNoteBytes * kMostInFlight;
+    stats.threads = 1;
+    return stats;
+  }
   Slab& slab() override { return *pinned_; }
 
   void submit(ScatterWork* work) override {
@@ -426,9 +443,10 @@ class CudaDevice final : public Device {
 }  // namespace
 
 Result<std::unique_ptr<Device>> make_cuda_device(uint32_t ordinal, uint64_t device_slab_bytes,
-                                                 uint64_t pinned_bytes) {
+                                                 uint64_t slab_bytes, uint32_t threads) {
+  static_cast<void>(threads);
   auto device = std::make_unique<CudaDevice>();
-  if (auto started = device->start(ordinal, device_slab_bytes, pinned_bytes); !started)
+  if (auto started = device->start(ordinal, device_slab_bytes, slab_bytes); !started)
     return std::unexpected(started.error());
   return device;
 }

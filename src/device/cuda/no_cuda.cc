@@ -5,9 +5,9 @@
 namespace tokendepot {
 
 Result<std::unique_ptr<Device>> make_cuda_device(uint32_t ordinal, uint64_t /*device_slab_bytes*/,
-                                                 uint64_t /*pinned_bytes*/) {
-  return fail(ErrorKind::unsupported,
-              "device=cuda:{}: this build has no CUDA (nvcc was not found when it was built)", ordinal);
+                                                 uint64_t /*slab_bytes*/, uint32_t /*threads*/) {
+  return fail(ErrorKind::unsupported, "device=cuda:{} is not possible: this build of Tokendepot has no CUDA",
+              ordinal);
 }
 
 }  // namespace tokendepot

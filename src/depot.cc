@@ -114,7 +114,8 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options) {
   if (options.catalog) depot->catalog_ = std::make_unique<Catalog>(depot->segments_);
   for (const RootOptions& wanted : options.roots) {
     Tier& tier = depot->tiers_.emplace_back();
-    auto root = Root::open(wanted, static_cast<RootIndex>(depot->tiers_.size() - 1), options);
+    auto root =
+        Root::open(wanted, static_cast<RootIndex>(depot->tiers_.size() - 1), options, depot->device_.get());
     if (!root) return std::unexpected(root.error());
     tier.root = std::move(*root);
     tier.replay = std::make_unique<Replay>(*tier.root, depot->segments_, depot->catalog_.get());
@@ -359,6 +360,7 @@ DepotStats OpenDepot::stats() const {
     root.reason = tier.root->reason();
     root.capacity_bytes = tier.root->capacity();
     root.writable = tier.root->writable();
+    stats.device.mapped_bytes += tier.root->files().mapped_bytes();
     for (const auto& [slot, segment] : segments_.present_segments(tier.root->index())) {
       root.used_bytes += segment.roots[tier.root->index()].file_bytes;
       ++root.segments;

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "format/extent.h"
+#include "io/mapping.h"
 #include "tokendepot/error.h"
 #include "tokendepot/layout.h"
 
@@ -92,13 +93,23 @@ class Device {
     static_cast<void>(stream);
     return 0;
   }
-  /// A segment was mapped, or is about to be unmapped: a device with a memory of its own may register the
-  /// range for direct copies. Payloads outside registered ranges work too, slower.
-  virtual void adopt(std::span<std::byte> mapping, bool writable) {
+  /// Whether a cache may be lent: it lies in this device's memory and its extents fit the slabs.
+  virtual Status accept(const PagedCache& cache) {
+    static_cast<void>(cache);
+    return {};
+  }
+  /// Whether adopt() does anything: then it pays to map segments before they are asked for, and writable.
+  virtual bool registers_mappings() const { return false; }
+  /// A segment was mapped. A device with a memory of its own registers the range for direct copies: in the
+  /// background, hottest first. Until then, and where that fails, payloads in it work too, slower.
+  virtual void adopt(std::span<std::byte> mapping, bool writable, uint64_t heat) {
     static_cast<void>(mapping);
     static_cast<void>(writable);
+    static_cast<void>(heat);
   }
-  virtual void release(std::span<std::byte> mapping) { static_cast<void>(mapping); }
+  /// Ends what adopt() began, then unmaps: a range is never unmapped while it is registered. Nobody uses the
+  /// mapping any more.
+  virtual void release(Mapping mapping) { static_cast<void>(mapping); }
 };
 
 /// `threads` in 1..64 run scatters before gathers. The slab is anonymous memory, touched only when used.

@@ -149,11 +149,13 @@ bool Keeper::demote(size_t tier, uint32_t slot) {
 }
 
 void Keeper::run_slow() {
+  for (const Tier& tier : tiers_) tier.root->map_ahead(segments_, stop_);
   std::unique_lock lock(mutex_);
   for (uint32_t round = 1; !stop_; ++round) {
     wake_slow_.wait_for(lock, kSlowInterval, [this] { return stop_.load(); });
     if (stop_) return;
     lock.unlock();
+    for (const Tier& tier : tiers_) tier.root->map_ahead(segments_, stop_);  // others' new ones
     for (size_t tier = 0; tier + 1 < tiers_.size(); ++tier) {
       for (const auto& [slot, segment] : segments_.present_segments(tiers_[tier].root->index())) {
         if (stop_) break;

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <ranges>
 #include <thread>
 
 #include "base/clock.h"
@@ -130,7 +131,8 @@ Status Root::choose_transport(const FileSystemInfo& system, uint32_t io_depth) {
   return {};
 }
 
-Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex index, const Options& depot) {
+Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex index, const Options& depot,
+                                         Device* device) {
   std::unique_ptr<Root> root(new Root);
   root->options_ = options;
   root->index_ = index;
@@ -160,8 +162,10 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
   if (auto marked = root->open_marker(); !marked) return std::unexpected(marked.error());
   if (auto chosen = root->choose_transport(*system, depot.io_depth); !chosen)
     return std::unexpected(chosen.error());
-  root->files_ =
-      std::make_unique<SegmentFiles>(root->segments_dir(), root->mapped_, root->direct_, files_kept_open());
+  root->device_ = device;
+  const bool map_writable = root->writable_ && device != nullptr && device->registers_mappings();
+  root->files_ = std::make_unique<SegmentFiles>(root->segments_dir(), root->mapped_, root->direct_,
+                                                files_kept_open(), device, map_writable);
   log(LogLevel::info, "root \"{}\": {} ({}), capacity {} MiB, segments of {} MiB{}", options.path,
       root->transport_, root->reason_, options.capacity_bytes / kMiB, root->segment_bytes() / kMiB,
       root->writable_ ? "" : ", read-only");
@@ -179,6 +183,18 @@ Status Root::fit_extent(uint64_t extent_bytes) {
   while (before < wanted && !segment_bytes_.compare_exchange_weak(before, wanted)) {
   }
   return {};
+}
+
+void Root::map_ahead(const SegmentTable& segments, const std::atomic<bool>& stop) {
+  if (!mapped_ || device_ == nullptr || !device_->registers_mappings()) return;
+  uint64_t bytes = 0;
+  const auto coldest_first = segments.present_segments(index_);
+  for (const auto& [slot, segment] : std::views::reverse(coldest_first)) {
+    bytes += segment.roots[index_].file_bytes;
+    if (stop || bytes > capacity() || !files_->map_ahead(segment.id, segment.last_used_ns)) return;
+    // Recycled or removed while it was opened: nobody else would let go of the file.
+    if (segments.condemned(slot, index_)) files_->drop(segment.id);
+  }
 }
 
 Status Root::keep_manifest(const std::string& digest_hex, const std::string& canonical) const {

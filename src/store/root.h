@@ -24,8 +24,8 @@ class Root {
  public:
   /// Checks the options against the file system, creates marker and directories when the directory is empty
   /// or missing, chooses the transport.
-  static Result<std::unique_ptr<Root>> open(const RootOptions& options, RootIndex index,
-                                            const Options& depot);
+  static Result<std::unique_ptr<Root>> open(const RootOptions& options, RootIndex index, const Options& depot,
+                                            Device* device = nullptr);
 
   RootIndex index() const { return index_; }
   const std::string& path() const { return options_.path; }
@@ -38,6 +38,9 @@ class Root {
   const std::string& transport() const { return transport_; }
   const std::string& reason() const { return reason_; }
   SegmentFiles& files() { return *files_; }
+  const SegmentFiles& files() const { return *files_; }
+  /// On a mapped root whose device registers mappings: maps what is there, hottest first, up to the capacity.
+  void map_ahead(const SegmentTable& segments, const std::atomic<bool>& stop);
 
   std::string segments_dir() const { return path() + "/segments"; }
   std::string journals_dir() const { return path() + "/journals"; }
@@ -69,6 +72,7 @@ class Root {
   std::atomic<uint64_t> segment_bytes_ = 0;
   std::string transport_;
   std::string reason_;
+  Device* device_ = nullptr;
   std::unique_ptr<IoEngine> engine_;
   std::unique_ptr<SegmentFiles> files_;
 };

@@ -214,7 +214,7 @@ Result<uint64_t> RootWriter::bytes_on_medium() const {
 
 Status RootWriter::evict_coldest(const std::function<void(uint32_t)>& before_eviction,
                                  const std::string& recycle_as, uint64_t wanted_bytes, bool* recycled,
-                                 Mapping* kept) {
+                                 SegmentMapping* kept) {
   *recycled = false;
   for (const auto& [slot, segment] : segments_.present_segments(root_.index())) {
     if (!segment.roots[root_.index()].sealed || segment.in_use > 0) continue;
@@ -256,7 +256,8 @@ Result<File> RootWriter::lock_keeper() const {
 }
 
 Result<File> RootWriter::make_file(const std::string& path, uint64_t bytes,
-                                   const std::function<void(uint32_t)>& before_eviction, Mapping* kept) {
+                                   const std::function<void(uint32_t)>& before_eviction,
+                                   SegmentMapping* kept) {
   // Each round evicts one segment, so the number of segments bounds the rounds.
   while (true) {
     const auto used = bytes_on_medium();
@@ -329,7 +330,7 @@ Status RootWriter::prepare_spare(const std::function<void(uint32_t)>& before_evi
   const auto make = [&]() -> Result<SegmentLease> {
     const auto keeper = lock_keeper();
     if (!keeper) return std::unexpected(keeper.error());
-    Mapping kept;
+    SegmentMapping kept;
     auto file = make_file(path, bytes, before_eviction, &kept);
     if (!file) return std::unexpected(file.error());
     populated = kept.is_mapped();

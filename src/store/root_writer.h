@@ -82,10 +82,11 @@ class RootWriter {
   /// the keeper's lock.
   /// `kept`, when given, receives this process's mapping of a recycled file: its pages need no faults again.
   Result<File> make_file(const std::string& path, uint64_t bytes,
-                         const std::function<void(uint32_t)>& before_eviction, Mapping* kept = nullptr);
+                         const std::function<void(uint32_t)>& before_eviction,
+                         SegmentMapping* kept = nullptr);
   Result<uint64_t> bytes_on_medium() const;
   Status evict_coldest(const std::function<void(uint32_t)>& before_eviction, const std::string& recycle_as,
-                       uint64_t wanted_bytes, bool* recycled, Mapping* kept = nullptr);
+                       uint64_t wanted_bytes, bool* recycled, SegmentMapping* kept = nullptr);
 
   Root& root_;
   Replay& replay_;

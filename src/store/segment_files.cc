@@ -21,14 +21,20 @@ SegmentLease::~SegmentLease() {
   if (owner_ != nullptr) owner_->release(file_);
 }
 
-SegmentFiles::SegmentFiles(std::string directory, bool mapped, bool direct, size_t max_open)
-    : directory_(std::move(directory)), mapped_(mapped), direct_(direct), max_open_(max_open) {}
+SegmentFiles::SegmentFiles(std::string directory, bool mapped, bool direct, size_t max_open, Device* device,
+                           bool map_writable)
+    : directory_(std::move(directory)),
+      mapped_(mapped),
+      direct_(direct),
+      max_open_(max_open),
+      device_(device),
+      map_writable_(mapped && map_writable) {}
 
 std::string SegmentFiles::path_of(const SegmentId& id) const {
   return directory_ + "/" + segment_name(id);
 }
 
-Result<SegmentLease> SegmentFiles::open(const SegmentId& id) {
+Result<SegmentLease> SegmentFiles::open(const SegmentId& id, uint64_t heat) {
   {
     std::lock_guard lock(mutex_);
     if (const auto found = files_.find(id); found != files_.end()) {
@@ -37,7 +43,10 @@ Result<SegmentLease> SegmentFiles::open(const SegmentId& id) {
       return SegmentLease(this, found->second.get());
     }
   }
-  auto opened = File::open(path_of(id), {.direct = direct_});
+  auto opened = File::open(path_of(id), {.write = map_writable_, .direct = direct_});
+  const bool writable = map_writable_ && opened;
+  if (!opened && map_writable_ && opened.error().kind == ErrorKind::permission)
+    opened = File::open(path_of(id), {});
   // On a root that is only read nobody could try beforehand whether direct I/O works.
   if (!opened && direct_ && opened.error().kind == ErrorKind::unsupported)
     opened = File::open(path_of(id), {});
@@ -45,35 +54,49 @@ Result<SegmentLease> SegmentFiles::open(const SegmentId& id) {
   auto segment = std::make_unique<SegmentFile>();
   segment->id = id;
   segment->file = std::move(*opened);
-  return insert(std::move(segment));
+  return insert(std::move(segment), writable, heat);
 }
 
-Mapping SegmentFiles::take_mapping(const SegmentId& id) {
+bool SegmentFiles::map_ahead(const SegmentId& id, uint64_t heat) {
+  {
+    std::lock_guard lock(mutex_);
+    if (files_.contains(id)) return true;
+    if (files_.size() >= max_open_) return false;
+  }
+  auto opened = open(id, heat);
+  if (!opened) return true;  // gone meanwhile, or not readable: a load that wants it will say so
+  std::lock_guard lock(mutex_);
+  opened->file_->last_lease = 0;  // the first to be closed again
+  return true;
+}
+
+SegmentMapping SegmentFiles::take_mapping(const SegmentId& id) {
   std::lock_guard lock(mutex_);
   const auto found = files_.find(id);
-  if (found == files_.end() || found->second->leases > 0 || !found->second->writable) return {};
-  Mapping mapping = std::move(found->second->mapping);
+  if (found == files_.end() || found->second->leases > 0 || !found->second->mapping.writable()) return {};
+  SegmentMapping mapping = std::move(found->second->mapping);
   files_.erase(found);
   return mapping;
 }
 
-Result<SegmentLease> SegmentFiles::adopt(const SegmentId& id, File file, Mapping mapping) {
+Result<SegmentLease> SegmentFiles::adopt(const SegmentId& id, File file, SegmentMapping mapping) {
   auto segment = std::make_unique<SegmentFile>();
   segment->id = id;
   segment->file = std::move(file);
   segment->writable = true;
   segment->mapping = std::move(mapping);
-  return insert(std::move(segment));
+  return insert(std::move(segment), true, SegmentMapping::kHottest);
 }
 
-Result<SegmentLease> SegmentFiles::insert(std::unique_ptr<SegmentFile> segment) {
+Result<SegmentLease> SegmentFiles::insert(std::unique_ptr<SegmentFile> segment, bool map_writable,
+                                          uint64_t heat) {
   const auto size = segment->file.size();
   if (!size) return std::unexpected(size.error());
   segment->bytes = *size;
   if (mapped_ && *size > 0 && segment->mapping.size() != *size) {
-    auto mapping = Mapping::map(segment->file, *size, segment->writable);
+    auto mapping = Mapping::map(segment->file, *size, map_writable);
     if (!mapping) return std::unexpected(mapping.error());
-    segment->mapping = std::move(*mapping);
+    segment->mapping = SegmentMapping(std::move(*mapping), map_writable, device_, heat);
   }
   std::lock_guard lock(mutex_);
   if (segment->writable) drop_locked(segment->id);
@@ -118,6 +141,14 @@ void SegmentFiles::drop_locked(const SegmentId& id) {
     doomed_.push_back(std::move(found->second));
   }
   files_.erase(found);
+}
+
+uint64_t SegmentFiles::mapped_bytes() const {
+  std::lock_guard lock(mutex_);
+  uint64_t bytes = 0;
+  for (const auto& [id, file] : files_) bytes += file->mapping.size();
+  for (const auto& file : doomed_) bytes += file->mapping.size();
+  return bytes;
 }
 
 void SegmentFiles::release(SegmentFile* file) {

@@ -75,6 +75,7 @@ void Transfers::close() {
 
 Status Transfers::attach(const PagedCache& cache) {
   if (auto valid = validate(cache); !valid) return valid;
+  if (auto accepted = device_.accept(cache); !accepted) return accepted;
   const uint64_t bytes = extent_bytes(cache.shape);
   for (const Tier& tier : tiers_) {
     if (tier.root->mapped() || bytes <= device_.slab().size()) continue;

@@ -1,307 +1,340 @@
 // The CUDA device: extents go between host memory (mapped segments, or the pinned slab) and the paged cache
 // in one copy and one kernel each, several in flight, loads on high-priority streams and stores on
 // low-priority ones.
+//
+// Threads: one starts and finishes flights and never waits for a copy of the CPU; one registers mapped
+// segments; `threads` copy payloads that are not registered (yet). All calls of the driver are made by them,
+// but for mark() and accept(): a thread of the engine keeps the device that it has.
+#include "device/cuda/cuda_device.h"
+
 #include <cuda_runtime_api.h>
-#include <sys/mman.h>
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
-#include <map>
+#include <memory>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <vector>
 
 #include "base/check.h"
 #include "base/errors.h"
 #include "base/log.h"
-#include "device/cuda/cuda_device.h"
-#include "device/cuda/move.h"
+#include "device/cuda/bounce.h"
+#include "device/cuda/caches.h"
+#include "device/cuda/flight.h"
+#include "device/cuda/marks.h"
+#include "device/cuda/registry.h"
+#include "device/cuda/status.h"
 #include "device/host_slab.h"
 #include "io/io_thread.h"
-#include "io/mapping.h"
 
 namespace tokendepot {
 namespace {
 
-using cuda::Move;
+using cuda::check;
+using cuda::Flight;
 
-constexpr uint32_t kLoadBlocks =
-    16;  // of 512 threads: verify at 440 GB/s, scatter at 160 (design.md section 8)
+// Thread blocks of 512: verify at 440 GB/s, scatter at 160 (design.md section 8).
+constexpr uint32_t kLoadBlocks = 16;
 constexpr uint32_t kStoreBlocks = 16;
 constexpr uint32_t kMostInFlight = 16;
+constexpr uint32_t kMostStoresInFlight = kMostInFlight / 2;  // they may wait for a step of the engine
 constexpr uint64_t kNoteBytes = 1 << 20;  // block ids and digests of one work in mapped host memory
 
-Status check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return {};
-  return fail(ErrorKind::io, "CUDA: {}: {}", what, cudaGetErrorString(status));
+/// What one work needs besides its payload.
+struct Needs {
+  uint64_t pages;
+  uint64_t region_bytes;
+  uint64_t note_bytes;
+};
+
+Needs needs_of(uint64_t payload_bytes, uint32_t shards, uint64_t blocks) {
+  const uint64_t pages = payload_bytes / kPageBytes;
+  return {pages, payload_bytes + align_up(pages * 8 + (shards + 2) * 4, 256),
+          align_up(blocks * 4, 8) + uint64_t{shards} * 8 + 8};
 }
-
-/// What the kernels know of an attached cache.
-struct DeviceCache {
-  cuda::DevicePlane* planes = nullptr;
-  uint32_t planes_per_layer = 0;
-  bool aligned = true;
-};
-
-/// One work on its way through a stream.
-struct Flight {
-  ScatterWork* scatter = nullptr;
-  GatherWork* gather = nullptr;
-  std::byte* region = nullptr;  // of the device slab's address map
-  std::byte* bounce = nullptr;  // pinned copy of a payload that is not registered
-  uint32_t note = 0;
-  cudaEvent_t done = nullptr;
-};
 
 class CudaDevice final : public Device {
  public:
+  CudaDevice(uint32_t ordinal, uint64_t device_slab_bytes, uint64_t slab_bytes, uint32_t threads)
+      : ordinal_(static_cast<int>(ordinal)),
+        slab_bytes_(device_slab_bytes),
+        host_slab_bytes_(slab_bytes),
+        bounces_(threads) {}
+
   ~CudaDevice() override {
     {
-      std::lock_guard lock(mutex_);
+      const std::lock_guard lock(mutex_);
       closing_ = true;
+      wake_.notify_all();
     }
-    wake_.notify_all();
     if (thread_.joinable()) thread_.join();
-    cudaSetDevice(ordinal_);
-    for (const auto& [begin, bytes] : registered_) cudaHostUnregister(reinterpret_cast<void*>(begin));
-    for (const auto& [cache, known] : caches_) cudaFree(known.planes);
-    for (cudaStream_t stream : load_streams_) cudaStreamDestroy(stream);
-    for (cudaStream_t stream : store_streams_) cudaStreamDestroy(stream);
-    for (cudaEvent_t event : events_) cudaEventDestroy(event);
-    if (pinned_) cudaHostUnregister(pinned_->base());
-    cudaFreeHost(notes_);
-    cudaFree(memory_);
   }
 
-  Status start(uint32_t ordinal, uint64_t device_slab_bytes, uint64_t pinned_bytes) {
-    ordinal_ = static_cast<int>(ordinal);
-    int count = 0;
-    const cudaError_t counted = cudaGetDeviceCount(&count);
-    if (counted != cudaSuccess) {
-      return fail(ErrorKind::unsupported, "device=cuda:{} is not possible: no GPU can be used here ({})",
-                  ordinal, cudaGetErrorString(counted));
-    }
-    if (ordinal_ >= count) {
-      return fail(ErrorKind::unsupported, "device=cuda:{} does not exist: this process sees {} GPUs", ordinal,
-                  count);
-    }
-    if (auto s = check(cudaSetDevice(ordinal_), "cudaSetDevice"); !s) return s;
-    size_t free_bytes = 0, total = 0;
-    if (auto s = check(cudaMemGetInfo(&free_bytes, &total), "cudaMemGetInfo"); !s) return s;
-    if (free_bytes < device_slab_bytes) {
-      return fail(ErrorKind::no_space, "device_slab={} is more than the {} bytes that are free on cuda:{}",
-                  device_slab_bytes, free_bytes, ordinal);
-    }
-    if (auto s = check(cudaMalloc(&memory_, device_slab_bytes), "cudaMalloc of the device slab"); !s)
-      return s;
-    regions_ = std::make_unique<HostSlab>(device_slab_bytes);
-    pinned_ = std::make_unique<HostSlab>(pinned_bytes);
-    if (auto s = check(cudaHostRegister(pinned_->base(), pinned_->size(), cudaHostRegisterPortable),
-                       "pinning the slab");
-        !s)
-      return s;
-    if (auto s = check(cudaHostAlloc(reinterpret_cast<void**>(&notes_), kNoteBytes * kMostInFlight,
-                                     cudaHostAllocPortable),
-                       "pinned notes");
-        !s)
-      return s;
-    int low = 0, high = 0;
-    if (auto s = check(cudaDeviceGetStreamPriorityRange(&low, &high), "stream priorities"); !s) return s;
-    for (cudaStream_t& stream : load_streams_) {
-      if (auto s = check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, high), "a load stream");
-          !s)
-        return s;
-    }
-    for (cudaStream_t& stream : store_streams_) {
-      if (auto s = check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, low), "a store stream");
-          !s)
-        return s;
-    }
-    events_.resize(kMostInFlight);
-    for (uint32_t i = 0; i < kMostInFlight; ++i) {
-      if (auto s = check(cudaEventCreateWithFlags(&events_[i], cudaEventDisableTiming), "an event"); !s)
-        return s;
-      free_notes_.push_back(i);
-    }
-    std::memcpy(secret_.words, XXH3_kSecret, sizeof secret_.words);
-    thread_ = start_io_thread([](void* self) { static_cast<CudaDevice*>(self)->serve(); }, this);
+  /// Starts the device's own thread and returns what became of everything that it makes first.
+  Status start() {
+    thread_ = start_io_thread([](void* self) { static_cast<CudaDevice*>(self)->run(); }, this);
     if (!thread_.joinable()) return fail(ErrorKind::busy, "the system refused the CUDA device's thread");
+    {
+      std::unique_lock lock(mutex_);
+      wake_.wait(lock, [this] { return made_.has_value(); });
+    }
+    if (!*made_) return *made_;
+    for (size_t i = 0; i < bounces_.size(); ++i) {
+      std::thread copier =
+          start_io_thread([](void* self) { static_cast<CudaDevice*>(self)->copy_unregistered(); }, this);
+      if (!copier.joinable()) return fail(ErrorKind::busy, "the system refused the CUDA device's threads");
+      copiers_.push_back(std::move(copier));
+    }
     return {};
   }
 
   DeviceStats stats() const override {
     DeviceStats stats;
     stats.name = fmt::format("cuda:{}", ordinal_);
-    stats.slab_bytes = regions_->size();
-    stats.pinned_bytes = pinned_->size() + kNoteBytes * kMostInFlight;
-    stats.threads = 1;
+    stats.slab_bytes = slab_bytes_;
+    stats.pinned_bytes =
+        pinned_->size() + kNoteBytes * kMostInFlight + bounces_.size() * cuda::Bounce::kPinnedBytes;
+    stats.registered_bytes = registry_->registered_bytes();
+    stats.threads = static_cast<uint32_t>(2 + copiers_.size());
     return stats;
   }
   Slab& slab() override { return *pinned_; }
 
+  // Notified under the lock: once `done` was called the owner may destroy the device.
   void submit(ScatterWork* work) override {
-    {
-      std::lock_guard lock(mutex_);
-      scatters_.push_back(work);
-    }
+    const std::lock_guard lock(mutex_);
+    scatters_.push_back(work);
     wake_.notify_one();
   }
   void submit(GatherWork* work) override {
-    {
-      std::lock_guard lock(mutex_);
-      gathers_.push_back(work);
-    }
+    const std::lock_guard lock(mutex_);
+    gathers_.push_back(work);
     wake_.notify_one();
   }
 
-  void adopt(std::span<std::byte> mapping, bool writable) override {
-    cudaSetDevice(ordinal_);
-    const unsigned flags = cudaHostRegisterPortable | (writable ? 0u : unsigned{cudaHostRegisterReadOnly});
-    const cudaError_t status = cudaHostRegister(mapping.data(), mapping.size(), flags);
-    if (status != cudaSuccess) {
-      cudaGetLastError();
-      log(LogLevel::warning, "CUDA: {} bytes of a segment are not registered ({}): they go through the slab",
-          mapping.size(), cudaGetErrorString(status));
-      return;
+  Result<uint64_t> mark(void* stream) override { return marks_->mark(static_cast<cudaStream_t>(stream)); }
+
+  Status accept(const PagedCache& cache) override {
+    const GroupShape& shape = cache.shape;
+    const Needs needs = needs_of(shape.payload_bytes(), shape.shards(), shape.blocks());
+    if (needs.region_bytes > slab_bytes_) {
+      return fail(ErrorKind::invalid_argument,
+                  "device_slab={} is smaller than one extent of group {} with its digests ({} bytes)",
+                  slab_bytes_, shape.group, needs.region_bytes);
     }
-    std::lock_guard lock(registered_mutex_);
-    registered_.emplace(reinterpret_cast<uintptr_t>(mapping.data()), mapping.size());
-  }
-  void release(std::span<std::byte> mapping) override {
-    {
-      std::lock_guard lock(registered_mutex_);
-      if (registered_.erase(reinterpret_cast<uintptr_t>(mapping.data())) == 0) return;
+    if (needs.note_bytes > kNoteBytes) {
+      return fail(ErrorKind::unsupported, "group {}: {} blocks and {} shards in one extent are more than fit",
+                  shape.group, shape.blocks(), shape.shards());
     }
-    cudaSetDevice(ordinal_);
-    cudaHostUnregister(mapping.data());
+    return cuda::check_memory(cache, ordinal_);
   }
+
+  bool registers_mappings() const override { return true; }
+  void adopt(std::span<std::byte> mapping, bool writable, uint64_t heat) override {
+    registry_->adopt(mapping, writable, heat);
+  }
+  void release(Mapping mapping) override { registry_->release(std::move(mapping)); }
 
  private:
-  bool is_registered(const std::byte* at, uint64_t bytes) {
-    const auto address = reinterpret_cast<uintptr_t>(at);
-    const auto slab = reinterpret_cast<uintptr_t>(pinned_->base());
-    if (address >= slab && address + bytes <= slab + pinned_->size()) return true;
-    std::lock_guard lock(registered_mutex_);
-    auto range = registered_.upper_bound(address);
-    if (range == registered_.begin()) return false;
-    --range;
-    return address + bytes <= range->first + range->second;
+  void run() {
+    Status made = make();
+    const bool good = made.has_value();
+    {
+      const std::lock_guard lock(mutex_);
+      made_ = std::move(made);
+      wake_.notify_all();
+    }
+    if (good) serve();
+    for (std::thread& copier : copiers_) copier.join();
+    unmake();
   }
 
-  const DeviceCache* cache_of(const PagedCache& cache) {
-    const auto found = caches_.find(&cache);
-    if (found != caches_.end()) return &found->second;
-    DeviceCache known;
-    known.planes_per_layer = static_cast<uint32_t>(cache.layers.front().size());
-    std::vector<cuda::DevicePlane> planes;
-    const auto multiple = [](int64_t value) { return value % 16 == 0; };
-    known.aligned = cache.shape.kind == LayoutKind::opaque || multiple(cache.shape.row_bytes);
-    for (const auto& layer : cache.layers) {
-      uint32_t offset = 0;
-      for (const Plane& plane : layer) {
-        planes.push_back({reinterpret_cast<uint8_t*>(plane.base), plane.block_stride, plane.head_stride,
-                          plane.token_stride, plane.piece_bytes, offset});
-        offset += plane.piece_bytes;
-        known.aligned = known.aligned && reinterpret_cast<uintptr_t>(plane.base) % 16 == 0 &&
-                        multiple(plane.block_stride) && multiple(plane.head_stride) &&
-                        multiple(plane.token_stride) && multiple(plane.piece_bytes);
-      }
+  Status make() {
+    int count = 0;
+    const cudaError_t counted = cudaGetDeviceCount(&count);
+    if (counted != cudaSuccess) {
+      return fail(ErrorKind::unsupported, "device=cuda:{} is not possible: no GPU can be used here ({})",
+                  ordinal_, cudaGetErrorString(counted));
     }
-    const size_t bytes = planes.size() * sizeof(cuda::DevicePlane);
-    if (cudaMalloc(reinterpret_cast<void**>(&known.planes), bytes) != cudaSuccess ||
-        cudaMemcpy(known.planes, planes.data(), bytes, cudaMemcpyHostToDevice) != cudaSuccess) {
-      return nullptr;
+    if (ordinal_ >= count) {
+      return fail(ErrorKind::unsupported, "device=cuda:{} does not exist: this process sees {} GPUs",
+                  ordinal_, count);
     }
-    return &caches_.emplace(&cache, known).first->second;
+    if (auto s = check(cudaSetDevice(ordinal_), "cudaSetDevice"); !s) return s;
+    size_t free_bytes = 0;
+    size_t total = 0;
+    if (auto s = check(cudaMemGetInfo(&free_bytes, &total), "cudaMemGetInfo"); !s) return s;
+    if (free_bytes < slab_bytes_) {
+      return fail(ErrorKind::no_space, "device_slab={} is more than the {} bytes that are free on cuda:{}",
+                  slab_bytes_, free_bytes, ordinal_);
+    }
+    const cudaError_t allocated = cudaMalloc(&memory_, slab_bytes_);
+    if (allocated != cudaSuccess) {
+      return fail(ErrorKind::no_space, "device_slab={} cannot be had on cuda:{} with {} bytes free ({})",
+                  slab_bytes_, ordinal_, free_bytes, cudaGetErrorString(allocated));
+    }
+    regions_ = std::make_unique<HostSlab>(slab_bytes_);
+    pinned_ = std::make_unique<HostSlab>(host_slab_bytes_);
+    const cudaError_t pinned = cudaHostRegister(pinned_->base(), pinned_->size(), cudaHostRegisterDefault);
+    if (pinned != cudaSuccess) {
+      return fail(ErrorKind::no_space, "slab={} cannot be page-locked for cuda:{} ({})", host_slab_bytes_,
+                  ordinal_, cudaGetErrorString(pinned));
+    }
+    slab_is_pinned_ = true;
+    void* notes = nullptr;
+    if (auto s =
+            check(cudaHostAlloc(&notes, kNoteBytes * kMostInFlight, cudaHostAllocDefault), "pinned notes");
+        !s)
+      return s;
+    notes_ = static_cast<std::byte*>(notes);
+    int low = 0;
+    int high = 0;
+    if (auto s = check(cudaDeviceGetStreamPriorityRange(&low, &high), "stream priorities"); !s) return s;
+    for (cudaStream_t& stream : load_streams_) {
+      if (auto s = check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, high), "a stream"); !s)
+        return s;
+    }
+    for (cudaStream_t& stream : store_streams_) {
+      if (auto s = check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, low), "a stream"); !s)
+        return s;
+    }
+    for (uint32_t i = 0; i < kMostInFlight; ++i) {
+      if (auto s = check(cudaEventCreateWithFlags(&flights_[i].done, cudaEventDisableTiming), "an event"); !s)
+        return s;
+      flights_[i].note = notes_ + i * kNoteBytes;
+      free_.push_back(&flights_[i]);
+    }
+    marks_ = std::make_unique<cuda::Marks>();
+    if (auto s = marks_->start(); !s) return s;
+    for (auto& bounce : bounces_) {
+      bounce = std::make_unique<cuda::Bounce>();
+      if (auto s = bounce->start(high); !s) return s;
+    }
+    std::memcpy(secret_.words, XXH3_kSecret, sizeof secret_.words);
+    registry_ = std::make_unique<cuda::Registry>(ordinal_);
+    if (!registry_->running())
+      return fail(ErrorKind::busy, "the system refused the CUDA device's second thread");
+    return {};
   }
+
+  void unmake() {
+    registry_.reset();
+    bounces_.clear();
+    marks_.reset();
+    caches_.reset();
+    for (const Flight& flight : flights_) {
+      if (flight.done != nullptr) cudaEventDestroy(flight.done);
+    }
+    for (cudaStream_t stream : load_streams_) {
+      if (stream != nullptr) cudaStreamDestroy(stream);
+    }
+    for (cudaStream_t stream : store_streams_) {
+      if (stream != nullptr) cudaStreamDestroy(stream);
+    }
+    if (notes_ != nullptr) cudaFreeHost(notes_);
+    if (slab_is_pinned_) cudaHostUnregister(pinned_->base());
+    if (memory_ != nullptr) cudaFree(memory_);
+  }
+
+  // --- the device's thread: starts flights, loads first, and finishes them
+  // ------------------------------------------------------------------------------------------------------
 
   void serve() {
-    cudaSetDevice(ordinal_);
     std::unique_lock lock(mutex_);
     while (true) {
-      const bool idle = flights_.empty() && scatters_.empty() && gathers_.empty();
-      if (idle) {
-        if (closing_) return;
-        wake_.wait(lock, [this] { return closing_ || !scatters_.empty() || !gathers_.empty(); });
-        continue;
-      }
       bool progress = false;
-      if (!scatters_.empty() && !free_notes_.empty()) {
-        ScatterWork* work = scatters_.front();
-        scatters_.pop_front();
-        lock.unlock();
-        const bool started = start_flight(work, nullptr);
-        lock.lock();
-        if (!started) scatters_.push_front(work);
-        progress |= started;
-      } else if (!gathers_.empty() && !free_notes_.empty()) {
-        GatherWork* work = gathers_.front();
-        gathers_.pop_front();
-        lock.unlock();
-        const bool started = start_flight(nullptr, work);
-        lock.lock();
-        if (!started) gathers_.push_front(work);
-        progress |= started;
+      if (!scatters_.empty() && !free_.empty()) {
+        progress = take_off(lock, scatters_);
+      } else if (!gathers_.empty() && !free_.empty() && stores_in_flight_ < kMostStoresInFlight) {
+        progress = take_off(lock, gathers_);
       }
-      lock.unlock();
-      progress |= finish_flights();
-      if (!progress) std::this_thread::sleep_for(std::chrono::microseconds(5));
-      lock.lock();
+      flying_.insert(flying_.end(), copied_.begin(), copied_.end());
+      copied_.clear();
+      if (!flying_.empty()) {
+        lock.unlock();
+        progress |= finish_flights();
+        if (!progress) std::this_thread::sleep_for(std::chrono::microseconds(5));
+        lock.lock();
+      } else if (!progress) {
+        if (closing_ && free_.size() == kMostInFlight && scatters_.empty() && gathers_.empty()) {
+          done_ = true;
+          wake_copiers_.notify_all();
+          return;
+        }
+        if (scatters_.empty() && gathers_.empty()) {
+          wake_.wait(lock);
+        } else {
+          // A copier may have given back just then what was missing.
+          wake_.wait_for(lock, std::chrono::milliseconds(1));
+        }
+      }
     }
   }
 
-  /// False: no room in the device slab, try again when a flight has ended.
-  bool start_flight(ScatterWork* scatter, GatherWork* gather) {
-    const PagedCache& cache = scatter != nullptr ? *scatter->cache : *gather->cache;
+  /// False: no room in the device's slab; try again when a flight has ended.
+  template <typename Work>
+  bool take_off(std::unique_lock<std::mutex>& lock, std::deque<Work*>& queue) {
+    constexpr bool kStore = std::is_same_v<Work, GatherWork>;
+    Work* const work = queue.front();
+    queue.pop_front();
+    Flight& flight = *free_.back();
+    free_.pop_back();
+    if (kStore) ++stores_in_flight_;
+    lock.unlock();
+    if constexpr (kStore) {
+      flight.gather = work;
+    } else {
+      flight.scatter = work;
+    }
+    const Start start = prepare(flight);
+    if (start == Start::ready) launch(flight);
+    if (start == Start::never) end(flight, ScatterOutcome::failed);
+    lock.lock();
+    if (start != Start::later) return true;
+    give_back_locked(flight);
+    queue.push_front(work);
+    return false;
+  }
+
+  enum class Start : uint8_t { ready, later, never };
+
+  Start prepare(Flight& flight) {
+    const ScatterWork* const scatter = flight.scatter;
+    const PagedCache& cache = scatter != nullptr ? *scatter->cache : *flight.gather->cache;
     const GroupShape shape = scatter != nullptr ? scatter->header->shape() : cache.shape;
     const uint32_t shards = scatter != nullptr ? scatter->shards : shape.shards();
+    const std::span<const int32_t> blocks = scatter != nullptr ? scatter->blocks : flight.gather->blocks;
     const uint64_t bytes = shards * shape.shard_stride();
-    const uint64_t pages = bytes / kPageBytes;
-    const std::span<const int32_t> blocks = scatter != nullptr ? scatter->blocks : gather->blocks;
-    const uint64_t scratch = align_up(pages * 8 + (shards + 2) * 4, 256);
-    const uint64_t note_bytes = align_up(blocks.size() * 4, 8) + shards * 8 + 8;
-    const DeviceCache* known = cache_of(cache);
-    if (known == nullptr || bytes + scratch > regions_->size() || note_bytes > kNoteBytes) {
-      refuse(scatter, gather);
-      return true;
+    const Needs needs = needs_of(bytes, shards, blocks.size());
+    const cuda::DeviceCache* const known = caches_->find_or_add(cache, load_streams_[0]);
+    if (known == nullptr || needs.region_bytes > slab_bytes_ || needs.note_bytes > kNoteBytes)
+      return Start::never;
+    flight.region = regions_->allocate(needs.region_bytes);
+    if (flight.region == nullptr) return Start::later;
+    flight.device = static_cast<std::byte*>(memory_) + (flight.region - regions_->base());
+    // The payload of a load is only read from.
+    flight.payload = scatter != nullptr
+                         ? std::span(const_cast<std::byte*>(scatter->payload.data()), scatter->payload.size())
+                         : flight.gather->payload;
+    if (is_in_slab(flight.payload)) {
+      flight.pieces.assign(1, flight.payload);
+    } else if (!registry_->cut(flight.payload.data(), bytes, flight.pieces)) {
+      flight.pieces.clear();
     }
-    Flight flight;
-    flight.scatter = scatter;
-    flight.gather = gather;
-    flight.region = regions_->allocate(bytes + scratch);
-    if (flight.region == nullptr) return false;
-    std::byte* host =
-        scatter != nullptr ? const_cast<std::byte*>(scatter->payload.data()) : gather->payload.data();
-    if (!is_registered(host, bytes)) {
-      flight.bounce = pinned_->allocate(bytes);
-      if (flight.bounce == nullptr) {
-        regions_->release(flight.region);
-        return false;
-      }
-      if (scatter != nullptr) {
-        auto copy = [&] { std::memcpy(flight.bounce, host, bytes); };
-        if (!scatter->guarded) {
-          copy();
-        } else if (!guard_mapping(scatter->payload, copy)) {
-          pinned_->release(flight.bounce);
-          regions_->release(flight.region);
-          scatter->done(scatter, ScatterOutcome::gone);
-          return true;
-        }
-      }
-      host = flight.bounce;
-    }
-    flight.note = free_notes_.back();
-    free_notes_.pop_back();
-    flight.done = events_[flight.note];
-    std::byte* const note = notes_ + flight.note * kNoteBytes;
-    std::byte* const device = static_cast<std::byte*>(memory_) + (flight.region - regions_->base());
+    flight.aligned = known->aligned;
+    flight.stream = scatter != nullptr ? load_streams_[next_load_++ % load_streams_.size()]
+                                       : store_streams_[next_store_++ % store_streams_.size()];
 
-    Move move{};
+    cuda::Move& move = flight.move;
     move.planes = known->planes;
     move.planes_per_layer = known->planes_per_layer;
     move.block_tokens = cache.shape.block_tokens;
@@ -319,124 +352,241 @@ class CudaDevice final : public Device {
     move.shards = shards;
     move.shard_bytes = shape.shard_bytes();
     move.shard_stride = shape.shard_stride();
-    move.payload = reinterpret_cast<uint8_t*>(device);
-    move.page_digests = reinterpret_cast<uint64_t*>(device + bytes);
-    move.pages_done = reinterpret_cast<uint32_t*>(device + bytes + pages * 8);
+    move.payload = reinterpret_cast<uint8_t*>(flight.device);
+    move.page_digests = reinterpret_cast<uint64_t*>(flight.device + bytes);
+    move.pages_done = reinterpret_cast<uint32_t*>(flight.device + bytes + needs.pages * 8);
     move.bad = move.pages_done + shards;
     move.arrived = move.bad + 1;
-    std::memcpy(note, blocks.data(), blocks.size() * 4);
-    move.blocks = reinterpret_cast<const int32_t*>(note);
-    move.shard_digests = reinterpret_cast<uint64_t*>(note + align_up(blocks.size() * 4, 8));
+    std::memcpy(flight.note, blocks.data(), blocks.size() * 4);
+    move.blocks = reinterpret_cast<const int32_t*>(flight.note);
+    move.shard_digests = reinterpret_cast<uint64_t*>(flight.note + align_up(blocks.size() * 4, 8));
     move.outcome = reinterpret_cast<uint32_t*>(move.shard_digests + shards);
-
-    cudaError_t status;
     if (scatter != nullptr) {
       std::memcpy(move.shard_digests, scatter->header->shard_digests.data() + scatter->first_shard,
                   shards * 8);
-      *move.outcome = 2;
-      const cudaStream_t stream = load_streams_[next_load_++ % load_streams_.size()];
-      status = cudaMemsetAsync(move.pages_done, 0, (shards + 2) * 4, stream);
-      if (status == cudaSuccess)
-        status = cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream);
-      if (status == cudaSuccess) status = launch_scatter(move, secret_, kLoadBlocks, known->aligned, stream);
-      if (status == cudaSuccess) status = cudaEventRecord(flight.done, stream);
+      *move.outcome = kNoOutcome;
+    }
+    return Start::ready;
+  }
+
+  void launch(Flight& flight) {
+    const bool reached = !flight.pieces.empty();
+    if (flight.scatter != nullptr && !reached) {
+      const std::lock_guard lock(mutex_);
+      copies_in_.push_back(&flight);
+      wake_copiers_.notify_one();
+      return;
+    }
+    cudaError_t status = cudaSuccess;
+    if (flight.scatter != nullptr) {
+      uint64_t at = 0;
+      for (const std::span<std::byte> piece : flight.pieces) {
+        if (status == cudaSuccess)
+          status = cudaMemcpyAsync(flight.device + at, piece.data(), piece.size(), cudaMemcpyHostToDevice,
+                                   flight.stream);
+        at += piece.size();
+      }
+      if (status == cudaSuccess) status = queue_scatter(flight);
     } else {
-      const cudaStream_t stream = store_streams_[next_store_++ % store_streams_.size()];
-      status = cudaMemsetAsync(move.pages_done, 0, (shards + 2) * 4, stream);
-      if (status == cudaSuccess) status = launch_gather(move, secret_, kStoreBlocks, known->aligned, stream);
+      status = queue_gather(flight);
+    }
+    if (status != cudaSuccess) return give_up(flight, status);
+    flying_.push_back(&flight);
+  }
+
+  cudaError_t queue_scatter(const Flight& flight) {
+    cudaError_t status =
+        cudaMemsetAsync(flight.move.pages_done, 0, (flight.move.shards + 2) * 4, flight.stream);
+    // Only the kernel touches the cache: the copy need not wait for the engine.
+    if (status == cudaSuccess) status = marks_->wait(flight.stream, flight.scatter->after);
+    if (status == cudaSuccess)
+      status = launch_scatter(flight.move, secret_, kLoadBlocks, flight.aligned, flight.stream);
+    if (status == cudaSuccess) status = cudaEventRecord(flight.done, flight.stream);
+    return status;
+  }
+
+  cudaError_t queue_gather(const Flight& flight) {
+    cudaError_t status =
+        cudaMemsetAsync(flight.move.pages_done, 0, (flight.move.shards + 2) * 4, flight.stream);
+    if (status == cudaSuccess) status = marks_->wait(flight.stream, flight.gather->after);
+    if (status == cudaSuccess)
+      status = launch_gather(flight.move, secret_, kStoreBlocks, flight.aligned, flight.stream);
+    uint64_t at = 0;
+    for (const std::span<std::byte> piece : flight.pieces) {
       if (status == cudaSuccess)
-        status = cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream);
-      if (status == cudaSuccess) status = cudaEventRecord(flight.done, stream);
+        status = cudaMemcpyAsync(piece.data(), flight.device + at, piece.size(), cudaMemcpyDeviceToHost,
+                                 flight.stream);
+      at += piece.size();
     }
-    if (status != cudaSuccess) {
-      log(LogLevel::error, "CUDA: {}", cudaGetErrorString(status));
-      end(flight);
-      refuse(scatter, gather);
-      return true;
-    }
-    flights_.push_back(flight);
-    return true;
-  }
-
-  static void refuse(ScatterWork* scatter, GatherWork* gather) {
-    if (scatter != nullptr) scatter->done(scatter, ScatterOutcome::gone);
-    if (gather != nullptr) gather->done(gather, false);
-  }
-
-  void end(const Flight& flight) {
-    regions_->release(flight.region);
-    if (flight.bounce != nullptr) pinned_->release(flight.bounce);
-    free_notes_.push_back(flight.note);
+    if (status == cudaSuccess) status = cudaEventRecord(flight.done, flight.stream);
+    return status;
   }
 
   bool finish_flights() {
     bool any = false;
-    for (auto at = flights_.begin(); at != flights_.end();) {
-      const cudaError_t status = cudaEventQuery(at->done);
+    for (size_t i = 0; i < flying_.size();) {
+      Flight& flight = *flying_[i];
+      const cudaError_t status = cudaEventQuery(flight.done);
       if (status == cudaErrorNotReady) {
-        ++at;
+        cudaGetLastError();  // else the next launch would be told
+        ++i;
         continue;
       }
-      const Flight flight = *at;
-      at = flights_.erase(at);
+      flying_.erase(flying_.begin() + static_cast<std::ptrdiff_t>(i));
       any = true;
-      finish(flight, status);
+      if (status != cudaSuccess) {
+        give_up(flight, status);
+      } else {
+        finish(flight);
+      }
     }
     return any;
   }
 
-  void finish(const Flight& flight, cudaError_t status) {
-    if (status != cudaSuccess) {
-      log(LogLevel::error, "CUDA: {}", cudaGetErrorString(status));
-      end(flight);
-      return refuse(flight.scatter, flight.gather);
+  void finish(Flight& flight) {
+    if (flight.scatter != nullptr) {
+      const uint32_t outcome = *static_cast<const volatile uint32_t*>(flight.move.outcome);
+      TD_CHECK(outcome != kNoOutcome);
+      return end(flight, outcome == 0 ? ScatterOutcome::ok : ScatterOutcome::corrupt);
     }
-    const std::byte* const note = notes_ + flight.note * kNoteBytes;
-    if (ScatterWork* work = flight.scatter) {
-      const auto* digests = reinterpret_cast<const uint64_t*>(note + align_up(work->blocks.size() * 4, 8));
-      const uint32_t outcome = *reinterpret_cast<const volatile uint32_t*>(digests + work->shards);
-      end(flight);
-      TD_CHECK(outcome < 2);
-      return work->done(work, outcome == 0 ? ScatterOutcome::ok : ScatterOutcome::corrupt);
-    }
-    GatherWork* work = flight.gather;
-    std::memcpy(work->digests.data(), note + align_up(work->blocks.size() * 4, 8), work->digests.size() * 8);
-    bool ok = true;
-    if (flight.bounce != nullptr) {
-      auto copy = [&] { std::memcpy(work->payload.data(), flight.bounce, work->payload.size()); };
-      if (work->guarded) {
-        ok = guard_mapping(work->payload, copy);
-      } else {
-        copy();
-      }
-    }
-    end(flight);
-    work->done(work, ok);
+    const std::span<uint64_t> digests = flight.gather->digests;
+    std::memcpy(digests.data(), flight.move.shard_digests, digests.size_bytes());
+    if (!flight.pieces.empty()) return end(flight, ScatterOutcome::ok);
+    const std::lock_guard lock(mutex_);
+    copies_out_.push_back(&flight);
+    wake_copiers_.notify_one();
   }
 
-  int ordinal_ = 0;
+  // --- the copiers: payloads that are not registered
+  // ------------------------------------------------------------------------------------------------------
+
+  void copy_unregistered() {
+    cudaSetDevice(ordinal_);
+    std::unique_lock lock(mutex_);
+    cuda::Bounce& bounce = *bounces_[next_bounce_++];
+    while (true) {
+      if (!copies_in_.empty()) {
+        Flight& flight = *copies_in_.front();
+        copies_in_.pop_front();
+        lock.unlock();
+        copy_in(flight, bounce);
+        lock.lock();
+      } else if (!copies_out_.empty()) {
+        Flight& flight = *copies_out_.front();
+        copies_out_.pop_front();
+        lock.unlock();
+        copy_out(flight, bounce);
+        lock.lock();
+      } else if (done_) {
+        return;
+      } else {
+        wake_copiers_.wait(lock);
+      }
+    }
+  }
+
+  void copy_in(Flight& flight, cuda::Bounce& bounce) {
+    using Copied = cuda::Bounce::Copied;
+    const Copied copied =
+        bounce.to_device(flight.device, flight.payload, flight.scatter->guarded, flight.stream);
+    if (copied == Copied::gone) return end(flight, ScatterOutcome::gone);
+    if (copied == Copied::failed) return give_up(flight, cudaGetLastError());
+    const cudaError_t status = queue_scatter(flight);
+    if (status != cudaSuccess) return give_up(flight, status);
+    const std::lock_guard lock(mutex_);
+    copied_.push_back(&flight);
+    wake_.notify_one();
+  }
+
+  void copy_out(Flight& flight, cuda::Bounce& bounce) {
+    using Copied = cuda::Bounce::Copied;
+    const Copied copied = bounce.to_host(flight.payload, flight.device, flight.gather->guarded);
+    if (copied == Copied::failed) return give_up(flight, cudaGetLastError());
+    end(flight, copied == Copied::ok ? ScatterOutcome::ok : ScatterOutcome::gone);
+  }
+
+  // --- any of them
+  // ------------------------------------------------------------------------------------------------------
+
+  void give_up(Flight& flight, cudaError_t status) {
+    // Once a kind: after an error that stays, every extent has it.
+    if (last_error_.exchange(status) != status)
+      log(LogLevel::error, "cuda:{}: {}; extents are recomputed", ordinal_, cudaGetErrorString(status));
+    cudaStreamSynchronize(flight.stream);  // what was queued before it failed still uses the region
+    end(flight, ScatterOutcome::failed);
+  }
+
+  /// Gives back what the flight holds, then reports its work.
+  void end(Flight& flight, ScatterOutcome outcome) {
+    ScatterWork* const scatter = flight.scatter;
+    GatherWork* const gather = flight.gather;
+    if (flight.region != nullptr) regions_->release(std::exchange(flight.region, nullptr));
+    {
+      const std::lock_guard lock(mutex_);
+      give_back_locked(flight);
+      wake_.notify_one();
+    }
+    if (scatter != nullptr) {
+      scatter->done(scatter, outcome);
+    } else {
+      gather->done(gather, outcome == ScatterOutcome::ok);
+    }
+  }
+
+  void give_back_locked(Flight& flight) {
+    if (flight.gather != nullptr) --stores_in_flight_;
+    flight.scatter = nullptr;
+    flight.gather = nullptr;
+    free_.push_back(&flight);
+  }
+
+  bool is_in_slab(std::span<const std::byte> payload) const {
+    const std::byte* const end = pinned_->base() + pinned_->size();
+    return payload.data() >= pinned_->base() && payload.data() + payload.size() <= end;
+  }
+
+  static constexpr uint32_t kNoOutcome = 2;
+
+  const int ordinal_;
+  const uint64_t slab_bytes_;
+  const uint64_t host_slab_bytes_;
+
+  // Made by the device's thread before start() returns.
   void* memory_ = nullptr;
   std::unique_ptr<HostSlab> regions_;  // addresses only: offsets into memory_
   std::unique_ptr<HostSlab> pinned_;
+  bool slab_is_pinned_ = false;
   std::byte* notes_ = nullptr;
   cuda::Secret secret_{};
   std::array<cudaStream_t, 4> load_streams_{};
   std::array<cudaStream_t, 3> store_streams_{};
+  std::unique_ptr<cuda::Marks> marks_;
+  std::unique_ptr<cuda::Registry> registry_;
+  std::vector<std::unique_ptr<cuda::Bounce>> bounces_;
+
+  // The device's thread only.
+  std::array<Flight, kMostInFlight> flights_{};
+  std::vector<Flight*> flying_;  // their events tell when they have landed
+  std::unique_ptr<cuda::Caches> caches_ = std::make_unique<cuda::Caches>();
   uint32_t next_load_ = 0;
   uint32_t next_store_ = 0;
-  std::vector<cudaEvent_t> events_;
-  std::vector<uint32_t> free_notes_;
-  std::map<const PagedCache*, DeviceCache> caches_;
-  std::vector<Flight> flights_;
 
-  std::mutex registered_mutex_;
-  std::map<uintptr_t, uint64_t> registered_;
-
-  std::mutex mutex_;
+  std::atomic<cudaError_t> last_error_ = cudaSuccess;
+  std::mutex mutex_;  // everything below
   std::condition_variable wake_;
+  std::condition_variable wake_copiers_;
+  std::optional<Status> made_;
   std::deque<ScatterWork*> scatters_;
   std::deque<GatherWork*> gathers_;
+  std::vector<Flight*> free_;
+  std::deque<Flight*> copies_in_;
+  std::deque<Flight*> copies_out_;
+  std::vector<Flight*> copied_;  // in by a copier, for the device's thread to watch
+  uint32_t stores_in_flight_ = 0;
+  size_t next_bounce_ = 0;
   bool closing_ = false;
+  bool done_ = false;  // no flight will come any more
+  std::vector<std::thread> copiers_;
   std::thread thread_;
 };
 
@@ -444,10 +594,8 @@ class CudaDevice final : public Device {
 
 Result<std::unique_ptr<Device>> make_cuda_device(uint32_t ordinal, uint64_t device_slab_bytes,
                                                  uint64_t slab_bytes, uint32_t threads) {
-  static_cast<void>(threads);
-  auto device = std::make_unique<CudaDevice>();
-  if (auto started = device->start(ordinal, device_slab_bytes, slab_bytes); !started)
-    return std::unexpected(started.error());
+  auto device = std::make_unique<CudaDevice>(ordinal, device_slab_bytes, slab_bytes, threads);
+  if (auto started = device->start(); !started) return std::unexpected(started.error());
   return device;
 }
 

@@ -1,0 +1,60 @@
+#include "device/cuda/caches.h"
+
+#include <vector>
+
+#include "device/cuda/status.h"
+
+namespace tokendepot::cuda {
+
+Status check_memory(const PagedCache& cache, int ordinal) {
+  for (size_t layer = 0; layer < cache.layers.size(); ++layer) {
+    for (const Plane& plane : cache.layers[layer]) {
+      cudaPointerAttributes found{};
+      if (auto s = check(cudaPointerGetAttributes(&found, plane.base), "the cache's address"); !s) return s;
+      const bool on_gpu = found.type == cudaMemoryTypeDevice;
+      if (found.type == cudaMemoryTypeManaged || (on_gpu && found.device == ordinal)) continue;
+      return fail(ErrorKind::invalid_argument,
+                  "group {}, layer {}: the cache is in {}; expected memory of cuda:{}", cache.shape.group,
+                  layer, on_gpu ? fmt::format("memory of cuda:{}", found.device) : "host memory", ordinal);
+    }
+  }
+  return {};
+}
+
+Caches::~Caches() {
+  for (const auto& [cache, known] : known_) cudaFree(known.planes);
+}
+
+const DeviceCache* Caches::find_or_add(const PagedCache& cache, cudaStream_t stream) {
+  const auto found = known_.find(&cache);
+  if (found != known_.end()) return &found->second;
+  DeviceCache known;
+  known.planes_per_layer = static_cast<uint32_t>(cache.layers.front().size());
+  std::vector<DevicePlane> planes;
+  const auto multiple = [](int64_t value) { return value % 16 == 0; };
+  known.aligned = cache.shape.kind == LayoutKind::opaque || multiple(cache.shape.row_bytes);
+  for (const auto& layer : cache.layers) {
+    uint32_t offset = 0;
+    for (const Plane& plane : layer) {
+      planes.push_back({reinterpret_cast<uint8_t*>(plane.base), plane.block_stride, plane.head_stride,
+                        plane.token_stride, plane.piece_bytes, offset});
+      offset += plane.piece_bytes;
+      known.aligned = known.aligned && reinterpret_cast<uintptr_t>(plane.base) % 16 == 0 &&
+                      multiple(plane.block_stride) && multiple(plane.head_stride) &&
+                      multiple(plane.token_stride) && multiple(plane.piece_bytes);
+    }
+  }
+  const size_t bytes = planes.size() * sizeof(DevicePlane);
+  // Not on the default stream, which would wait for the engine's work.
+  void* memory = nullptr;
+  if (cudaMalloc(&memory, bytes) != cudaSuccess) return nullptr;
+  known.planes = static_cast<DevicePlane*>(memory);
+  if (cudaMemcpyAsync(known.planes, planes.data(), bytes, cudaMemcpyHostToDevice, stream) != cudaSuccess ||
+      cudaStreamSynchronize(stream) != cudaSuccess) {
+    cudaFree(known.planes);
+    return nullptr;
+  }
+  return &known_.emplace(&cache, known).first->second;
+}
+
+}  // namespace tokendepot::cuda

@@ -1,0 +1,38 @@
+// What the kernels know of the attached caches.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <map>
+
+#include "device/cuda/move.h"
+#include "tokendepot/error.h"
+#include "tokendepot/layout.h"
+
+namespace tokendepot::cuda {
+
+struct DeviceCache {
+  DevicePlane* planes = nullptr;  // device memory
+  uint32_t planes_per_layer = 0;
+  bool aligned = true;
+};
+
+/// Whether every plane lies in memory of this device.
+Status check_memory(const PagedCache& cache, int ordinal);
+
+/// For one thread. A cache is known by its address, which must not change while this lives.
+class Caches {
+ public:
+  Caches() = default;
+  ~Caches();
+  Caches(const Caches&) = delete;
+  Caches& operator=(const Caches&) = delete;
+  /// Null when the device has no memory for it. `stream` is waited for: one of our own.
+  const DeviceCache* find_or_add(const PagedCache& cache, cudaStream_t stream);
+
+ private:
+  std::map<const PagedCache*, DeviceCache> known_;
+};
+
+}  // namespace tokendepot::cuda

@@ -1,0 +1,38 @@
+// Marks of the engine's streams: what our own streams wait for before they touch the cache.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <cstdint>
+#include <mutex>
+
+#include "tokendepot/error.h"
+
+namespace tokendepot::cuda {
+
+/// Marks form one order, whatever streams they are of: reaching one means that all before it are reached. So
+/// the ring may use an event again for a later mark while somebody still waits for the earlier one: that
+/// waits a little longer, never too short. Thread-safe.
+class Marks {
+ public:
+  Marks() = default;
+  ~Marks();
+  Marks(const Marks&) = delete;
+  Marks& operator=(const Marks&) = delete;
+  Status start();
+
+  /// `busy` while the stream is being captured: the event would become part of the graph.
+  Result<uint64_t> mark(cudaStream_t stream);
+  /// What is queued on `stream` from now on runs when the mark is reached. 0: nothing to wait for.
+  cudaError_t wait(cudaStream_t stream, uint64_t mark);
+
+ private:
+  std::mutex mutex_;
+  cudaStream_t order_ = nullptr;
+  cudaEvent_t arrived_ = nullptr;
+  std::array<cudaEvent_t, 256> reached_{};  // as many steps of an engine as a load may wait in queues
+  uint64_t last_ = 0;
+};
+
+}  // namespace tokendepot::cuda

@@ -1,0 +1,140 @@
+#include "device/cuda/registry.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <chrono>
+#include <optional>
+#include <utility>
+
+#include "base/log.h"
+#include "io/io_thread.h"
+
+namespace tokendepot::cuda {
+namespace {
+
+// Registering takes about 43 ms a GiB, during which the driver may keep others waiting: the engine too.
+constexpr uint64_t kChunkBytes = 32ull << 20;
+constexpr auto kPause = std::chrono::microseconds(100);
+
+}  // namespace
+
+Registry::Registry(int ordinal) : ordinal_(ordinal) {
+  thread_ = start_io_thread([](void* self) { static_cast<Registry*>(self)->serve(); }, this);
+}
+
+Registry::~Registry() {
+  {
+    std::lock_guard lock(mutex_);
+    closing_ = true;
+    wake_.notify_one();
+  }
+  if (thread_.joinable()) thread_.join();
+}
+
+void Registry::adopt(std::span<std::byte> mapping, bool writable, uint64_t heat) {
+  std::lock_guard lock(mutex_);
+  adopted_[mapping.data()] = {mapping.size(), 0, writable};
+  waiting_.emplace(heat, mapping.data());
+  wake_.notify_one();
+}
+
+void Registry::release(Mapping mapping) {
+  std::lock_guard lock(mutex_);
+  adopted_.erase(mapping.data());
+  std::erase_if(waiting_, [&](const auto& entry) { return entry.second == mapping.data(); });
+  released_.push_back(std::move(mapping));
+  wake_.notify_one();
+}
+
+bool Registry::cut(std::byte* at, uint64_t bytes, std::vector<std::span<std::byte>>& pieces) const {
+  pieces.clear();
+  std::lock_guard lock(mutex_);
+  auto chunk = chunks_.upper_bound(at);
+  if (chunk == chunks_.begin()) return false;
+  --chunk;
+  for (uint64_t done = 0; done < bytes; ++chunk) {
+    if (chunk == chunks_.end()) return false;
+    const auto [begin, size] = *chunk;
+    if (at + done < begin || at + done >= begin + size) return false;
+    const uint64_t piece = std::min(bytes - done, size - static_cast<uint64_t>(at + done - begin));
+    pieces.emplace_back(at + done, piece);
+    done += piece;
+  }
+  return true;
+}
+
+uint64_t Registry::registered_bytes() const {
+  std::lock_guard lock(mutex_);
+  uint64_t total = 0;
+  for (const auto& [begin, bytes] : chunks_) total += bytes;
+  return total;
+}
+
+void Registry::serve() {
+  cudaSetDevice(ordinal_);
+  int possible = 0;
+  read_only_possible_ =
+      cudaDeviceGetAttribute(&possible, cudaDevAttrHostRegisterReadOnlySupported, ordinal_) == cudaSuccess &&
+      possible != 0;
+  std::unique_lock lock(mutex_);
+  while (true) {
+    if (!released_.empty()) {
+      std::optional<Mapping> mapping = std::move(released_.back());
+      released_.pop_back();
+      unregister(lock, mapping->data(), mapping->size());
+      lock.unlock();
+      mapping.reset();  // unmapping a whole segment takes long, too
+      lock.lock();
+    } else if (closing_) {
+      return;
+    } else if (!waiting_.empty()) {
+      register_chunk(lock);
+    } else {
+      wake_.wait(lock);
+    }
+  }
+}
+
+void Registry::register_chunk(std::unique_lock<std::mutex>& lock) {
+  const auto hottest = waiting_.begin();
+  std::byte* const mapping = hottest->second;
+  Adopted& adopted = adopted_.at(mapping);
+  std::byte* const begin = mapping + adopted.registered;
+  const uint64_t bytes = std::min(kChunkBytes, adopted.bytes - adopted.registered);
+  const unsigned flags =
+      cudaHostRegisterDefault | (adopted.writable ? 0u : unsigned{cudaHostRegisterReadOnly});
+  const bool possible = adopted.writable || read_only_possible_;
+  lock.unlock();
+  const cudaError_t status = possible ? cudaHostRegister(begin, bytes, flags) : cudaErrorNotSupported;
+  if (status != cudaSuccess) cudaGetLastError();
+  std::this_thread::sleep_for(kPause);
+  if (status != cudaSuccess) {
+    log(std::exchange(complained_, true) ? LogLevel::debug : LogLevel::warning,
+        "cuda:{}: a segment mapped {} cannot be registered ({}): what lies in it is copied through pinned "
+        "memory, which is slower",
+        ordinal_, possible && flags == cudaHostRegisterDefault ? "for writing" : "for reading only",
+        cudaGetErrorString(status));
+  }
+  lock.lock();
+  if (status == cudaSuccess) chunks_.emplace(begin, bytes);
+  const auto still = adopted_.find(mapping);  // it may have been released meanwhile
+  if (still == adopted_.end()) return;
+  still->second.registered += bytes;
+  if (status == cudaSuccess && still->second.registered < still->second.bytes) return;
+  std::erase_if(waiting_, [mapping](const auto& entry) { return entry.second == mapping; });
+}
+
+void Registry::unregister(std::unique_lock<std::mutex>& lock, std::byte* begin, uint64_t bytes) {
+  while (true) {
+    const auto chunk = chunks_.lower_bound(begin);
+    if (chunk == chunks_.end() || chunk->first >= begin + bytes) return;
+    std::byte* const at = chunk->first;
+    chunks_.erase(chunk);
+    lock.unlock();
+    cudaHostUnregister(at);
+    lock.lock();
+  }
+}
+
+}  // namespace tokendepot::cuda

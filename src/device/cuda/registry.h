@@ -1,0 +1,65 @@
+// Mapped segments, registered with the driver in the background: what the device reaches without a copy.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <span>
+#include <thread>
+#include <vector>
+
+#include "io/mapping.h"
+
+namespace tokendepot::cuda {
+
+/// One thread registers, unregisters and unmaps, so that none of it meets another or waits for a load. Ranges
+/// are registered in chunks, hottest mapping first; a failure is a log line and a slower path. Thread-safe.
+///
+/// A file that is cut short under a registered mapping: its pages are held by the registration, so the device
+/// reads what was there, and the digest and the check of the file's name decide; what it writes there is lost
+/// with the file and its extents are absent. Nothing of it raises SIGBUS, which only a CPU's access does.
+class Registry {
+ public:
+  explicit Registry(int ordinal);
+  /// Everything adopted has been released.
+  ~Registry();
+  Registry(const Registry&) = delete;
+  Registry& operator=(const Registry&) = delete;
+  /// False: the system refused the thread.
+  bool running() const { return thread_.joinable(); }
+
+  void adopt(std::span<std::byte> mapping, bool writable, uint64_t heat);
+  void release(Mapping mapping);
+
+  /// Cuts a range at the borders of registrations, which no single copy may cross. False when some of the
+  /// range is not registered.
+  bool cut(std::byte* at, uint64_t bytes, std::vector<std::span<std::byte>>& pieces) const;
+  uint64_t registered_bytes() const;
+
+ private:
+  struct Adopted {
+    uint64_t bytes = 0;
+    uint64_t registered = 0;
+    bool writable = false;
+  };
+
+  void serve();
+  void register_chunk(std::unique_lock<std::mutex>& lock);
+  void unregister(std::unique_lock<std::mutex>& lock, std::byte* begin, uint64_t bytes);
+
+  const int ordinal_;
+  bool read_only_possible_ = false;  // the thread's own, as is the next
+  bool complained_ = false;
+  mutable std::mutex mutex_;
+  std::condition_variable wake_;
+  bool closing_ = false;
+  std::map<std::byte*, Adopted> adopted_;
+  std::multimap<uint64_t, std::byte*, std::greater<>> waiting_;  // by heat; equals in their order
+  std::vector<Mapping> released_;
+  std::map<std::byte*, uint64_t> chunks_;  // registered: begin -> bytes
+  std::thread thread_;
+};
+
+}  // namespace tokendepot::cuda

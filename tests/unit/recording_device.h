@@ -1,0 +1,96 @@
+// The host device, and what it was told about mappings and marks.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "device/device.h"
+
+namespace tokendepot::testing {
+
+/// Fails the test when a range is adopted while it is adopted already, or released without having been.
+class RecordingDevice final : public Device {
+ public:
+  explicit RecordingDevice(uint64_t slab_bytes = 8 << 20) : host_(make_host_device(2, slab_bytes)) {}
+  ~RecordingDevice() override { EXPECT_TRUE(adopted_.empty()) << "mappings are left"; }
+
+  struct Adopted {
+    uint64_t bytes = 0;
+    bool writable = false;
+    uint64_t heat = 0;
+  };
+
+  DeviceStats stats() const override { return host_->stats(); }
+  Slab& slab() override { return host_->slab(); }
+  void submit(ScatterWork* work) override {
+    note(scatter_marks_, work->after);
+    host_->submit(work);
+  }
+  void submit(GatherWork* work) override {
+    note(gather_marks_, work->after);
+    host_->submit(work);
+  }
+  Result<uint64_t> mark(void*) override {
+    const std::lock_guard lock(mutex_);
+    return ++last_mark_;
+  }
+  bool registers_mappings() const override { return true; }
+  void adopt(std::span<std::byte> mapping, bool writable, uint64_t heat) override {
+    const std::lock_guard lock(mutex_);
+    const bool fresh = adopted_.try_emplace(mapping.data(), mapping.size(), writable, heat).second;
+    EXPECT_TRUE(fresh) << "adopted twice";
+    heats_.push_back(heat);
+  }
+  void release(Mapping mapping) override {
+    const std::lock_guard lock(mutex_);
+    EXPECT_EQ(adopted_.erase(mapping.data()), 1u) << "released without having been adopted";
+    EXPECT_TRUE(mapping.is_mapped());
+    ++released_;
+  }
+
+  std::map<std::byte*, Adopted> adopted() const {
+    const std::lock_guard lock(mutex_);
+    return adopted_;
+  }
+  uint64_t adopted_bytes() const {
+    uint64_t total = 0;
+    for (const auto& [at, range] : adopted()) total += range.bytes;
+    return total;
+  }
+  std::vector<uint64_t> heats() const {
+    const std::lock_guard lock(mutex_);
+    return heats_;
+  }
+  size_t releases() const {
+    const std::lock_guard lock(mutex_);
+    return released_;
+  }
+  std::vector<uint64_t> take_scatter_marks() { return take(scatter_marks_); }
+  std::vector<uint64_t> take_gather_marks() { return take(gather_marks_); }
+
+ private:
+  void note(std::vector<uint64_t>& marks, uint64_t mark) {
+    const std::lock_guard lock(mutex_);
+    marks.push_back(mark);
+  }
+  std::vector<uint64_t> take(std::vector<uint64_t>& marks) {
+    const std::lock_guard lock(mutex_);
+    return std::exchange(marks, {});
+  }
+
+  mutable std::mutex mutex_;
+  std::map<std::byte*, Adopted> adopted_;
+  std::vector<uint64_t> heats_;
+  size_t released_ = 0;
+  uint64_t last_mark_ = 0;
+  std::vector<uint64_t> scatter_marks_;
+  std::vector<uint64_t> gather_marks_;
+  std::unique_ptr<Device> host_;
+};
+
+}  // namespace tokendepot::testing

@@ -1,0 +1,321 @@
+// A whole depot whose paged cache is in GPU memory: cells survive a restart, marks order, segments are
+// registered while they are read.
+#include <atomic>
+#include <thread>
+
+#include "device_memory.h"
+#include "unit/depot_fixture.h"
+
+namespace tokendepot::testing {
+namespace {
+
+constexpr uint32_t kChunks = 48;
+constexpr uint32_t kCacheBlocks = 2 * kChunks * kBlocksPerChunk;  // to store from, and to load into
+
+CacheForm form_of() {
+  CacheForm form;
+  form.shape = small_shape({0, 8, 0, 8});
+  form.shape.row_bytes = 256;  // extents of 2 MiB
+  form.blocks = kCacheBlocks;
+  return form;
+}
+
+/// Keeps a stream busy until it is opened, at the latest when it ends.
+class Gate {
+ public:
+  ~Gate() {
+    open();
+    while (closed_ && !passed_) std::this_thread::sleep_for(1ms);
+  }
+  void close(cudaStream_t stream) {
+    closed_ = true;
+    must(cudaLaunchHostFunc(
+        stream,
+        [](void* self) {
+          Gate& gate = *static_cast<Gate*>(self);
+          while (!gate.open_) std::this_thread::sleep_for(1ms);
+          gate.passed_ = true;
+        },
+        this));
+  }
+  void open() { open_ = true; }
+
+ private:
+  bool closed_ = false;
+  std::atomic<bool> open_ = false;
+  std::atomic<bool> passed_ = false;
+};
+
+class Stream {
+ public:
+  Stream() { must(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
+  ~Stream() {
+    cudaStreamSynchronize(stream_);
+    cudaStreamDestroy(stream_);
+  }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  cudaStream_t get() const { return stream_; }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+};
+
+class CudaDepotOn : public ::testing::TestWithParam<std::string> {
+ protected:
+  void SetUp() override {
+    SKIP_WITHOUT_GPU();
+    directory_ = std::make_unique<TemporaryDirectory>(GetParam() == "tmpfs" ? "/dev/shm" : "/var/tmp");
+    memory_ = std::make_unique<DeviceMemory>(form_.bytes());
+    cells_ = random_bytes(form_.bytes(), 1);
+    memory_->upload(cells_);
+  }
+  Options options() const {
+    Options options;
+    options.roots = {
+        {.path = directory_->path() + "/root", .capacity_bytes = 256ull << 20, .segment_bytes = 16ull << 20}};
+    options.device = "cuda:0";
+    options.device_slab_bytes = 64ull << 20;
+    options.slab_bytes = 64ull << 20;
+    options.free_space_reserve = 0;
+    options.poll_ms = 20;
+    return options;
+  }
+  std::unique_ptr<Depot> open(const Options& with) {
+    auto depot = Depot::open(with);
+    if (!depot) {
+      ADD_FAILURE() << depot.error().message;
+      return nullptr;
+    }
+    ns_ = *(*depot)->register_namespace(R"({"model":"m"})");
+    keys_ = prompt_keys(ns_, 1, kChunks);
+    EXPECT_TRUE((*depot)->attach(form_.at(memory_->data())));
+    return std::move(*depot);
+  }
+  /// Stores what the first half of the cache holds; what a busy machine drops is stored again.
+  void store(Depot& depot) {
+    for (size_t chunk = 0; chunk < kChunks; ++chunk) {
+      int attempt = 0;
+      while (store_chunks(depot, ++job_, ns_, keys_, chunk, chunk + 1).items_ok != 1) {
+        ASSERT_LT(++attempt, 100) << "never stored";
+        usleep(20'000);
+      }
+    }
+    ASSERT_TRUE(depot.flush(10s));
+  }
+  Completion load(Depot& depot, size_t first, size_t last) {
+    auto plan = plan_chunks(depot, ns_, keys_, want_, first, last,
+                            static_cast<int32_t>((kChunks + first) * kBlocksPerChunk));
+    EXPECT_TRUE(plan) << plan.error().message;
+    const uint64_t job = ++job_;
+    EXPECT_TRUE(depot.submit_load(job, std::move(*plan)));
+    return wait_for(depot, job, 30s);
+  }
+  /// All of a block in a copy of the cache, layer after layer.
+  std::vector<uint8_t> block_of(const std::vector<uint8_t>& cache, uint64_t block) const {
+    std::vector<uint8_t> bytes;
+    const auto page = static_cast<int64_t>(form_.page_bytes());
+    for (int64_t layer = 0; layer < form_.shape.part.layers(); ++layer) {
+      const auto begin = cache.begin() + (layer * form_.blocks + static_cast<int64_t>(block)) * page;
+      bytes.insert(bytes.end(), begin, begin + page);
+    }
+    return bytes;
+  }
+  void expect_loaded(size_t first, size_t last) const {
+    const auto now = memory_->download();
+    for (uint64_t block = first * kBlocksPerChunk; block < last * kBlocksPerChunk; ++block) {
+      ASSERT_EQ(block_of(now, kChunks * kBlocksPerChunk + block), block_of(cells_, block)) << block;
+    }
+  }
+  void clear() { must(cudaMemset(memory_->data(), 0xEE, memory_->size())); }
+
+  const CacheForm form_ = form_of();
+  const GroupWant want_ = want_of(form_.shape);
+  std::unique_ptr<TemporaryDirectory> directory_;
+  std::unique_ptr<DeviceMemory> memory_;
+  std::vector<uint8_t> cells_;
+  NamespaceDigest ns_;
+  std::vector<Key> keys_;
+  uint64_t job_ = 0;
+};
+
+TEST_P(CudaDepotOn, CellsOfAGpuSurviveARestart) {
+  {
+    const auto depot = open(options());
+    ASSERT_NE(depot, nullptr);
+    store(*depot);
+    EXPECT_EQ(depot->stats().device.name, "cuda:0");
+    EXPECT_EQ(depot->stats().device.slab_bytes, options().device_slab_bytes);
+    EXPECT_GE(depot->stats().device.pinned_bytes, options().slab_bytes);
+  }
+  clear();
+  const auto depot = open(options());
+  ASSERT_NE(depot, nullptr);
+  ASSERT_EQ(depot->longest_prefix(keys_, std::span(&want_, 1)), kChunks);
+  EXPECT_EQ(load(*depot, 0, kChunks).items_ok, kChunks);
+  expect_loaded(0, kChunks);
+  const auto now = memory_->download();
+  for (uint64_t block = 0; block < kChunks * kBlocksPerChunk; ++block) {
+    ASSERT_EQ(block_of(now, block),
+              std::vector<uint8_t>(form_.page_bytes() * form_.shape.part.layers(), 0xEE))
+        << "block " << block << " was written and not asked for";
+  }
+}
+
+TEST_P(CudaDepotOn, LoadsAreRightBeforeDuringAndAfterRegistration) {
+  {
+    const auto depot = open(options());
+    ASSERT_NE(depot, nullptr);
+    store(*depot);
+  }
+  const auto depot = open(options());
+  ASSERT_NE(depot, nullptr);
+  bool settled = false;
+  for (int round = 0; round < 200 && !settled; ++round) {
+    const DeviceUse before = depot->stats().device;
+    settled = round >= 3 && before.registered_bytes >= before.mapped_bytes;
+    clear();
+    ASSERT_EQ(load(*depot, 0, kChunks).items_ok, kChunks) << "round " << round;
+    expect_loaded(0, kChunks);
+  }
+  EXPECT_TRUE(settled) << "mapped segments are registered in the end";
+  const DeviceUse use = depot->stats().device;
+  if (GetParam() == "tmpfs") {
+    EXPECT_GT(use.registered_bytes, 0u);
+  } else {
+    EXPECT_EQ(use.mapped_bytes, 0u);
+  }
+}
+
+TEST_P(CudaDepotOn, AStoreTakesWhatTheMarkedWorkWrites) {
+  const auto depot = open(options());
+  ASSERT_NE(depot, nullptr);
+  const auto later = random_bytes(form_.bytes(), 2);
+  const DeviceMemory source(form_.bytes());
+  must(cudaMemcpy(source.data(), later.data(), later.size(), cudaMemcpyHostToDevice));
+  const Stream engine;
+  Gate gate;
+  gate.close(engine.get());
+  must(
+      cudaMemcpyAsync(memory_->data(), source.data(), source.size(), cudaMemcpyDeviceToDevice, engine.get()));
+  ASSERT_TRUE(depot->mark_stream(engine.get()));
+  StorePlan plan;
+  plan.ns = ns_;
+  for (uint32_t i = 0; i < 4; ++i)
+    plan.items.push_back(
+        {keys_[i], i, 0, iota_blocks(static_cast<int32_t>(i * kBlocksPerChunk), kBlocksPerChunk)});
+  ASSERT_TRUE(depot->submit_store(7, plan));
+  std::this_thread::sleep_for(200ms);
+  EXPECT_TRUE(depot->poll().empty()) << "the cache was read before the engine had written it";
+  gate.open();
+  EXPECT_TRUE(depot->wait_gathered(10s));
+  ASSERT_EQ(wait_for(*depot, 7).items_ok, 4u);
+  cells_ = later;
+  clear();
+  ASSERT_EQ(load(*depot, 0, 4).items_ok, 4u);
+  expect_loaded(0, 4);
+}
+
+TEST_P(CudaDepotOn, ALoadWritesOnlyWhenTheMarkedWorkHasReadItsBlocks) {
+  const auto depot = open(options());
+  ASSERT_NE(depot, nullptr);
+  store(*depot);
+  const DeviceMemory copy(form_.bytes());
+  const Stream engine;
+  Gate gate;
+  gate.close(engine.get());
+  must(cudaMemcpyAsync(copy.data(), memory_->data(), copy.size(), cudaMemcpyDeviceToDevice, engine.get()));
+  ASSERT_TRUE(depot->mark_stream(engine.get()));
+  auto plan = plan_chunks(*depot, ns_, keys_, want_, 0, kChunks, kChunks * kBlocksPerChunk);
+  ASSERT_TRUE(plan);
+  ASSERT_TRUE(depot->submit_load(500'000, std::move(*plan)));
+  std::this_thread::sleep_for(200ms);
+  EXPECT_TRUE(depot->poll().empty());
+  gate.open();
+  EXPECT_EQ(wait_for(*depot, 500'000).items_ok, kChunks);
+  must(cudaStreamSynchronize(engine.get()));
+  EXPECT_TRUE(copy.download() == cells_) << "the engine read what the load had written";
+  expect_loaded(0, kChunks);
+}
+
+TEST_P(CudaDepotOn, WorkOfBeforeAMarkDoesNotWaitForIt) {
+  const auto depot = open(options());
+  ASSERT_NE(depot, nullptr);
+  store(*depot);
+  const Stream engine;
+  Gate gate;
+  auto plan = plan_chunks(*depot, ns_, keys_, want_, 0, kChunks, kChunks * kBlocksPerChunk);
+  ASSERT_TRUE(plan);
+  ASSERT_TRUE(depot->submit_load(500'000, std::move(*plan)));
+  gate.close(engine.get());
+  ASSERT_TRUE(depot->mark_stream(engine.get()));
+  EXPECT_EQ(wait_for(*depot, 500'000).items_ok, kChunks);
+  gate.open();
+  expect_loaded(0, kChunks);
+}
+
+TEST_P(CudaDepotOn, WhatIsHeldIsPlacedIntoAGpu) {
+  const auto depot = open(options());
+  ASSERT_NE(depot, nullptr);
+  store(*depot);
+  clear();
+  auto plan = plan_chunks(*depot, ns_, keys_, want_, 0, 4, 0);
+  ASSERT_TRUE(plan);
+  ASSERT_TRUE(depot->submit_hold(500'000, std::move(*plan)));
+  ASSERT_EQ(wait_for(*depot, 500'000).items_ok, 4u);
+  std::vector<Depot::HeldBlocks> blocks;
+  for (uint32_t i = 0; i < 4; ++i)
+    blocks.push_back(
+        {i, 0, iota_blocks(static_cast<int32_t>((kChunks + i) * kBlocksPerChunk), kBlocksPerChunk)});
+  ASSERT_TRUE(depot->place(500'001, 500'000, blocks));
+  EXPECT_EQ(wait_for(*depot, 500'001).items_ok, 4u);
+  expect_loaded(0, 4);
+}
+
+TEST_P(CudaDepotOn, ADeviceSlabThatDoesNotFitIsRefusedByName) {
+  Options large = options();
+  large.device_slab_bytes = 1ull << 50;
+  const auto refused = Depot::open(large);
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().kind, ErrorKind::no_space);
+  EXPECT_NE(refused.error().message.find("device_slab=1125899906842624"), std::string::npos)
+      << refused.error().message;
+}
+
+TEST_P(CudaDepotOn, CachesThatTheDeviceCannotServeAreRefusedWhenTheyAreAttached) {
+  Options small = options();
+  small.device_slab_bytes = 1 << 20;
+  const auto depot = Depot::open(small);
+  ASSERT_TRUE(depot) << depot.error().message;
+  const auto too_large = (*depot)->attach(form_.at(memory_->data()));
+  ASSERT_FALSE(too_large);
+  EXPECT_NE(too_large.error().message.find("device_slab="), std::string::npos) << too_large.error().message;
+
+  const auto other = Depot::open(options());
+  ASSERT_TRUE(other) << other.error().message;
+  std::vector<std::byte> host(form_.bytes());
+  const auto on_host = (*other)->attach(form_.at(host.data()));
+  ASSERT_FALSE(on_host);
+  EXPECT_NE(on_host.error().message.find("host memory"), std::string::npos) << on_host.error().message;
+}
+
+TEST_P(CudaDepotOn, AStreamUnderCaptureCannotBeMarked) {
+  const auto depot = open(options());
+  ASSERT_NE(depot, nullptr);
+  const Stream engine;
+  must(cudaStreamBeginCapture(engine.get(), cudaStreamCaptureModeRelaxed));
+  const auto refused = depot->mark_stream(engine.get());
+  cudaGraph_t graph = nullptr;
+  must(cudaStreamEndCapture(engine.get(), &graph));
+  cudaGraphDestroy(graph);
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().kind, ErrorKind::busy);
+  EXPECT_TRUE(depot->mark_stream(engine.get()));
+  EXPECT_TRUE(depot->mark_stream(nullptr));
+}
+
+INSTANTIATE_TEST_SUITE_P(Roots, CudaDepotOn, ::testing::Values("tmpfs", "disk"),
+                         [](const auto& tested) { return tested.param; });
+
+}  // namespace
+}  // namespace tokendepot::testing

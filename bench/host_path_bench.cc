@@ -51,13 +51,13 @@ void run(const std::string& base, bool toy) {
   const uint64_t segment = toy ? 16ull << 20 : 256ull << 20;
   // Room for a little more than one generation, so that later ones are stored into recycled segments.
   const uint64_t capacity = toy ? 128ull << 20 : 2048ull << 20;
-  Rig rig(base, 2.5, extents, segment, capacity);
+  Rig rig({.base = base, .mib = 2.5, .extents = extents, .segment_bytes = segment, .capacity = capacity});
   std::printf("host path on %s: %s, %zu extents of 2.5 MiB, 8 in flight\n", base.c_str(),
               rig.transport().c_str(), extents);
   std::vector<Rig::Run> stores;
   std::vector<Rig::Run> loads;
-  for (uint32_t round = 0; round < (toy ? 1u : 5u); ++round) {
-    stores.push_back(rig.store(8, round));
+  for (int round = 0; round < (toy ? 1 : 5); ++round) {
+    stores.push_back(rig.store(8));
     for (int again = 0; again < (toy ? 1 : 2); ++again) loads.push_back(rig.load(8));
   }
   auto rate = [](const std::vector<Rig::Run>& runs, bool cpu) {

@@ -33,6 +33,58 @@ def preemption_with_a_tiny_pool_never_mixes_requests(lab: Lab) -> None:
         assert engine.loaded() > 0 or (hybrid and not HYBRID_LOADS)
 
 
+def _churned(lab: Lab, name: str, *, hybrid: bool, blocks: int, fenced: bool, **options):
+    """What a fresh engine reads and writes after one with a tiny pool and late gathers has stored everything."""
+    root = str(lab.root / name)
+    engine = lab.engine(blocks=blocks, hybrid=hybrid, root=root, late_gathers=25, **options)
+    if not fenced:
+        engine.half._fence.needed_by = lambda output: False
+    texts = engine.run(PROMPTS, 30)
+    names = [engine.add([number + 60] + prompt, 30) for number, prompt in enumerate(PROMPTS)]
+    for _ in range(4):
+        engine.step()
+    engine.scheduler.finish_requests(names[0], ABORTED)
+    engine.finish(names[1:])
+    texts += engine.run(PROMPTS[::-1], 30)
+    lab.stop(engine)
+    engine = lab.engine(hybrid=hybrid, root=root)
+    follow = [prompt + text + [9] * 70 for prompt, text in zip(PROMPTS, texts, strict=False)]
+    again = engine.run(follow, LENGTH)
+    assert engine.loaded() > 0
+    return texts + again, follow
+
+
+@case
+def no_block_is_given_away_before_a_late_gather_has_read_it(lab: Lab) -> None:
+    for hybrid, blocks in ((False, 21), (True, 36)):
+        expected = lab.expected(hybrid, length=30)
+        wanted = expected + expected[::-1]
+        for asynchronous in (False, True):
+            name = f"fenced-{hybrid}-{asynchronous}"
+            got, follow = _churned(
+                lab, name, hybrid=hybrid, blocks=blocks, fenced=True, asynchronous=asynchronous
+            )
+            same(got, wanted + lab.expected(hybrid, prompts=follow))
+
+
+@case
+def without_the_fence_late_gathers_would_store_other_requests_blocks(lab: Lab) -> None:
+    for hybrid, blocks in ((False, 21), (True, 36)):
+        got, follow = _churned(lab, f"open-{hybrid}", hybrid=hybrid, blocks=blocks, fenced=False)
+        expected = lab.expected(hybrid, length=30)
+        assert got != expected + expected[::-1] + lab.expected(hybrid, prompts=follow)
+
+
+@case
+def a_step_that_takes_no_block_of_a_store_is_not_fenced(lab: Lab) -> None:
+    engine = lab.engine(late_gathers=3)
+    fences = []
+    engine.between = lambda so: fences.append(so.kv_connector_metadata.fence)
+    same(engine.run(PROMPTS, 30), lab.expected(length=30))
+    assert engine.stats["store_extents"] > 0 and not any(fences), "the pool has room for all"
+    assert not engine.half._fence._reading, "nothing is remembered for ever"
+
+
 @case
 def preemption_with_corrupt_extents(lab: Lab) -> None:
     store_prompts(lab)

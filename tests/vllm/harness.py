@@ -94,6 +94,7 @@ class Options:
     extra: dict = field(default_factory=dict)
     capacity: str = "64MiB"
     without_hybrid_manager: bool = False
+    late_gathers: int = 0  # steps by which stores read their blocks late, 0 = within their step
 
 
 _configs: dict = {}
@@ -116,6 +117,38 @@ def base_config(model: str, drafts: int, dtype: str):
             speculative_config=speculative if drafts else None,
         ).create_engine_config()
     return copy.deepcopy(_configs[key])
+
+
+class LateGathers:
+    """A depot whose stores read their blocks some steps late, as on a busy GPU: who gives a block away must wait."""
+
+    def __init__(self, depot, steps: int) -> None:
+        self._depot, self._steps = depot, steps
+        self._now = 0
+        self._late: list[tuple[int, int, bytes]] = []
+
+    def __getattr__(self, name: str):
+        return getattr(self._depot, name)
+
+    def submit_store(self, job: int, plan: bytes) -> None:
+        self._late.append((self._now + self._steps, job, plan))
+
+    def poll(self) -> list[dict]:
+        self._now += 1
+        self._read(lambda due: due <= self._now)
+        return self._depot.poll()
+
+    def wait_gathered(self, timeout_s: float) -> bool:
+        return self._read(lambda due: True)
+
+    def flush(self, timeout_s: float) -> bool:
+        return self._read(lambda due: True) and self._depot.flush(timeout_s)
+
+    def _read(self, is_due) -> bool:
+        for _, job, plan in (late for late in self._late if is_due(late[0])):
+            self._depot.submit_store(job, plan)
+        self._late = [late for late in self._late if not is_due(late[0])]
+        return self._depot.wait_gathered(30.0)
 
 
 class Rank:
@@ -142,6 +175,10 @@ class Rank:
             )
         self.tensors, self.cells = self._allocate(o)
         self.connector.register_kv_caches(self.tensors)
+        half = self.connector._worker_half
+        if o.late_gathers and half._depot is not None:
+            half._depot = LateGathers(half._depot, o.late_gathers)
+            half._stores_hold_up_step = False
 
     def _allocate(self, o: Options):
         """(tensors as the engine registers them, views [block, head, token, plane, dim] of the same memory)."""
@@ -202,6 +239,7 @@ class Engine:
             "layout": o.layout,
             "free_space_reserve": "1MiB",
             "slab": "16MiB",
+            "min_load_tokens": o.chunk,  # whatever this machine measures, hits are loaded
             **o.extra,
         }
         self.config.kv_transfer_config = KVTransferConfig(

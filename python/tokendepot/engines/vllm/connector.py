@@ -157,6 +157,12 @@ class TokendepotConnector(KVConnectorBase_V1, SupportsHMA):
         if half is not None and not self._refusal:
             self._start(lambda: half.attach(kv_caches))
 
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """Called every step before its loads and its forward pass, and before the metadata is bound."""
+        half, orders = self._worker_half, kv_connector_metadata
+        if half is not None and isinstance(orders, StepOrders):
+            self._guarded(lambda: half.fence(orders), None)
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         half = self._worker_half
         if half is not None:

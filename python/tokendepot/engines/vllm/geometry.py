@@ -2,18 +2,20 @@
 
 Dimensions are named by the engine's declaration (see versions.declared_shape), never by comparing sizes: with
 two KV heads, [blocks, heads, tokens, 2 * dim] and [blocks, K|V, tokens, heads * dim] have the same shape. Without
-a declaration a tensor is taken only when exactly one known family of shapes fits its sizes. Strides come from the
-tensor itself.
+a declaration a tensor is taken only when exactly one known family of shapes fits its sizes, or as opaque pages when
+exactly one dimension can be the blocks. Strides come from the tensor itself, so what a backend calls its layout
+(NHD, HND, layers inside blocks, padded pages) does not matter. Addresses are those of the tensor's device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import product
 from typing import Any
 
 import torch
 
-from tokendepot.engines.vllm.groups import CANONICAL, Group
+from tokendepot.engines.vllm.groups import CANONICAL, OPAQUE, Group
 from tokendepot.engines.vllm.settings import RefusedError
 
 # (address, block stride, head stride, token stride, piece bytes), strides in bytes
@@ -29,16 +31,27 @@ KNOWN_FAMILIES = (
     ("B", "N", "C"),
 )
 MAX_PIECES = 1024
+DEVICES = ("cpu", "cuda")
+
+
+def cache_device(kv_caches: Iterable[Any]) -> str:
+    """Where the cache is, as the engine option "device" says it: "host" or "cuda:N"; RefusedError when it is nowhere
+    that KV can be moved from, or in several places."""
+    devices = {tensor.device for tensor in kv_caches if isinstance(tensor, torch.Tensor)}
+    if len(devices) > 1:
+        raise RefusedError(f"the KV cache lies on several devices ({', '.join(sorted(map(str, devices)))})")
+    device = devices.pop() if devices else torch.device("cpu")
+    if device.type not in DEVICES:
+        raise RefusedError(f"the KV cache is on {device} but KV is moved from and to {' and '.join(DEVICES)} only")
+    if device.type == "cpu":
+        return "host"
+    return f"cuda:{device.index if device.index is not None else torch.cuda.current_device()}"
 
 
 def layer_planes(
     tensor: torch.Tensor, group: Group, block_count: int, declared: tuple[str, ...] | None, name: str
 ) -> list[Plane]:
     """Planes (canonical) or pieces (opaque) of one layer; RefusedError when the tensor does not fit the group."""
-    if tensor.device.type != "cpu":
-        raise RefusedError(
-            f"the KV cache of layer {name} is on {tensor.device} but this build moves KV of host memory only"
-        )
     names = _dimensions(tensor, group, block_count, declared, name)
     size = dict(zip(names, tensor.shape, strict=True))
     stride = {dim: step * tensor.element_size() for dim, step in zip(names, tensor.stride(), strict=True)}
@@ -70,6 +83,8 @@ def _dimensions(
             )
         return declared
     fitting = [family for family in KNOWN_FAMILIES if _fits(tensor, group, block_count, family)]
+    if len(fitting) != 1 and group.kind == OPAQUE:
+        return _dimensions_of_pages(tensor, block_count, name)
     if len(fitting) != 1:
         found = " or ".join(f"[{', '.join(family)}]" for family in fitting) or "nothing known"
         raise RefusedError(
@@ -77,6 +92,17 @@ def _dimensions(
             f"which may be {found}"
         )
     return fitting[0]
+
+
+def _dimensions_of_pages(tensor: torch.Tensor, block_count: int, name: str) -> tuple[str, ...]:
+    """A page may hold anything, so all that has to be known is which dimension counts the blocks."""
+    may_be_blocks = [dim for dim, size in enumerate(tensor.shape) if size and size % block_count == 0]
+    if len(may_be_blocks) != 1:
+        raise RefusedError(
+            f"layer {name} has a cache tensor of shape {tuple(tensor.shape)} without a declared layout, in which "
+            f"{len(may_be_blocks)} dimensions may be the {block_count} blocks of the pool"
+        )
+    return tuple("B" if dim == may_be_blocks[0] else f"inner{dim}" for dim in range(tensor.dim()))
 
 
 def _fits(tensor: torch.Tensor, group: Group, block_count: int, family: tuple[str, ...]) -> bool:

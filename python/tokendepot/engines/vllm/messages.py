@@ -85,6 +85,8 @@ class StepOrders(KVConnectorMetadata):
     holds: list[HoldOrder] = field(default_factory=list)
     drops: list[int] = field(default_factory=list)  # held jobs that will not be promised
     counts: dict[str, float] = field(default_factory=dict)  # the scheduler half's, for the metrics of rank 0
+    fence: bool = False  # no store may read a block any more when this step's loads and its forward pass begin
+    timed: int = 0  # to be reported as it is when the step ends; 0 = not wanted
 
 
 @dataclass
@@ -97,6 +99,7 @@ class StepReport(KVConnectorWorkerMetadata):
     ended_holds: dict[int, int] = field(default_factory=dict)  # hold job -> ranks that ended it
     failed_holds: set[int] = field(default_factory=set)  # hold jobs of which a rank lacks something
     disabled: str = ""  # why a rank can neither load nor store any more
+    steps: set[int] = field(default_factory=set)  # StepOrders.timed of the steps that have ended
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         assert isinstance(other, StepReport)
@@ -107,6 +110,7 @@ class StepReport(KVConnectorWorkerMetadata):
             _added(self.ended_holds, other.ended_holds),
             self.failed_holds | other.failed_holds,
             self.disabled or other.disabled,
+            self.steps | other.steps,
         )
 
     def is_empty(self) -> bool:

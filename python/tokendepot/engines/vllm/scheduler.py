@@ -7,7 +7,7 @@ Contracts with vLLM that this file stands on:
   is rescheduled; it never silently becomes a shorter load.
 * Only tokens that are final are stored: computed + scheduled - drafts, at most the tokens whose ids are known.
 * A block is stored only in a step in which the request owns it: a step that fills it, or one that lists the whole
-  table.
+  table. What becomes of it while it is being read is the matter of fence.py.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ import json
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from tokendepot import _core
 from tokendepot.engines.vllm import versions
 from tokendepot.engines.vllm.adapters import Adapters, PendingError
+from tokendepot.engines.vllm.fence import StoreFence
 from tokendepot.engines.vllm.groups import FULL, Group, describe_groups, loads_are_safe
 from tokendepot.engines.vllm.identity import manifest
 from tokendepot.engines.vllm.messages import (
-    SKIP,
     GroupBlocks,
     HoldOrder,
     LoadOrder,
@@ -33,61 +32,16 @@ from tokendepot.engines.vllm.messages import (
     StepReport,
     StoreOrder,
 )
+from tokendepot.engines.vllm.places import NULL_BLOCK, everything, everywhere, places_of
 from tokendepot.engines.vllm.settings import RefusedError, Settings
+from tokendepot.engines.vllm.tracked import Hold, Load, Promise, Store, Tracked, bar
+from tokendepot.engines.vllm.worth import Worth, starting_values
 
 LOAD_ATTEMPTS = 2  # failed loads of one request before it is left to compute
 STORE_MEMORY_S = 60.0  # how long a store that no worker reports counts as on its way
 HOLD_GRACE_S = 5.0  # beyond the workers' own deadline, for the steps that carry order and answer
 SEEN_STORE_S = 2.0  # after its end: until the workers' journals have been read
 TOKENS_PER_CALL = 1 << 16  # keys made in one look-up, about 3 ms; a longer prompt is asked for again
-NULL_BLOCK = 0  # vLLM's block that stands for "freed, outside the window"
-
-
-@dataclass
-class Promise:
-    local_tokens: int
-    hit_tokens: int
-
-
-@dataclass
-class Hold:
-    """Extents that the workers verify, or have verified, before they are promised."""
-
-    job: int
-    chunks: int  # of the prefix
-    keys: bytes
-    until: float  # when it is given up
-    ended_by: int = 0
-    failed: bool = False
-
-
-@dataclass
-class Tracked:
-    """What is known about one live request."""
-
-    request: Any
-    chain: _core.KeyChain | None = None  # None: the request takes no part (see `barred`)
-    barred: str = ""
-    media: list[tuple[str, int, int]] = field(default_factory=list)
-    promise: Promise | None = None
-    hold: Hold | None = None
-    failed_loads: int = 0
-    tables: list[list[int]] = field(default_factory=list)  # block ids of each group
-    next_chunk: int = 0  # chunks before it need no more thought
-    counted: bool = False  # in queried_tokens
-
-
-@dataclass
-class Load:
-    request_id: str
-    keys: bytes
-    failed: bool = False
-
-
-@dataclass
-class Store:
-    keys: list[tuple[bytes, int]]
-    ended_by: int = 0
 
 
 class SchedulerHalf:
@@ -98,7 +52,8 @@ class SchedulerHalf:
         self._chunk = settings.chunk_tokens
         self._groups = describe_groups(vllm_config, kv_cache_config, settings)
         self._wants = [group.want() for group in self._groups]
-        self._depot = _core.Depot.open(settings.engine_json, catalog=True, writer=False)
+        # This process must never make a CUDA context: it looks up and plans, and moves no byte.
+        self._depot = _core.Depot.open(settings.engine_options("host"), catalog=True, writer=False)
         try:
             self._manifest = manifest(vllm_config, self._groups, settings, kv_cache_config)
             self._namespace = self._depot.register_namespace(json.dumps(self._manifest))
@@ -111,6 +66,8 @@ class SchedulerHalf:
         self._hold_first = not loads_are_safe(self._groups)
         self._may_store = bool(transfer.is_kv_producer)
         self._drop_last_chunk = versions.chunk_drop_needed(vllm_config.speculative_config)
+        self._fence = StoreFence(self._groups, self._ranks)
+        self._worth = None if settings.min_load_is_fixed else Worth(*starting_values(self._groups, self._depot.stats()))
         self._adapters = Adapters(settings.root_paths)
         self._requests: dict[str, Tracked] = {}
         self._pending: list[LoadOrder] = []
@@ -148,7 +105,7 @@ class SchedulerHalf:
     def matched_tokens(self, request: Any, local_tokens: int) -> int | None:
         """Tokens beyond `local_tokens` that the depot can load; None = ask again. No side effect but the note."""
         tracked = self._track(request)
-        tracked.promise = None
+        tracked.promise, tracked.not_worth = None, 0
         if self._off or not self._may_load or tracked.failed_loads >= LOAD_ATTEMPTS:
             return 0
         try:
@@ -172,6 +129,9 @@ class SchedulerHalf:
         external = hit * self._chunk - local_tokens
         if external < self._settings.min_load_tokens:
             return 0
+        if tracked.hold is None and not self._is_worth_loading(request, local_tokens, hit * self._chunk):
+            tracked.not_worth = external
+            return 0
         if self._hold_first:
             verified = self._verified(tracked, keys, hit)
             if not verified:
@@ -182,16 +142,20 @@ class SchedulerHalf:
         tracked.promise = Promise(local_tokens, hit * self._chunk)
         return external
 
+    def _is_worth_loading(self, request: Any, local_tokens: int, hit_tokens: int) -> bool:
+        return self._worth is None or self._worth.of_load(local_tokens, hit_tokens, request.num_tokens)
+
     def _verified(self, tracked: Tracked, keys: bytes, hit: int) -> int | None:
         """Chunks of the prefix that all ranks hold, verified, in memory; None = they are at it."""
         hold = tracked.hold
         if hold is None:
-            plan = self._plan(keys, self._everywhere(hit))
+            plan = self._plan(keys, everywhere(self._groups, hit))
             if plan is None:
                 return 0
             job, self._next_job = self._next_job, self._next_job + 1
-            until = time.monotonic() + self._settings.load_timeout + HOLD_GRACE_S
-            tracked.hold = self._holds[job] = Hold(job, hit, keys, until)
+            now = time.monotonic()
+            until = now + self._settings.load_timeout + HOLD_GRACE_S
+            tracked.hold = self._holds[job] = Hold(job, hit, keys, now, until)
             self._new_holds.append(HoldOrder(job, plan))
             return None
         if hold.failed or time.monotonic() > hold.until:
@@ -200,15 +164,6 @@ class SchedulerHalf:
             self._count("failed_requests", 1)
             return 0
         return hold.chunks if hold.ended_by >= self._ranks else None
-
-    def _everywhere(self, hit: int) -> list[GroupBlocks]:
-        """All chunks that a prefix needs of each group; block 0 stands for any."""
-        places = []
-        for group in self._groups:
-            first = max(0, hit - group.window_chunks) if group.window_chunks else 0
-            ids = [0] * ((hit - first) * group.stored_blocks)
-            places.append(GroupBlocks.pack(group.index, first, group.stored_blocks, ids))
-        return places
 
     def _let_go(self, tracked: Tracked) -> None:
         """The workers free what they hold for a request that will not use it."""
@@ -222,8 +177,11 @@ class SchedulerHalf:
         if not tracked.counted:
             tracked.counted = True
             self._count("queried_tokens", request.num_tokens)
+            if tracked.not_worth:
+                self._count("not_worth_tokens", tracked.not_worth)
         if external_tokens <= 0:
             return
+        self._fence.allocated(tables, tracked.promise.local_tokens if tracked.promise else 0)
         promise, tracked.promise = tracked.promise, None
         order = self._order(tracked, tables, promise, external_tokens)
         self._pending.append(order)
@@ -236,7 +194,7 @@ class SchedulerHalf:
         request_id = tracked.request.request_id
         local = promise.local_tokens if promise else 0
         end = local + external
-        groups, complete = self._places(tables, local, end)
+        groups, complete = places_of(self._groups, tables, local, end)
         plan = None
         keys = tracked.chain.keys(0, -(-end // self._chunk)) if tracked.chain is not None else b""
         hold, tracked.hold = tracked.hold, None
@@ -245,52 +203,13 @@ class SchedulerHalf:
         if keepable and not held_job:
             plan = self._plan(keys, groups)
         broken = plan is None and not held_job
-        self._loads[job] = Load(request_id, keys, failed=broken)
+        began = hold.began if hold is not None else time.monotonic()
+        self._loads[job] = Load(request_id, keys, external, began, failed=broken)
         if broken:
             tracked.failed_loads += 1
             self._count("broken_promises", 1)
-            groups = self._everything(tables, local, end)
+            groups = everything(self._groups, tables, local, end)
         return LoadOrder(job, request_id, plan, groups, held_job)
-
-    def _places(self, tables: list[list[int]], local: int, end: int) -> tuple[list[GroupBlocks], bool]:
-        """The blocks that tokens [local, end) need from the depot, and whether the depot holds all of them."""
-        places, complete = [], True
-        end_chunk = -(-end // self._chunk)
-        for group, table in zip(self._groups, tables, strict=True):
-            first = local // self._chunk
-            if group.window_chunks:
-                first = max(first, end_chunk - group.window_chunks)
-            missing_front = group.blocks_per_chunk - group.stored_blocks
-            ids: list[int] = []
-            covered: set[int] = set()
-            for chunk in range(first, end_chunk):
-                for place in range(missing_front, group.blocks_per_chunk):
-                    position = chunk * group.blocks_per_chunk + place
-                    wanted = self._is_wanted(group, table, position, local, end)
-                    ids.append(table[position] if wanted else SKIP)
-                    covered.add(position)
-            needed = range(local // group.block_tokens, -(-end // group.block_tokens))
-            complete &= all(
-                position in covered
-                for position in needed
-                if self._is_wanted(group, table, position, local, end)
-            )
-            places.append(GroupBlocks.pack(group.index, first, group.stored_blocks, ids))
-        return places, complete
-
-    def _everything(self, tables: list[list[int]], local: int, end: int) -> list[GroupBlocks]:
-        """All blocks of tokens [local, end), to be reported as failed: one list of single blocks a group."""
-        places = []
-        for group, table in zip(self._groups, tables, strict=True):
-            positions = range(local // group.block_tokens, -(-end // group.block_tokens))
-            ids = [table[p] if self._is_wanted(group, table, p, local, end) else SKIP for p in positions]
-            places.append(GroupBlocks.pack(group.index, 0, max(1, len(ids)), ids))
-        return places
-
-    @staticmethod
-    def _is_wanted(group: Group, table: list[int], position: int, local: int, end: int) -> bool:
-        first_token = position * group.block_tokens
-        return local <= first_token < end and position < len(table) and table[position] != NULL_BLOCK
 
     def _plan(self, keys: bytes, groups: list[GroupBlocks]) -> bytes | None:
         """None when an extent has gone since the look-up, or the depot is in trouble."""
@@ -315,11 +234,25 @@ class SchedulerHalf:
             loads=self._pending, holds=self._new_holds, drops=self._drops, counts=self._counts
         )
         self._pending, self._new_holds, self._drops, self._counts = [], [], [], {}
+        orders.fence = True  # unless it is known that none is needed
         try:
+            orders.fence = self._fence.needed_by(output)
             orders.stores = self._stores_of(output)
+            orders.timed = self._timed(output)
         except Exception as error:  # the loads of this step must reach the workers whatever happens here
             self.turn_off(f"choosing what to store: {type(error).__name__}: {error}")
         return orders
+
+    def _timed(self, output: Any) -> int:
+        """The number under which this step is timed, 0 when it is not."""
+        if self._worth is None:
+            return 0
+        cached = output.scheduled_cached_reqs
+        before = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        before |= {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        return self._worth.step_begins(
+            [(before.get(name, 0), count) for name, count in output.num_scheduled_tokens.items()]
+        )
 
     def _stores_of(self, output: Any) -> list[StoreOrder]:
         items: list[list[tuple[bytes, int, int, list[int]]]] = [[] for _ in self._groups]
@@ -411,6 +344,7 @@ class SchedulerHalf:
     def _store_order(self, group: Group, items: list[tuple[bytes, int, int, list[int]]]) -> StoreOrder:
         job, self._next_job = self._next_job, self._next_job + 1
         self._stores[job] = Store([(key, index) for key, _, index, _ in items])
+        self._fence.begin(job, (block for *_, blocks in items for block in blocks))
         self._forget_old_stores()
         return StoreOrder(job, group.index, bytes(_core.plan_store(self._namespace, items)))
 
@@ -429,6 +363,8 @@ class SchedulerHalf:
     def report(self, report: StepReport | None, finished_loads: set[str]) -> None:
         """What all ranks said in one step; `finished_loads` are the requests whose load every rank has ended."""
         if report is not None:
+            for number in report.steps if self._worth is not None else ():
+                self._worth.step_ended(number)
             if report.disabled:
                 self.turn_off(report.disabled)
             for job, chunk, group in report.failed_chunks:
@@ -440,11 +376,19 @@ class SchedulerHalf:
                 if store is not None and item < len(store.keys):
                     self._storing.pop(store.keys[item], None)
             for job, ranks in report.ended_stores.items():
+                self._fence.ended(job, ranks)
                 self._store_ended(job, ranks)
         if finished_loads:
+            self._learn_from_loads(finished_loads)
             self._loads = {
                 job: load for job, load in self._loads.items() if load.request_id not in finished_loads
             }
+
+    def _learn_from_loads(self, finished: set[str]) -> None:
+        now = time.monotonic()
+        for load in self._loads.values():
+            if self._worth is not None and load.request_id in finished and not load.failed:
+                self._worth.loaded(load.tokens, now - load.began)
 
     def _forget(self, keys: bytes, chunk: int, group: int) -> None:
         """Not promised again until somebody stores it anew, which the recomputing request does."""
@@ -497,7 +441,7 @@ class SchedulerHalf:
         if tracked is not None and tracked.request is not request:
             self._let_go(tracked)
         if tracked is None or tracked.request is not request:
-            tracked = self._requests[request.request_id] = Tracked(request, barred=_bar(request))
+            tracked = self._requests[request.request_id] = Tracked(request, barred=bar(request))
             if tracked.barred:
                 self._say(f"a request takes no part in the depot: {tracked.barred}")
         return tracked
@@ -508,7 +452,7 @@ class SchedulerHalf:
             self._adapters.prepare(request.lora_request)
 
     def finished(self, request: Any) -> None:
-        """Stores are gathered within their step and loads end by themselves, so nothing is held back."""
+        """Loads end by themselves and stores are fenced, so no block is held back."""
         tracked = self._requests.pop(request.request_id, None)
         if tracked is not None:
             self._let_go(tracked)
@@ -590,13 +534,3 @@ class SchedulerHalf:
             self._said.add(text)
             versions.log.warning("tokendepot: %s", text)
 
-
-def _bar(request: Any) -> str:
-    """Why a request takes no part, or ""."""
-    if getattr(request, "prompt_embeds", None) is not None:
-        return "prompt embeddings have no token ids to make keys of"
-    if getattr(request, "resumable", False) or getattr(request, "streaming_queue", None) is not None:
-        return "the prompt of a streaming session can still change"
-    if any(item.identifier is None for item in request.mm_features or ()):
-        return "a multimodal item has no content hash"
-    return ""

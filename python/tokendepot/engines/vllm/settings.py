@@ -39,8 +39,15 @@ class Settings:
     store: str
     model_digest: str
     min_load_tokens: int
-    engine_json: str  # the engine's options, checked by it
+    min_load_is_fixed: bool  # the operator's word counts, nothing is measured
+    engine: dict[str, Any]  # the engine's options, checked by it
     root_paths: tuple[str, ...]
+
+    def engine_options(self, device: str, **defaults: Any) -> str:
+        """The engine's options as JSON for a process whose cache is on `device`; `defaults` are for keys not given."""
+        if device == "host" and "device" not in self.engine:
+            return json.dumps({**defaults, **self.engine})
+        return json.dumps({**defaults, **self.engine, "device": device})
 
 
 def on_error_choice(extra: dict[str, Any]) -> str:
@@ -64,7 +71,8 @@ def read_settings(extra: dict[str, Any]) -> Settings:
         min_load_tokens=chunk_tokens
         if min_load is None
         else _whole_number(extra, "min_load_tokens", 1, 1 << 31),
-        engine_json=json.dumps(engine),
+        min_load_is_fixed=min_load is not None,
+        engine=engine,
         root_paths=root_paths,
     )
 

@@ -26,6 +26,10 @@ COUNTERS = {
     ),
     "queried_tokens": ("tokendepot_queried_tokens", "Tokens of prompts that were looked up."),
     "hit_tokens": ("tokendepot_hit_tokens", "Tokens that the depot promised to load."),
+    "not_worth_tokens": (
+        "tokendepot_not_worth_loading_tokens",
+        "Tokens that the depot holds and that were left to be computed because that is faster.",
+    ),
     "broken_promises": (
         "tokendepot_broken_promises",
         "Loads whose extents had gone between look-up and plan.",

@@ -93,7 +93,8 @@ def declared_shape(vllm_config: Any, layer_name: str, cache_dtype: str) -> tuple
     """Names of the dimensions of a layer's cache tensor as its attention backend declares them, or None.
 
     Names: B blocks, H heads, N tokens, D one plane's row, C all planes' row, P plane. Backends are asked with sizes
-    that cannot be confused with each other, so no shape is ever guessed from the tensor.
+    that cannot be confused with each other, so no shape is ever guessed from the tensor. A last dimension that is none
+    of these is a row with something in it beside the head's values (the scales of fp8 MLA caches): C as well.
     """
     if UNIFORM_CACHE_SHAPE:
         return ("B", "H", "N", "C")
@@ -114,6 +115,8 @@ def declared_shape(vllm_config: Any, layer_name: str, cache_dtype: str) -> tuple
         return None
     by_size = {size: name for name, size in sizes.items()} | {2 * sizes["D"]: "C", 2: "P"}
     names = tuple(by_size.get(size, "?") for size in shape)
+    if names and names[-1] == "?":
+        names = (*names[:-1], "C")
     return None if "?" in names or len(set(names)) != len(names) else names
 
 

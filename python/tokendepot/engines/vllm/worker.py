@@ -3,11 +3,16 @@
 Contracts with vLLM that this file stands on:
 * Every load order is answered on every rank: finished, and with the blocks that failed at the latest in that step.
 * A load is answered only when the depot has said that it writes no more of its blocks.
-* wait_for_save() returns only when all bytes of this step's stores have left the cache: blocks may be reused at once.
+* On the host wait_for_save() returns only when all bytes of this step's stores have left the cache. On a GPU it is
+  called while the step's kernels are still queued and must not wait for them: stores are ordered behind them on the
+  device, and a block that is given away meanwhile is protected by the fence of the step that writes to it (fence.py).
+* handle_preemptions() is called with a step's orders before anything of that step touches the cache.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
 from typing import Any
 
@@ -15,7 +20,7 @@ import torch
 
 from tokendepot import _core
 from tokendepot.engines.vllm import versions
-from tokendepot.engines.vllm.geometry import attach_arguments, layer_planes
+from tokendepot.engines.vllm.geometry import attach_arguments, cache_device, layer_planes
 from tokendepot.engines.vllm.groups import CANONICAL, Placement, describe_groups
 from tokendepot.engines.vllm.messages import HoldOrder, LoadOrder, StepOrders, StepReport
 from tokendepot.engines.vllm.settings import RefusedError, Settings
@@ -25,6 +30,8 @@ GATHER_SLICE_S = 5.0
 FLUSH_AT_CLOSE_S = 5.0
 STATS_EVERY_S = 5.0  # while nothing happens; right away when a job has ended
 FAILURE_LINE_EVERY_S = 10.0
+STORE_QUEUE_BYTES = 512 << 20  # the engine's default
+STORE_QUEUE_STEPS = 2  # whose stores fit the queue unless the operator says otherwise
 
 
 class WorkerHalf:
@@ -39,8 +46,10 @@ class WorkerHalf:
         self._kv_cache_config = kv_cache_config
         self._groups = describe_groups(vllm_config, kv_cache_config, settings)
         self._storing_groups = {group.index for group in self._groups if group.stores(self._placement)}
-        self._depot = _core.Depot.open(settings.engine_json, catalog=False, writer=True)
-        self._attached = False
+        self._settings = settings
+        self._depot: _core.Depot | None = None  # until attach(): before, nobody knows on which device the cache is
+        self._device = "host"
+        self._stores_hold_up_step = True
         self._loading: dict[int, LoadOrder] = {}
         self._holding: set[int] = set()  # hold jobs under way
         self._finished: set[str] = set()
@@ -57,7 +66,35 @@ class WorkerHalf:
     # --- the cache -----------------------------------------------------------------------------------------------
 
     def attach(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Lends the cache to the depot; RefusedError when a tensor is not understood."""
+        """Opens the depot on the cache's device and lends it the cache; RefusedError when a tensor is not understood."""
+        names = [name for group in self._groups for name in group.layer_names]
+        self._device = cache_device(kv_caches.get(name) for name in names)
+        chosen = self._settings.engine.get("device", self._device)
+        if chosen != self._device:
+            raise RefusedError(f'"device" is {json.dumps(chosen)} but the KV cache is on "{self._device}"')
+        # Engines that zero new blocks do so before they call handle_preemptions().
+        self._stores_hold_up_step = self._device == "host" or bool(
+            getattr(self._kv_cache_config, "needs_kv_cache_zeroing", False)
+        )
+        depot = _core.Depot.open(
+            self._settings.engine_options(self._device, store_queue=self._store_queue()), catalog=False, writer=True
+        )
+        try:
+            self._lend(depot, kv_caches)
+        except BaseException:
+            depot.close()
+            raise
+        self._depot = depot
+
+    def _store_queue(self) -> int:
+        """A step's chunks are submitted at once, so that a queue smaller than a step would drop some of each."""
+        step_tokens = int(self._vllm_config.scheduler_config.max_num_batched_tokens)
+        token_bytes = sum(
+            group.page_bytes * len(group.layer_names) / group.block_tokens for group in self._groups
+        )
+        return max(STORE_QUEUE_BYTES, int(STORE_QUEUE_STEPS * step_tokens * token_bytes))
+
+    def _lend(self, depot: _core.Depot, kv_caches: dict[str, torch.Tensor]) -> None:
         block_count = int(self._kv_cache_config.num_blocks)
         cache_dtype = str(self._vllm_config.cache_config.cache_dtype)
         for group in self._groups:
@@ -75,8 +112,17 @@ class WorkerHalf:
                     )
                 declared = versions.declared_shape(self._vllm_config, name, cache_dtype)
                 layers.append(layer_planes(tensor, group, block_count, declared, name))
-            self._depot.attach(**attach_arguments(group, group.part(self._placement), block_count, layers))
-        self._attached = True
+            depot.attach(**attach_arguments(group, group.part(self._placement), block_count, layers))
+
+    def _mark_stream(self, depot: _core.Depot) -> None:
+        """What is submitted from here on touches the cache only after the work that the engine has queued so far."""
+        if self._device != "host":
+            depot.mark_stream(torch.cuda.current_stream(torch.device(self._device)).cuda_stream)
+
+    def fence(self, orders: StepOrders) -> None:
+        """Before anything of a step touches the cache."""
+        if orders.fence and self._depot is not None and not self._stores_hold_up_step:
+            self._wait_gathered(self._depot)
 
     # --- loads ---------------------------------------------------------------------------------------------------
 
@@ -84,19 +130,23 @@ class WorkerHalf:
         for name, amount in orders.counts.items():
             self._scheduler_counts[name] = self._scheduler_counts.get(name, 0) + amount
             self._stats_due = 0.0
+        if orders.timed:
+            self._report.steps.add(orders.timed)
         for job in orders.drops:
             self._drop_held(job)
         for hold in orders.holds:
             self._start_hold(hold)
         for order in orders.loads:
-            if order.held_job and not self._off:
-                self._place(order)
+            depot = self._usable()
+            if order.held_job and depot is not None:
+                self._place(depot, order)
                 continue
-            if order.plan is None or self._off or not self._attached:
+            if order.plan is None or depot is None:
                 self._end_load(order, everything=True)
                 continue
             try:
-                self._depot.submit_load(order.job, order.plan)
+                self._mark_stream(depot)
+                depot.submit_load(order.job, order.plan)
                 self._loading[order.job] = order
             except Exception as error:  # one order's trouble must not leave the next one unanswered
                 self._note_failure(f"load not accepted ({type(error).__name__}: {error}), recomputed")
@@ -113,11 +163,12 @@ class WorkerHalf:
 
     def _start_hold(self, hold: HoldOrder) -> None:
         """Reads and verifies without touching the cache; whatever fails here fails before anything is promised."""
-        if self._off or not self._attached:
+        depot = self._usable()
+        if depot is None:
             self._end_hold(hold.job, failed=True)
             return
         try:
-            self._depot.submit_hold(hold.job, hold.plan)
+            depot.submit_hold(hold.job, hold.plan)
             self._holding.add(hold.job)
         except Exception as error:  # one order's trouble must not leave the next one unanswered
             self._note_failure(f"chunks not verified ahead ({type(error).__name__}: {error})")
@@ -128,17 +179,23 @@ class WorkerHalf:
         if failed:
             self._report.failed_holds.add(job)
 
-    def _place(self, order: LoadOrder) -> None:
+    def _usable(self) -> _core.Depot | None:
+        return None if self._off else self._depot
+
+    def _place(self, depot: _core.Depot, order: LoadOrder) -> None:
         """Copies verified bytes into the promised blocks, which no fault of a medium can stop."""
         blocks = [(chunk, places.group, ids) for places in order.groups for chunk, ids in places.by_chunk()]
         try:
-            self._depot.place(order.job, order.held_job, blocks)
+            self._mark_stream(depot)
+            depot.place(order.job, order.held_job, blocks)
             self._loading[order.job] = order
         except Exception as error:
             versions.log.error("tokendepot: rank %d: verified bytes are gone: %s", self._placement.rank, error)
             self._end_load(order, everything=True)
 
     def _drop_held(self, job: int) -> None:
+        if self._depot is None:
+            return
         try:
             self._depot.drop_held(job)
         except _core.DepotError as error:
@@ -146,6 +203,8 @@ class WorkerHalf:
 
     def poll(self) -> None:
         """Takes what ended since the last call. Cheap when nothing did."""
+        if self._depot is None:
+            return
         try:
             ended = self._depot.poll()
         except _core.DepotError as error:
@@ -201,26 +260,28 @@ class WorkerHalf:
     # --- stores --------------------------------------------------------------------------------------------------
 
     def store(self, orders: StepOrders) -> None:
-        """Submits this step's stores and waits until their bytes have left the cache."""
-        submitted = False
+        """Submits this step's stores; on the host also waits until their bytes have left the cache."""
+        depot, submitted = self._usable(), False
         for order in orders.stores:
-            if order.group not in self._storing_groups or self._off or not self._attached:
+            if order.group not in self._storing_groups or depot is None:
                 self._report.ended_stores[order.job] = 1
                 continue
             try:
-                self._depot.submit_store(order.job, order.plan)
+                if not submitted:
+                    self._mark_stream(depot)
+                depot.submit_store(order.job, order.plan)
                 submitted = True
             except _core.DepotError as error:
                 self._note_failure(f"store not accepted ({error.kind}: {error})")
                 self._report.ended_stores[order.job] = 1
-        if submitted:
-            self._wait_gathered()
+        if depot is not None and submitted and self._stores_hold_up_step:
+            self._wait_gathered(depot)
 
-    def _wait_gathered(self) -> None:
+    def _wait_gathered(self, depot: _core.Depot) -> None:
         """Has no way out but success or a closed depot: returning early would store what other requests write."""
         started = time.monotonic()
         try:
-            while not self._depot.wait_gathered(GATHER_SLICE_S):
+            while not depot.wait_gathered(GATHER_SLICE_S):
                 self._note_failure(f"storing holds up a step since {time.monotonic() - started:.0f} s")
         except _core.DepotError as error:
             self.turn_off(str(error))
@@ -246,10 +307,10 @@ class WorkerHalf:
         if now < self._stats_due:
             return None
         self._stats_due = now + STATS_EVERY_S
-        try:
-            change = self._counters.delta(self._depot.stats())
-        except _core.DepotError:
-            change = {}
+        change: dict[str, float] = {}
+        if self._depot is not None:
+            with contextlib.suppress(_core.DepotError):
+                change = self._counters.delta(self._depot.stats())
         if (
             self._placement.rank == 0
         ):  # vLLM before 0.24 asks the workers only, and counts of one rank are enough
@@ -282,6 +343,8 @@ class WorkerHalf:
 
     def _close_depot(self) -> None:
         """After this the depot writes no byte of the cache any more."""
+        if self._depot is None:
+            return
         try:
             self._depot.close()
         except _core.DepotError as error:
@@ -292,7 +355,8 @@ class WorkerHalf:
         if not self._off:
             self._off = "closed"
             try:
-                self._depot.flush(FLUSH_AT_CLOSE_S)
+                if self._depot is not None:
+                    self._depot.flush(FLUSH_AT_CLOSE_S)
             except _core.DepotError as error:
                 versions.log.warning("tokendepot: rank %d: closing: %s", self._placement.rank, error)
         self._close_depot()

@@ -36,7 +36,7 @@ def preemption_with_a_tiny_pool_never_mixes_requests(lab: Lab) -> None:
 def _churned(lab: Lab, name: str, *, hybrid: bool, blocks: int, fenced: bool, **options):
     """What a fresh engine reads and writes after one with a tiny pool and late gathers has stored everything."""
     root = str(lab.root / name)
-    engine = lab.engine(blocks=blocks, hybrid=hybrid, root=root, late_gathers=25, **options)
+    engine = lab.engine(blocks=blocks, hybrid=hybrid, root=root, late_gathers=1000, **options)
     if not fenced:
         engine.half._fence.needed_by = lambda output: False
     texts = engine.run(PROMPTS, 30)

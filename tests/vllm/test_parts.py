@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from tokendepot import _core
 from tokendepot.engines.vllm import identity
+from tokendepot.engines.vllm.fence import StoreFence
 from tokendepot.engines.vllm.groups import Placement, describe_groups
 from tokendepot.engines.vllm.identity import (
     content_digest,
@@ -181,10 +183,59 @@ def test_content_digests_are_remembered_by_inode_state(tmp_path, monkeypatch) ->
 
 def test_reports_of_ranks_add_up() -> None:
     one = StepReport({(1, 2, 0)}, {7: 1}, {(7, 3)}, {5: 1}, {6})
-    two = StepReport({(1, 4, 0)}, {7: 1, 8: 1}, ended_holds={5: 1}, disabled="why")
+    two = StepReport({(1, 4, 0)}, {7: 1, 8: 1}, ended_holds={5: 1}, disabled="why", steps={5})
     both = one.aggregate(two)
-    assert both == StepReport({(1, 2, 0), (1, 4, 0)}, {7: 2, 8: 1}, {(7, 3)}, {5: 2}, {6}, "why")
+    assert both == StepReport(
+        {(1, 2, 0), (1, 4, 0)}, {7: 2, 8: 1}, {(7, 3)}, {5: 2}, {6}, disabled="why", steps={5}
+    )
     assert StepReport().is_empty() and not both.is_empty()
+
+
+def step_output(new=(), cached=()) -> SimpleNamespace:
+    """new: (tables, computed); cached: (new tables or None, computed, resumed)."""
+    names = [f"c{number}" for number in range(len(cached))]
+    return SimpleNamespace(
+        scheduled_new_reqs=[SimpleNamespace(block_ids=ids, num_computed_tokens=done) for ids, done in new],
+        scheduled_cached_reqs=SimpleNamespace(
+            req_ids=names,
+            new_block_ids=[ids for ids, _, _ in cached],
+            num_computed_tokens=[done for _, done, _ in cached],
+            resumed_req_ids={name for name, (_, _, resumed) in zip(names, cached, strict=True) if resumed},
+        ),
+    )
+
+
+def test_a_fence_stands_where_a_block_of_a_running_store_is_written() -> None:
+    fence = StoreFence(groups_of(configuration(), full(), window(40)), ranks=2)
+    assert not fence.needed_by(step_output(new=[(([5], [6]), 0)])), "nothing is being read"
+    fence.begin(1, [5, 6])
+    fence.begin(2, [7])
+    assert fence.needed_by(step_output(new=[(([5], [9]), 0)]))
+    assert fence.needed_by(step_output(new=[(([3, 5], [9, 8]), 16)]))
+    assert not fence.needed_by(step_output(new=[(([5, 3], [9, 8]), 16)])), "a prefix hit is only read"
+    assert fence.needed_by(step_output(cached=[(None, 16, False), (([], [7]), 48, False)]))
+    assert not fence.needed_by(step_output(cached=[(([5, 3], [6, 4]), 16, True)])), "resumed with a prefix hit"
+    assert fence.needed_by(step_output(cached=[(([5, 3], [6, 4]), 0, True)]))
+    fence.allocated([[5, 3], [6, 4]], 16)
+    assert not fence.needed_by(step_output())
+    fence.allocated([[5, 7], [6, 4]], 16)
+    assert fence.needed_by(step_output()) and not fence.needed_by(step_output()), "of one step"
+    fence.ended(1, 1)
+    assert fence.needed_by(step_output(new=[(([5], [9]), 0)])), "one rank may still read"
+    fence.ended(1, 1)
+    fence.ended(1, 1)
+    assert not fence.needed_by(step_output(new=[(([5], [6]), 0)]))
+    assert fence.needed_by(step_output(new=[(([7], [9]), 0)]))
+
+
+def test_the_device_is_given_to_workers_and_kept_from_the_scheduler() -> None:
+    roots = {"roots": ["/dev/shm/never-made?capacity=1GiB"]}
+    plain, chosen = read_settings(roots), read_settings({**roots, "device": "cuda:1", "store_queue": "1GiB"})
+    for settings in (plain, chosen):
+        assert _core.parse_options(settings.engine_options("host"))["device"] == "host"
+        assert _core.parse_options(settings.engine_options("cuda:0"))["device"] == "cuda:0"
+    assert _core.parse_options(plain.engine_options("host", store_queue=7 << 30))["store_queue"] == 7 << 30
+    assert _core.parse_options(chosen.engine_options("host", store_queue=7 << 30))["store_queue"] == 1 << 30
 
 
 def test_orders_stay_small_and_survive_pickling() -> None:

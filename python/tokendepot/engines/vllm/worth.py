@@ -1,123 +1,115 @@
 """Load or recompute: what either would cost the next request, learnt from what the last ones cost.
 
-A load costs a latency and a time for each token, as the scheduler sees it: from the order to the step that reports it,
-queues included. Computing costs a time for each token that grows with the context before it, and no step is faster
-than the fastest: a few tokens more in a step are free. Both start from values at which long prefixes are loaded, so that the first
-hits after a restart are loads and are measured.
+A load costs what loads of its size took, as the scheduler sees it: from the order to the step that reports it, queues
+included. Computing costs what tokens at such a context took in steps that held many of them; but no step is faster than
+the shortest, so that a few tokens more in it are free. Sizes and contexts are told apart by powers of two.
+
+What was not measured yet is taken to be fast for loads, so that the first hits after a restart are loads; and loads
+that were slow are tried again after a minute.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
+from statistics import median_low
 from typing import Any
 
 from tokendepot.engines.vllm.groups import Group
 
-LONG_STEP_TOKENS = 512  # steps of at least so many tokens tell what a token costs
+LONG_STEP_TOKENS = 128  # steps of at least so many tokens tell what a token costs
 SHORT_STEP_TOKENS = 64  # steps of at most so many tell what a step costs whatever is in it
 SHORT_STEP_EVERY_S = 1.0
 STEPS_UNDER_WAY = 64  # remembered; a step that nobody reports is forgotten
-LOADS_FADE_S = 120.0  # half-life: a root that was slow once is tried again
-STEPS_FADE = 0.95  # of the weight of all earlier steps, with each new one
-SURPRISE = 8.0  # one observation moves the estimate as if it were at most so many times off
-START_WEIGHT = 0.5  # of the starting values, in observations
-START_LOAD_LATENCY_S = 2e-3
-START_STEP_S = 1e-3
+LOADS_COUNT_S = 60.0
+KEPT = 5  # observations of one power of two
+LOAD_LATENCY_S = 2e-3
+LATENCY_SHARE = 4  # of a load's time over that of its bytes, for guesses about larger ones
 START_MEMORY_RATE, START_DISK_RATE = 20e9, 3e9  # bytes a second
-START_GPU_TOKENS_S, START_CPU_TOKENS_S = 1e4, 1e3  # tokens a second
+START_STEP_S = 0.025
+# A step of so many tokens is twice as long as the shortest: below, a GPU waits for its memory, above for its arithmetic.
+GPU_FREE_TOKENS, CPU_FREE_TOKENS = 256, 16
 
 
-def starting_values(groups: list[Group], stats: dict[str, Any]) -> tuple[float, float]:
-    """(seconds to load a token, seconds to compute one), before anything was measured."""
+def starting_values(groups: list[Group], stats: dict[str, Any]) -> tuple[float, int]:
+    """(seconds to load a token, tokens that are free in a step), before anything was measured."""
     from vllm.platforms import current_platform
 
     token_bytes = sum(group.page_bytes * group.layers / group.block_tokens for group in groups)
     in_memory = any(root["transport"] == "mapped" for root in stats["roots"])
     rate = START_MEMORY_RATE if in_memory else START_DISK_RATE
-    return token_bytes / rate, 1 / (START_CPU_TOKENS_S if current_platform.is_cpu() else START_GPU_TOKENS_S)
+    return token_bytes / rate, CPU_FREE_TOKENS if current_platform.is_cpu() else GPU_FREE_TOKENS
 
 
-class Line:
-    """y = start + slope * x by least squares, neither negative, over observations that fade. An error counts the less the
-    larger y is, so that short and long prefixes are both met."""
+class Octaves:
+    """The last observations (x, y), kept apart by the power of two below x."""
 
-    def __init__(self, start: float, slope: float, reach: float) -> None:
-        self._sums = [0.0] * 5  # w, wx, wy, wxx, wxy
-        self._own = [0.0] * 5
-        for x in (0.0, reach):
-            self._add(self._own, x, start + slope * x, START_WEIGHT)
+    def __init__(self) -> None:
+        self._seen: dict[int, deque[tuple[float, float, float]]] = {}  # octave -> (when, x, y)
 
-    def at(self, x: float) -> float:
-        start, slope = self._fit()
-        return start + slope * x
+    def observe(self, now: float, x: float, y: float) -> None:
+        self._seen.setdefault(self.octave(x), deque(maxlen=KEPT)).append((now, x, y))
 
-    def observe(self, x: float, y: float) -> None:
-        expected = self.at(x)
-        self._add(self._sums, x, min(max(y, expected / SURPRISE), expected * SURPRISE), 1.0)
-
-    def fade(self, factor: float) -> None:
-        self._sums = [value * factor for value in self._sums]
+    def near(self, x: float, since: float) -> tuple[int, float, float] | None:
+        """(octave, x, y): medians of the octave of x, else of the next one below, else of the next one above."""
+        mine = self.octave(x)
+        for octave in sorted(self._seen, key=lambda octave: (octave > mine, abs(octave - mine))):
+            seen = [(x, y) for when, x, y in self._seen[octave] if when >= since]
+            if seen:
+                return octave, median_low(x for x, _ in seen), median_low(y for _, y in seen)
+        return None
 
     @staticmethod
-    def _add(sums: list[float], x: float, y: float, weight: float) -> None:
-        weight /= max(y, 1e-9)
-        for place, value in enumerate((1.0, x, y, x * x, x * y)):
-            sums[place] += weight * value
-
-    def _fit(self) -> tuple[float, float]:
-        w, x, y, xx, xy = (own + seen for own, seen in zip(self._own, self._sums, strict=True))
-        spread = w * xx - x * x
-        slope = (w * xy - x * y) / spread if spread > 0 else 0.0
-        if slope < 0:
-            return y / w, 0.0
-        start = (y - slope * x) / w
-        return (start, slope) if start >= 0 else (0.0, xy / xx)
+    def octave(x: float) -> int:
+        return int(x).bit_length()
 
 
 class Worth:
-    """The rule of one engine. `load_token_s` and `compute_token_s` are the starting values for one token."""
+    """The rule of one engine."""
 
     def __init__(
-        self, load_token_s: float, compute_token_s: float, clock: Callable[[], float] = time.monotonic
+        self, load_token_s: float, free_tokens: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._clock = clock
-        self._load = Line(START_LOAD_LATENCY_S, load_token_s, 1 << 16)
-        self._token = Line(compute_token_s, 0.0, 1 << 16)  # over the context before it
-        self._step = START_STEP_S
+        self._load_token_s, self._free_tokens, self._clock = load_token_s, free_tokens, clock
+        self._loads = Octaves()  # tokens -> seconds
+        self._contexts = Octaves()  # mean context -> seconds a token
+        self._step = START_STEP_S  # the shortest, about
         self._steps: dict[int, tuple[float, int, float]] = {}  # number -> (began, tokens, mean context)
         self._last_number = 0
         self._last_end = 0.0
         self._short_step_due = 0.0
-        self._last_load = clock()
 
     # --- the rule ------------------------------------------------------------------------------------------------
 
     def of_load(self, local: int, hit: int, total: int) -> bool:
         """Whether loading tokens [local, hit) of a prompt of `total` is faster than computing them."""
-        return self.load_seconds(hit - local) < self.compute_seconds(local, total) - self.compute_seconds(hit, total)
+        saved = self.compute_seconds(local, total) - self.compute_seconds(hit, total)
+        return self.load_seconds(hit - local) < saved
 
     def load_seconds(self, tokens: int) -> float:
-        self._fade_loads()
-        return self._load.at(tokens)
+        near = self._loads.near(tokens, self._clock() - LOADS_COUNT_S)
+        if near is None:
+            return LOAD_LATENCY_S + tokens * self._load_token_s
+        octave, known_tokens, seconds = near
+        if octave < Octaves.octave(tokens):  # how much of the smaller one was latency is not known: try
+            token_s = max(self._load_token_s, seconds / known_tokens / LATENCY_SHARE)
+            return seconds + (tokens - known_tokens) * token_s
+        return max(LOAD_LATENCY_S, seconds * tokens / known_tokens)
 
     def compute_seconds(self, done: int, total: int) -> float:
-        return max(self._step, (total - done) * self._token.at((done + total) / 2))
+        near = self._contexts.near((done + total) / 2, 0.0)
+        token_s = self._step / self._free_tokens if near is None else near[2]
+        return max(self._step, (total - done) * token_s)
 
     # --- what it learns from -------------------------------------------------------------------------------------
 
     def loaded(self, tokens: int, seconds: float) -> None:
-        self._fade_loads()
-        self._load.observe(tokens, seconds)
-
-    def _fade_loads(self) -> None:
-        now = self._clock()
-        self._load.fade(0.5 ** ((now - self._last_load) / LOADS_FADE_S))
-        self._last_load = now
+        self._loads.observe(self._clock(), tokens, seconds)
 
     def step_begins(self, scheduled: list[tuple[int, int]]) -> int:
-        """(computed before, tokens in this step) of every request -> a number to be reported when the step has ended, or 0 when
-        it would tell nothing."""
+        """(computed before, tokens in this step) of every request -> a number to be reported when the step has ended,
+        or 0 when it would tell nothing."""
         tokens = sum(count for _, count in scheduled)
         now = self._clock()
         short = 0 < tokens <= SHORT_STEP_TOKENS and now >= self._short_step_due
@@ -139,9 +131,8 @@ class Worth:
             began, tokens, context = step
             seconds = now - max(began, self._last_end)
             if tokens >= LONG_STEP_TOKENS:
-                self._token.fade(STEPS_FADE)
-                self._token.observe(context, seconds / tokens)
-            else:
-                change = min(seconds, SURPRISE * self._step) - self._step
-                self._step += change / (2 if change < 0 else 16)  # what overlaps only makes it seem longer
+                if seconds > 2 * self._step:  # else most of it were free
+                    self._contexts.observe(now, context, seconds / tokens)
+            else:  # long contexts, and steps before it that nobody timed, only make it seem longer
+                self._step += (seconds - self._step) / (2 if seconds < self._step else 16)
         self._last_end = now

@@ -1,0 +1,146 @@
+"""The load-or-recompute rule: decisions from measurements, with a clock of its own. Nothing here is timed."""
+
+from __future__ import annotations
+
+import pytest
+from tokendepot.engines.vllm.worth import LOADS_COUNT_S, LONG_STEP_TOKENS, Octaves, Worth
+
+TOKEN_BYTES = 131072
+STEP_S = 0.010  # the shortest step of the engine below
+PREFILL_TOKENS_S = 37_000
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Machine:
+    """An engine with a known prefill rate and a root with a known rate, which do what the rule says."""
+
+    def __init__(self, root_rate: float, latency: float = 0.004, started_at_rate: float = 20e9) -> None:
+        self.clock = Clock()
+        self.rule = Worth(TOKEN_BYTES / started_at_rate, 256, self.clock)
+        self.root_rate, self.latency = root_rate, latency
+
+    def compute_s(self, done: int, total: int) -> float:
+        return max(STEP_S, (total - done) / PREFILL_TOKENS_S * (1 + (total + done) / 2 / 60_000))
+
+    def load_s(self, tokens: int) -> float:
+        return self.latency + tokens * TOKEN_BYTES / self.root_rate
+
+    def compute(self, done: int, total: int) -> None:
+        while done < total:
+            count = min(8192, total - done)
+            self.step([(done, count)], self.compute_s(done, done + count))
+            done += count
+
+    def step(self, scheduled: list[tuple[int, int]], seconds: float) -> None:
+        number = self.rule.step_begins(scheduled)
+        self.clock.now += seconds
+        if number:
+            self.rule.step_ended(number)
+
+    def load(self, tokens: int) -> None:
+        self.clock.now += self.load_s(tokens)
+        self.rule.loaded(tokens, self.load_s(tokens))
+
+    def ask(self, hit: int, total: int) -> bool:
+        """A request whose first `hit` of `total` tokens are stored; true when they were loaded."""
+        loads = self.rule.of_load(0, hit, total)
+        if loads:
+            self.load(hit)
+        self.compute(hit if loads else 0, total)
+        return loads
+
+    def live(self) -> None:
+        """Some traffic of all lengths, and decoding."""
+        for total in (2000, 500, 8000, 300, 32_000, 1000, 16_000):
+            self.ask(total // 256 * 256 - (256 if total % 256 == 0 else 0), total)
+            for _ in range(20):
+                self.clock.now += 0.2
+                self.step([(total, 1)], STEP_S)
+
+
+def test_the_first_hit_of_a_long_prompt_is_loaded_whatever_the_root() -> None:
+    for rate in (20e9, 3e9):
+        assert Worth(TOKEN_BYTES / rate, 256).of_load(0, 127_744, 128_000)
+
+
+@pytest.mark.parametrize("root_rate", [50e9, 12e9, 5e9, 2e9, 0.5e9, 0.1e9])
+def test_after_some_traffic_the_faster_way_is_taken(root_rate: float) -> None:
+    machine = Machine(root_rate)
+    machine.live()
+    for total in (300, 500, 1000, 2000, 8000, 32_000, 128_000):
+        hit = (total - 1) // 256 * 256
+        loading = machine.load_s(hit) + machine.compute_s(hit, total)
+        computing = machine.compute_s(0, total)
+        if not 0.5 < loading / computing < 2:  # close calls may go either way
+            assert machine.rule.of_load(0, hit, total) == (loading < computing), (total, loading, computing)
+
+
+def test_what_a_step_holds_anyway_is_not_loaded() -> None:
+    machine = Machine(50e9)
+    machine.live()
+    assert not machine.rule.of_load(0, 256, 300)
+    assert machine.rule.of_load(0, 7936, 8000)
+
+
+def test_only_what_is_beyond_the_engines_own_hit_counts() -> None:
+    machine = Machine(50e9)
+    machine.live()
+    assert machine.rule.of_load(0, 7936, 8000) and not machine.rule.of_load(7680, 7936, 7990)
+
+
+def test_a_slow_root_is_tried_again_after_some_time() -> None:
+    machine = Machine(0.1e9)
+    machine.live()
+    assert not machine.rule.of_load(0, 7936, 8000)
+    machine.clock.now += 2 * LOADS_COUNT_S
+    assert machine.rule.of_load(0, 7936, 8000)
+
+
+def test_one_odd_measurement_does_not_turn_the_rule() -> None:
+    machine = Machine(50e9)
+    machine.live()
+    machine.compute(0, 16_000)
+    machine.compute(0, 16_000)
+    machine.rule.loaded(7936, 30.0)
+    machine.step([(0, 8192)], 22.0)
+    machine.live()
+    assert machine.rule.of_load(0, 31_744, 32_000) and not machine.rule.of_load(0, 256, 300)
+
+
+def test_overlapping_steps_cost_from_the_end_of_the_one_before() -> None:
+    clock = Clock()
+    rule = Worth(1e-6, 256, clock)
+    first, second = rule.step_begins([(0, 1000)]), rule.step_begins([(1000, 1000)])
+    for number in (first, second):
+        clock.now += 0.1
+        rule.step_ended(number)
+    assert rule.compute_seconds(0, 1000) == pytest.approx(0.1, rel=0.25)
+
+
+def test_steps_that_tell_nothing_are_not_timed() -> None:
+    rule = Worth(1e-6, 256, Clock())
+    assert rule.step_begins([]) == 0
+    assert rule.step_begins([(0, LONG_STEP_TOKENS - 1)]) == 0
+    assert rule.step_begins([(0, LONG_STEP_TOKENS)]) > 0
+    assert rule.step_begins([(9, 1)]) > 0 and rule.step_begins([(10, 1)]) == 0, "one short step a second"
+    for _ in range(1000):
+        rule.step_begins([(0, 1000)])
+    assert len(rule._steps) <= 64, "steps that nobody reports are forgotten"
+
+
+def test_what_was_not_seen_is_taken_from_its_neighbours() -> None:
+    seen = Octaves()
+    assert seen.near(100, 0.0) is None
+    for when, x, y in ((1.0, 300, 3.0), (2.0, 310, 30.0), (3.0, 320, 4.0), (4.0, 5000, 50.0)):
+        seen.observe(when, x, y)
+    assert seen.near(400, 0.0) == (9, 310, 4.0), "the median of its own power of two"
+    assert seen.near(1000, 0.0) == (9, 310, 4.0), "else the next below"
+    assert seen.near(20, 0.0) == (9, 310, 4.0), "else the next above"
+    assert seen.near(400, 3.5) == (13, 5000, 50.0) and seen.near(400, 9.0) is None, "old ones do not count"

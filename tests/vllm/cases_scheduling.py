@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import torch
+
 from harness import ABORTED
 from lab import (
     HYBRID_LOADS,
@@ -16,6 +20,8 @@ from lab import (
     same,
     store_prompts,
 )
+
+TOUCHES_THE_CACHE = ("submit_load", "place", "submit_store")
 
 
 @case
@@ -83,6 +89,69 @@ def a_step_that_takes_no_block_of_a_store_is_not_fenced(lab: Lab) -> None:
     same(engine.run(PROMPTS, 30), lab.expected(length=30))
     assert engine.stats["store_extents"] > 0 and not any(fences), "the pool has room for all"
     assert not engine.half._fence._reading, "nothing is remembered for ever"
+
+
+class CallsInOrder:
+    """A depot that notes what is called."""
+
+    def __init__(self, depot) -> None:
+        self._depot, self.calls = depot, []
+
+    def __getattr__(self, name: str):
+        def noted(*arguments):
+            self.calls.append(name)
+            return getattr(self._depot, name)(*arguments)
+
+        return noted
+
+
+@case
+def on_a_gpu_the_stream_is_marked_before_anything_is_submitted_and_no_step_waits(lab: Lab) -> None:
+    for hybrid in (False, True):
+        root = str(lab.root / str(hybrid))
+        store_prompts(lab, hybrid=hybrid, root=root)
+        engine = lab.engine(hybrid=hybrid, root=root)
+        half = engine.ranks[0].connector._worker_half
+        depot = half._depot = CallsInOrder(half._depot)
+        half._device, half._stores_hold_up_step = "cuda:0", False
+        marked, current_stream = [], torch.cuda.current_stream
+        torch.cuda.current_stream = lambda device: marked.append(str(device)) or SimpleNamespace(cuda_stream=7)
+        try:
+            same(engine.run(PROMPTS, LENGTH), lab.expected(hybrid))
+            follow = [prompt + [9] * 70 for prompt in PROMPTS]
+            same(engine.run(follow, LENGTH), lab.expected(hybrid, prompts=follow))
+        finally:
+            torch.cuda.current_stream = current_stream
+        submits = [index for index, name in enumerate(depot.calls) if name in TOUCHES_THE_CACHE]
+        loads = [depot.calls[index] for index in submits if depot.calls[index] != "submit_store"]
+        assert loads and len(loads) < len(submits)
+        for index in submits:
+            assert depot.calls[index - 1] in ("mark_stream", "submit_store"), depot.calls[index - 3 : index + 1]
+        assert set(marked) == {"cuda:0"} and "wait_gathered" not in depot.calls
+
+
+@case
+def what_is_faster_computed_is_not_loaded_and_counted(lab: Lab) -> None:
+    store_prompts(lab)
+    engine = lab.engine(extra={"min_load_tokens": None})
+    rule = engine.half._worth
+    rule.of_load = lambda local, hit, total: False
+    same(engine.run(PROMPTS, LENGTH), lab.expected())
+    assert engine.external == 0 and engine.stats["not_worth_tokens"] > 0 and "hit_tokens" not in engine.stats
+    del rule.of_load
+    rule.loaded(128, 1e-6)
+    assert rule.load_seconds(128) < 0.1 and rule._last_end > 0, "steps and loads are measured"
+    rule.of_load = lambda local, hit, total: True
+    same(engine.run(PROMPTS, LENGTH), lab.expected())
+    assert engine.external == len(PROMPTS) and rule._loads.near(128, 0.0) is not None
+
+
+@case
+def a_fixed_threshold_is_not_measured(lab: Lab) -> None:
+    engine = lab.engine(extra={"min_load_tokens": 65})
+    engine.run([PROMPTS[0]], 2)
+    assert engine.half._worth is None
+    assert ask(engine, PROMPTS[0][:80]) == 0 and ask(engine, PROMPTS[0]) == 128
 
 
 @case

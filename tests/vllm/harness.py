@@ -175,8 +175,8 @@ class Rank:
             )
         self.tensors, self.cells = self._allocate(o)
         self.connector.register_kv_caches(self.tensors)
-        half = self.connector._worker_half
-        if o.late_gathers and half._depot is not None:
+        if o.late_gathers:
+            half = self.connector._worker_half
             half._depot = LateGathers(half._depot, o.late_gathers)
             half._stores_hold_up_step = False
 

@@ -1,0 +1,159 @@
+"""One vLLM engine with one system: engine.py '<order as JSON>'. Rows go to order["out"] as they are measured.
+
+A row is one prompt: "cold" (nothing known), "hit" (the prompt and a new tail, from the system), "gpu" (the prompt and
+another tail, from the GPU's own prefix cache, the floor). In the phase "restart" there is no "cold".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import workload
+
+WARM_UP_LONG, WARM_UP_SHORT = 16_384, 2_500
+
+
+class Engine:
+    def __init__(self, order: dict[str, Any]) -> None:
+        began = time.perf_counter()
+        from vllm import LLM, SamplingParams
+
+        self.import_s = time.perf_counter() - began
+        arguments: dict[str, Any] = dict(
+            model=order["model"],
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            max_model_len=131_072,
+            gpu_memory_utilization=order["utilization"],
+            enable_prefix_caching=True,
+            max_num_seqs=64,
+            seed=0,
+            disable_log_stats=True,
+            enforce_eager=order["eager"],
+        )
+        if not order["eager"]:
+            arguments["compilation_config"] = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}
+        if order["transfer"]:
+            arguments["kv_transfer_config"] = order["transfer"]
+        began = time.perf_counter()
+        self._llm = LLM(**arguments)
+        self.start_s = time.perf_counter() - began
+        self._llm.apply_model(workload.spread_weights)
+        self._sampling = SamplingParams(
+            max_tokens=1, temperature=0, detokenize=False, ignore_eos=True, logprobs=2
+        )
+
+    def ask(self, ids: list[int]) -> dict[str, Any]:
+        began = time.perf_counter()
+        answer = self._llm.generate([{"prompt_token_ids": ids}], self._sampling, use_tqdm=False)[0]
+        seconds = time.perf_counter() - began
+        first = answer.outputs[0]
+        return {"s": seconds, "token": first.token_ids[0], "cached": answer.num_cached_tokens}
+
+    def empty_gpu_cache(self) -> None:
+        for _ in range(200):
+            if self._llm.reset_prefix_cache():
+                return
+            time.sleep(0.05)
+        raise RuntimeError("the engine's prefix cache cannot be emptied")
+
+
+def wait_until_kept(order: dict[str, Any], tokens: int, seen: int) -> int:
+    """Waits until the system has kept what it will keep of a prompt; returns what is there now (extents or bytes)."""
+    if order["system"] == "base":
+        return 0
+    if not order["folder"]:
+        time.sleep(0.3 + tokens * workload.TOKEN_BYTES / 6e9)
+        return 0
+    wanted = seen + tokens // workload.CHUNK if order["system"] == "depot" else None
+    patience = 1.0 + tokens * workload.TOKEN_BYTES / 20e9
+    began = changed = time.perf_counter()
+    last = kept(order)
+    while time.perf_counter() - began < 90 and time.perf_counter() - changed < patience:
+        if wanted is not None and last >= wanted:
+            break
+        time.sleep(0.05)
+        now = kept(order)
+        if now != last:
+            last, changed = now, time.perf_counter()
+    time.sleep(0.3)  # until the scheduler has read the journal
+    return last
+
+
+def kept(order: dict[str, Any]) -> int:
+    folder = order["folder"]
+    if order["system"] == "depot":
+        from tokendepot import _core
+
+        return int(_core.inspect_root(folder)["extents"])
+    total = 0
+    for path, _, files in os.walk(folder):
+        for name in files:
+            try:
+                total += os.stat(os.path.join(path, name)).st_size
+            except OSError:
+                continue
+    return total
+
+
+def main() -> None:
+    order = json.loads(sys.argv[1])
+    out = Path(order["out"])
+    engine = Engine(order)
+    result = {**order, "import_s": engine.import_s, "start_s": engine.start_s, "rows": []}
+    ends = time.monotonic() + order["budget_s"]
+    engine.ask(workload.prompt(WARM_UP_LONG, 99))
+    warm = workload.prompt(WARM_UP_SHORT, 98 if order["phase"] == "cold" else 97)
+    engine.ask(warm)
+    wait_until_kept(order, WARM_UP_SHORT, 0)
+    engine.empty_gpu_cache()
+    for which in range(3):
+        engine.ask(warm + workload.tail(WARM_UP_SHORT, 99, which))
+    for context in order["contexts"]:
+        for repetition in range(workload.repetitions(context)):
+            if time.monotonic() > ends:
+                result["cut_at"] = context
+                break
+            measure(engine, order, context, repetition, result["rows"])
+            out.write_text(json.dumps(result))
+    out.write_text(json.dumps(result))
+    sys.stdout.flush()
+    os._exit(0)  # as hard as a kill: what is found after the restart must have been kept by then
+
+
+def measure(
+    engine: Engine, order: dict[str, Any], context: int, repetition: int, rows: list[dict[str, Any]]
+) -> None:
+    ids = workload.prompt(context, repetition)
+    row: dict[str, Any] = {"context": context, "repetition": repetition}
+    base = order["system"] == "base"
+    if order["phase"] == "cold":
+        before = kept(order) if order["folder"] else 0
+        row["cold"] = engine.ask(ids)
+        if not base:
+            began = time.perf_counter()
+            row["kept"] = wait_until_kept(order, context, before) - before
+            row["kept_s"] = time.perf_counter() - began
+            engine.empty_gpu_cache()
+    if base:
+        row["gpu"] = engine.ask(ids + workload.tail(context, repetition, 0))
+    else:
+        row["hit"] = engine.ask(ids + workload.tail(context, repetition, 0))
+        row["gpu"] = engine.ask(ids + workload.tail(context, repetition, 1))
+    rows.append(row)
+    times = " ".join(
+        f"{name} {row[name]['s'] * 1e3:.1f} ms ({row[name]['cached']} cached)"
+        for name in ("cold", "hit", "gpu")
+        if name in row
+    )
+    print(f"ROW {order['name']} {context}.{repetition} {times} kept {row.get('kept', '')}", flush=True)
+    engine.empty_gpu_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Tables and RESULT lines from the engines' files."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+import workload
+
+
+def rows_of(results: list[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for result in results:
+        for row in result["rows"]:
+            found.setdefault((result["name"], row["context"]), []).append(row)
+    return found
+
+
+def milliseconds(rows: list[dict[str, Any]], what: str) -> float | None:
+    values = [row[what]["s"] * 1e3 for row in rows if what in row]
+    return median(values) if values else None
+
+
+def summary(results: list[dict[str, Any]], link_gb_s: float) -> list[dict[str, Any]]:
+    """One entry for each system, phase and context; the limit is bytes / link + the GPU hit of the base engine."""
+    rows = rows_of(results)
+    entries = []
+    for name, context in rows:
+        mine, base = rows[(name, context)], rows.get(("base", context), [])
+        floor = milliseconds(base, "gpu")
+        reference = {row["repetition"]: row["gpu"]["token"] for row in base}
+        hits = [row for row in mine if "hit" in row]
+        compared = [row for row in hits if row["repetition"] in reference]
+        entry: dict[str, Any] = {
+            "name": name,
+            "context": context,
+            "cold_ms": milliseconds(mine, "cold"),
+            "hit_ms": milliseconds(hits, "hit"),
+            "gpu_ms": milliseconds(mine, "gpu"),
+            "cached": median([row["hit"]["cached"] or 0 for row in hits]) if hits else None,
+            "same": sum(row["hit"]["token"] == reference[row["repetition"]] for row in compared),
+            "compared": len(compared),
+            "recompute_ms": milliseconds(base, "cold"),
+        }
+        if floor is not None:
+            entry["limit_ms"] = context * workload.TOKEN_BYTES / link_gb_s / 1e6 + floor
+        entries.append(entry)
+    return entries
+
+
+def show(results: list[dict[str, Any]], link_gb_s: float) -> None:
+    entries = summary(results, link_gb_s)
+    names = list(dict.fromkeys(entry["name"] for entry in entries))
+    print(f"\nlink {link_gb_s:.1f} GB/s (pinned memory to the GPU, 64 MiB pieces)")
+    for result in results:
+        mode = "eager" if result["eager"] else "compiled"
+        print(f"{result['name']}: {mode}, import {result['import_s']:.1f} s, start {result['start_s']:.1f} s")
+    cells = {(entry["name"], entry["context"]): entry for entry in entries}
+    columns = [name for name in names if name != "base"]
+    print("\n| context | recompute | GPU hit | limit | " + " | ".join(columns) + " |")
+    print("|--:" * (4 + len(columns)) + "|")
+    for context in sorted({entry["context"] for entry in entries}):
+        base = cells.get(("base", context), {})
+        line = [str(context), text(base.get("cold_ms")), text(base.get("gpu_ms")), text(base.get("limit_ms"))]
+        line += [cell(cells.get((name, context))) for name in columns]
+        print("| " + " | ".join(line) + " |")
+    print("\n(ms to one token; in brackets tokens from a cache, and answers equal to those of a GPU hit)\n")
+    for entry in entries:
+        if entry["hit_ms"] is None or entry.get("limit_ms") is None:
+            continue
+        print(
+            f"RESULT ttft_{entry['name'].replace('.', '_')}_{entry['context']} {entry['hit_ms']:.4g} ms "
+            f"limit {entry['limit_ms']:.4g} ratio {entry['hit_ms'] / entry['limit_ms']:.3f}"
+        )
+        if entry["recompute_ms"] is not None and entry["hit_ms"] > entry["recompute_ms"] * 1.05:
+            print(f"# slower than recomputing ({entry['recompute_ms']:.1f} ms): {entry['name']} {entry['context']}")
+        if entry["same"] != entry["compared"]:
+            print(f"# OTHER ANSWERS: {entry['name']} {entry['context']}: {entry['same']} of {entry['compared']}")
+
+
+def text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def cell(entry: dict[str, Any] | None) -> str:
+    if entry is None or entry["hit_ms"] is None:
+        return "-"
+    return f"{entry['hit_ms']:.1f} ({int(entry['cached'])}, {entry['same']}/{entry['compared']})"

@@ -1,0 +1,186 @@
+"""Time to first token of a long prompt on a GPU: recomputed, from the depot, and from what else vLLM's users have.
+
+usage: run.py --kit KIT --tokendepot SITE --out DIR [--systems base,depot] [--places shm] [--contexts 50,1000]
+
+KIT is an unpacked folder with vLLM for an offline host (site/ and vllm_env.sh); SITE is where the tokendepot package was
+installed (bench/ttft_gpu/install). Each engine runs in a process of its own; results of earlier runs in --out
+are kept and shown with the new ones, so that several short runs make one table. Systems: base (no connector), depot,
+offload (vLLM's CPU offload), fs (its file-system tier), lmcache (multi-process mode). Places: shm, disk, loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import report
+import workload
+from systems import PLACES, SYSTEMS, LMCacheServer, Place, end_session, transfer_config
+
+HERE = Path(__file__).parent
+LINK = """
+import torch, time
+pinned = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True); device = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+best = 0.0
+for _ in range(5):
+    torch.cuda.synchronize(); began = time.perf_counter()
+    for at in range(0, 1 << 30, 64 << 20): device[at:at + (64 << 20)].copy_(pinned[at:at + (64 << 20)], non_blocking=True)
+    torch.cuda.synchronize(); best = max(best, (1 << 30) / (time.perf_counter() - began) / 1e9)
+print("LINK", best, torch.cuda.get_device_name(0))
+"""
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kit", type=Path, required=True)
+    parser.add_argument("--tokendepot", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--systems", default="base,depot")
+    parser.add_argument("--places", default="shm")
+    parser.add_argument("--contexts", default=",".join(map(str, workload.CONTEXTS)))
+    parser.add_argument("--deadline", type=float, default=470, help="seconds for this run, all engines together")
+    parser.add_argument("--capacity", default="56GiB", help="of the depot's root")
+    parser.add_argument("--store-queue", default="24GiB", help="of the depot: nothing is dropped on a slow disk")
+    parser.add_argument("--disk", type=Path, default=Path("/tmp"), help="folder on a disk, for the place disk")
+    parser.add_argument("--utilization", type=float, default=0.9)
+    parser.add_argument("--compiled", action="store_true", help="with CUDA graphs; about 30 s more for each engine")
+    parser.add_argument("--v1-runner", action="store_true")
+    parser.add_argument("--json", type=Path, help="also write the summary here")
+    chosen = parser.parse_args()
+    for option, allowed in (("systems", SYSTEMS), ("places", PLACES)):
+        for name in getattr(chosen, option).split(","):
+            if name not in allowed:
+                parser.error(f"--{option} has {name!r} but must be some of {', '.join(allowed)}")
+    return chosen
+
+
+class Run:
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.ends = time.monotonic() + options.deadline
+        options.out.mkdir(parents=True, exist_ok=True)
+        self.model = workload.write_model(options.out / "model")
+        self.environment = dict(os.environ, VLLM_ALLOW_INSECURE_SERIALIZATION="1")
+        if options.v1_runner:
+            self.environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+
+    def left(self) -> float:
+        return self.ends - time.monotonic()
+
+    def start(self, command: list[str], log: Path) -> subprocess.Popen:
+        """With the kit's environment, in a session of its own, the package before the kit."""
+        script = (
+            f". {shlex.quote(str(self.options.kit / 'vllm_env.sh'))} && "
+            f"export PYTHONPATH={shlex.quote(str(self.options.tokendepot))}:$PYTHONPATH && exec {shlex.join(command)}"
+        )
+        with open(log, "wb") as out:
+            return subprocess.Popen(
+                ["bash", "-c", script], stdout=out, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
+            )
+
+    def link(self) -> float:
+        known = self.options.out / "link.json"
+        if not known.exists():
+            log = self.options.out / "link.log"
+            process = self.start([sys.executable, "-c", LINK], log)
+            process.wait(timeout=120)
+            line = next((line for line in log.read_text().splitlines() if line.startswith("LINK ")), "")
+            if not line:
+                raise SystemExit(f"the link was not measured, see {log}")
+            _, rate, card = line.split(" ", 2)
+            known.write_text(json.dumps({"GB_per_s": float(rate), "card": card}))
+        measured = json.loads(known.read_text())
+        print(f"# {measured['card']}, link {measured['GB_per_s']:.1f} GB/s", flush=True)
+        return measured["GB_per_s"]
+
+    def engine(self, system: str, place: Place | None, phase: str) -> bool:
+        if self.left() < 60:
+            print(f"# {system} {phase} not started: {self.left():.0f} s left", flush=True)
+            return False
+        name = ".".join(filter(None, (system, place.kind if place else "", phase if system != "base" else "")))
+        folder = str(place.root) if place else ""
+        limit = self.left() - 5
+        order = {
+            "name": name,
+            "system": system,
+            "phase": phase,
+            "folder": folder,
+            "model": self.model,
+            "eager": not self.options.compiled,
+            "utilization": self.options.utilization,
+            "contexts": [int(context) for context in self.options.contexts.split(",")],
+            "transfer": transfer_config(system, folder, self.options.capacity, self.options.store_queue),
+            "out": str(self.options.out / f"{name}.json"),
+            "budget_s": max(10.0, limit - 60),
+        }
+        log = self.options.out / f"{name}.log"
+        began = time.monotonic()
+        process = self.start([sys.executable, str(HERE / "engine.py"), json.dumps(order)], log)
+        try:
+            ended: int | str = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            ended = "nothing: stopped at the deadline"
+        end_session(process)
+        said = log.read_text(errors="replace").splitlines()
+        wanted = [line for line in said if line.startswith("ROW ") or "tokendepot" in line or "Error" in line]
+        print("\n".join(line[:240] for line in wanted[-60:]), flush=True)
+        print(f"# {name}: ended with {ended} after {time.monotonic() - began:.0f} s", flush=True)
+        if ended != 0:
+            print("\n".join(line[:300] for line in said[-15:]), flush=True)
+        return ended == 0
+
+    def system(self, system: str, place: Place | None) -> None:
+        servers: list[LMCacheServer] = []
+
+        def serve() -> None:
+            while servers:
+                servers.pop().stop()
+            if system == "lmcache" and place is not None:
+                servers.append(LMCacheServer(place.root, self.options.out / "lmcache.log", self.start))
+
+        try:
+            serve()
+            if self.engine(system, place, "cold") and SYSTEMS[system].restarts and place is not None:
+                place.forget_page_cache()
+                serve()
+                self.engine(system, place, "restart")
+        except RuntimeError as error:
+            print(f"# {system}: {error}", flush=True)
+        finally:
+            for server in servers:
+                server.stop()
+
+    def all(self) -> list[dict[str, Any]]:
+        for system in self.options.systems.split(","):
+            if not SYSTEMS[system].needs_place:
+                self.system(system, None)
+                continue
+            for kind in self.options.places.split(","):
+                place = Place(kind, self.options.disk, image_bytes=60 << 30)
+                try:
+                    self.system(system, place)
+                finally:
+                    place.close()
+        files = sorted(self.options.out.glob("*.json"), key=lambda file: file.stat().st_mtime)
+        return [found for file in files if "rows" in (found := json.loads(file.read_text()))]
+
+
+def main() -> None:
+    options = arguments()
+    run = Run(options)
+    link = run.link()
+    results = run.all()
+    report.show(results, link)
+    if options.json:
+        options.json.write_text(json.dumps({"link_GB_per_s": link, "results": report.summary(results, link)}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

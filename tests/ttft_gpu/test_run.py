@@ -1,0 +1,97 @@
+"""The driver of bench/ttft_gpu with a stand-in for vLLM: processes, phases, tables and limits, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "bench" / "ttft_gpu"
+STAND_IN = '''
+import json, os
+from types import SimpleNamespace
+
+class SamplingParams:
+    def __init__(self, **values):
+        pass
+
+class LLM:
+    """Finds again in a file what another process was asked, as a system that survives a restart does."""
+    def __init__(self, **arguments):
+        transfer = arguments.get("kv_transfer_config") or {}
+        tiers = transfer.get("kv_connector_extra_config", {}).get("secondary_tiers")
+        self.file = os.path.join(tiers[0]["root_dir"], "seen") if tiers else ""
+        self.kept = json.load(open(self.file)) if self.file and os.path.exists(self.file) else []
+        self.transfer, self.cached = bool(transfer), []
+
+    def apply_model(self, function):
+        pass
+
+    def reset_prefix_cache(self):
+        self.cached = []
+        return True
+
+    def generate(self, requests, sampling, use_tqdm):
+        ids = requests[0]["prompt_token_ids"]
+        heads = self.cached + (self.kept if self.transfer else [])
+        hit = len(ids) - 20 if ids[:20] in heads else 0
+        self.cached.append(ids[:20])
+        self.kept.append(ids[:20])
+        if self.file:
+            json.dump(self.kept, open(self.file, "w"))
+        output = SimpleNamespace(token_ids=[sum(ids) % 1000])
+        return [SimpleNamespace(outputs=[output], num_cached_tokens=hit)]
+'''
+
+
+def run(tmp_path: Path, *options: str) -> subprocess.CompletedProcess:
+    kit = tmp_path / "kit"
+    (kit / "site").mkdir(parents=True, exist_ok=True)
+    (kit / "site" / "vllm.py").write_text(STAND_IN)
+    (kit / "vllm_env.sh").write_text(f"export PYTHONPATH={kit}/site:$PYTHONPATH\n")
+    out = tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    (out / "link.json").write_text(json.dumps({"GB_per_s": 50.0, "card": "none"}))
+    fixed = ["--kit", str(kit), "--tokendepot", str(tmp_path), "--out", str(out), "--disk", str(tmp_path)]
+    return subprocess.run(
+        [sys.executable, str(BENCH / "run.py"), *fixed, *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=dict(os.environ),
+        check=False,
+    )
+
+
+def test_engines_run_one_after_the_other_and_runs_add_up(tmp_path: Path) -> None:
+    first = run(tmp_path, "--systems", "base", "--contexts", "50,1000")
+    assert first.returncode == 0, first.stdout + first.stderr
+    summary = tmp_path / "summary.json"
+    second = run(
+        tmp_path, "--systems", "fs", "--places", "disk", "--contexts", "50,1000", "--json", str(summary)
+    )
+    assert second.returncode == 0, second.stdout + second.stderr
+    found = {(entry["name"], entry["context"]): entry for entry in json.loads(summary.read_text())["results"]}
+    assert {name for name, _ in found} == {"base", "fs.disk.cold", "fs.disk.restart"}
+    for phase in ("cold", "restart"):
+        entry = found[(f"fs.disk.{phase}", 1000)]
+        assert entry["cached"] == 1000 and entry["same"] == entry["compared"] == 3
+        assert entry["limit_ms"] == pytest.approx(1000 * 131072 / 50e9 * 1e3 + found[("base", 1000)]["gpu_ms"])
+        assert f"RESULT ttft_fs_disk_{phase}_1000 " in second.stdout
+    assert "| 1000 |" in second.stdout and "OTHER ANSWERS" not in second.stdout
+    assert not (tmp_path / "ttft_gpu").exists(), "nothing is left on the disk"
+
+
+def test_wrong_names_are_refused_by_what_is_allowed(tmp_path: Path) -> None:
+    done = run(tmp_path, "--systems", "base,other")
+    assert done.returncode == 2 and "'other'" in done.stderr and "depot" in done.stderr
+
+
+def test_what_does_not_fit_the_deadline_is_said_and_not_begun(tmp_path: Path) -> None:
+    done = run(tmp_path, "--systems", "base", "--deadline", "30")
+    assert done.returncode == 0 and "base cold not started" in done.stdout
+    assert not (tmp_path / "out" / "base.json").exists()

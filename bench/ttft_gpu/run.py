@@ -2,8 +2,8 @@
 
 usage: run.py --kit KIT --tokendepot SITE --out DIR [--systems base,depot] [--places shm] [--contexts 50,1000]
 
-KIT is an unpacked folder with vLLM for an offline host (site/ and vllm_env.sh); SITE is where the tokendepot package was
-installed (bench/ttft_gpu/install). Each engine runs in a process of its own; results of earlier runs in --out
+KIT is an unpacked folder with vLLM for an offline host (site/ and vllm_env.sh); SITE is where the tokendepot package
+was installed (bench/ttft_gpu/install). Each engine runs in a process of its own; results of earlier runs in --out
 are kept and shown with the new ones, so that several short runs make one table. Systems: base (no connector), depot,
 offload (vLLM's CPU offload), fs (its file-system tier), lmcache (multi-process mode). Places: shm, disk, loop.
 """
@@ -27,12 +27,16 @@ from systems import PLACES, SYSTEMS, LMCacheServer, Place, end_session, transfer
 HERE = Path(__file__).parent
 LINK = """
 import torch, time
-pinned = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True); device = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-best = 0.0
+size, piece, best = 1 << 30, 64 << 20, 0.0
+pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+device = torch.empty(size, dtype=torch.uint8, device="cuda")
 for _ in range(5):
-    torch.cuda.synchronize(); began = time.perf_counter()
-    for at in range(0, 1 << 30, 64 << 20): device[at:at + (64 << 20)].copy_(pinned[at:at + (64 << 20)], non_blocking=True)
-    torch.cuda.synchronize(); best = max(best, (1 << 30) / (time.perf_counter() - began) / 1e9)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for at in range(0, size, piece):
+        device[at : at + piece].copy_(pinned[at : at + piece], non_blocking=True)
+    torch.cuda.synchronize()
+    best = max(best, size / (time.perf_counter() - began) / 1e9)
 print("LINK", best, torch.cuda.get_device_name(0))
 """
 
@@ -82,7 +86,11 @@ class Run:
         )
         with open(log, "wb") as out:
             return subprocess.Popen(
-                ["bash", "-c", script], stdout=out, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
+                ["bash", "-c", script],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                start_new_session=True,
             )
 
     def link(self) -> float:
@@ -179,7 +187,8 @@ def main() -> None:
     results = run.all()
     report.show(results, link)
     if options.json:
-        options.json.write_text(json.dumps({"link_GB_per_s": link, "results": report.summary(results, link)}, indent=1))
+        summary = {"link_GB_per_s": link, "results": report.summary(results, link)}
+        options.json.write_text(json.dumps(summary, indent=1))
 
 
 if __name__ == "__main__":

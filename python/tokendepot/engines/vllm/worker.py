@@ -66,7 +66,7 @@ class WorkerHalf:
     # --- the cache -----------------------------------------------------------------------------------------------
 
     def attach(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Opens the depot on the cache's device and lends it the cache; RefusedError when a tensor is not understood."""
+        """Opens the depot on the cache's device and lends it the cache. RefusedError: a tensor is not understood."""
         names = [name for group in self._groups for name in group.layer_names]
         self._device = cache_device(kv_caches.get(name) for name in names)
         chosen = self._settings.engine.get("device", self._device)

@@ -28,7 +28,7 @@ LOAD_LATENCY_S = 2e-3
 LATENCY_SHARE = 4  # of a load's time over that of its bytes, for guesses about larger ones
 START_MEMORY_RATE, START_DISK_RATE = 20e9, 3e9  # bytes a second
 START_STEP_S = 0.025
-# A step of so many tokens is twice as long as the shortest: below, a GPU waits for its memory, above for its arithmetic.
+# Up to about so many tokens a step is as long as the shortest: it waits for the weights, not for arithmetic.
 GPU_FREE_TOKENS, CPU_FREE_TOKENS = 256, 16
 
 

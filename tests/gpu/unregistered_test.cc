@@ -162,6 +162,31 @@ TEST_F(PayloadTest, AMappingIsUsedWhileItIsRegisteredAndReleasedInBetween) {
   EXPECT_TRUE(registered(0));
 }
 
+TEST_F(PayloadTest, AGraphThatTheEngineCapturesMeanwhileIsNotSpoilt) {
+  const uint64_t bytes = form_.shape.payload_bytes();
+  Mapping mapping = map(directory_.path() + "/segment", 2 * bytes);
+  const std::span<std::byte> all(mapping.data(), mapping.size());
+  std::vector<std::byte> payload(bytes);
+  cudaStream_t engine = nullptr;
+  must(cudaStreamCreateWithFlags(&engine, cudaStreamNonBlocking));
+  must(cudaStreamBeginCapture(engine, cudaStreamCaptureModeGlobal));  // as torch.cuda.graph() does
+  device_->adopt(all, true, 1);
+  EXPECT_TRUE(registered(all.size()));
+  EXPECT_TRUE(gather(all.first(bytes), true));
+  EXPECT_EQ(scatter(all.first(bytes), true), ScatterOutcome::ok);
+  EXPECT_TRUE(gather(payload, false));
+  EXPECT_EQ(scatter(payload, false), ScatterOutcome::ok);
+  device_->release(std::move(mapping));
+  EXPECT_TRUE(registered(0));
+  cudaGraph_t graph = nullptr;
+  EXPECT_EQ(cudaStreamEndCapture(engine, &graph), cudaSuccess);
+  EXPECT_NE(graph, nullptr);
+  if (graph != nullptr) cudaGraphDestroy(graph);
+  cudaStreamDestroy(engine);
+  expect_twin(payload);
+  expect_scattered();
+}
+
 TEST_F(PayloadTest, AFileCutShortUnderAnUnregisteredMappingIsGoneAndHarmsNobody) {
   const uint64_t bytes = form_.shape.payload_bytes();
   const Mapping mapping = map(directory_.path() + "/segment", bytes);

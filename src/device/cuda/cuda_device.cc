@@ -169,7 +169,7 @@ class CudaDevice final : public Device {
       return fail(ErrorKind::unsupported, "device=cuda:{} does not exist: this process sees {} GPUs",
                   ordinal_, count);
     }
-    if (auto s = check(cudaSetDevice(ordinal_), "cudaSetDevice"); !s) return s;
+    if (auto s = cuda::enter_device(ordinal_); !s) return s;
     size_t free_bytes = 0;
     size_t total = 0;
     if (auto s = check(cudaMemGetInfo(&free_bytes, &total), "cudaMemGetInfo"); !s) return s;
@@ -461,7 +461,8 @@ class CudaDevice final : public Device {
   // ------------------------------------------------------------------------------------------------------
 
   void copy_unregistered() {
-    cudaSetDevice(ordinal_);
+    const Status entered = cuda::enter_device(ordinal_);
+    if (!entered) log(LogLevel::error, "cuda:{}: {}", ordinal_, entered.error().message);
     std::unique_lock lock(mutex_);
     cuda::Bounce& bounce = *bounces_[next_bounce_++];
     while (true) {

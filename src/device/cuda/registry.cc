@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "base/log.h"
+#include "device/cuda/status.h"
 #include "io/io_thread.h"
 
 namespace tokendepot::cuda {
@@ -72,7 +73,8 @@ uint64_t Registry::registered_bytes() const {
 }
 
 void Registry::serve() {
-  cudaSetDevice(ordinal_);
+  const Status entered = enter_device(ordinal_);
+  if (!entered) log(LogLevel::error, "cuda:{}: {}", ordinal_, entered.error().message);
   int possible = 0;
   read_only_possible_ =
       cudaDeviceGetAttribute(&possible, cudaDevAttrHostRegisterReadOnlySupported, ordinal_) == cudaSuccess &&

@@ -61,7 +61,7 @@ CacheForm random_form(std::mt19937_64& random) {
     shape.row_bytes = static_cast<uint32_t>(odd ? 2 * (1 + random() % 100) : 16 * (1 + random() % 20));
   }
   form.heads_first = random() % 2 == 0;
-  form.two_pieces = opaque && random() % 2 == 0;
+  if (opaque) form.split_layers = static_cast<uint32_t>(random() % 3 == 0 ? 0x1F : random() % 0x20);
   form.blocks = shape.blocks() * 2 + static_cast<uint32_t>(random() % 20);
   return form;
 }

@@ -61,7 +61,7 @@ struct CacheForm {
   GroupShape shape;
   uint32_t blocks = 0;
   bool heads_first = false;  // HND instead of NHD
-  bool two_pieces = false;   // opaque pages in two runs
+  uint32_t split_layers = 0;  // opaque: a bit for each layer whose pages are in two runs
 
   uint64_t page_bytes() const {
     return shape.kind == LayoutKind::opaque
@@ -79,6 +79,7 @@ struct CacheForm {
       auto& planes = cache.layers.emplace_back();
       std::byte* const first = base + layer * page_bytes() * blocks;
       if (shape.kind == LayoutKind::opaque) {
+        const bool two_pieces = (split_layers >> layer & 1u) != 0;
         const uint32_t half = two_pieces ? std::max(16u, shape.page_bytes / 32 * 16) : shape.page_bytes;
         if (!two_pieces || half >= shape.page_bytes) {
           planes.push_back({first, page, 0, 0, shape.page_bytes});

@@ -1,5 +1,6 @@
 #include "device/cuda/caches.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "device/cuda/status.h"
@@ -29,11 +30,13 @@ const DeviceCache* Caches::find_or_add(const PagedCache& cache, cudaStream_t str
   const auto found = known_.find(&cache);
   if (found != known_.end()) return &found->second;
   DeviceCache known;
-  known.planes_per_layer = static_cast<uint32_t>(cache.layers.front().size());
+  for (const auto& layer : cache.layers)
+    known.planes_per_layer = std::max(known.planes_per_layer, static_cast<uint32_t>(layer.size()));
   std::vector<DevicePlane> planes;
   const auto multiple = [](int64_t value) { return value % 16 == 0; };
   known.aligned = cache.shape.kind == LayoutKind::opaque || multiple(cache.shape.row_bytes);
   for (const auto& layer : cache.layers) {
+    const size_t next_layer = planes.size() + known.planes_per_layer;
     uint32_t offset = 0;
     for (const Plane& plane : layer) {
       planes.push_back({reinterpret_cast<uint8_t*>(plane.base), plane.block_stride, plane.head_stride,
@@ -43,6 +46,7 @@ const DeviceCache* Caches::find_or_add(const PagedCache& cache, cudaStream_t str
                       multiple(plane.block_stride) && multiple(plane.head_stride) &&
                       multiple(plane.token_stride) && multiple(plane.piece_bytes);
     }
+    planes.resize(next_layer);  // opaque layers may have fewer pieces: nobody looks behind a page's last one
   }
   const size_t bytes = planes.size() * sizeof(DevicePlane);
   // Not on the default stream, which would wait for the engine's work.

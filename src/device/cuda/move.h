@@ -27,7 +27,7 @@ struct DevicePlane {
 /// One extent between its payload and the paged cache. All pointers are device memory unless said otherwise.
 struct Move {
   // The cache.
-  const DevicePlane* planes;  // [layer of the cache's part][plane or piece]
+  const DevicePlane* planes;  // [layer of the cache's part][plane or piece]; rows of equal length
   uint32_t planes_per_layer;
   uint32_t block_tokens;
   uint32_t row_bytes;   // canonical

@@ -1,6 +1,11 @@
 // The CUDA kernels against their host twins, bit for bit.
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <thread>
 
 #include "device/cuda/cuda_device.h"
@@ -210,6 +215,27 @@ TEST_F(CudaDeviceTest, BlocksOnBothSidesOfTwoAndFourGiBAreExact) {
                     cudaMemcpyDeviceToHost));
     ASSERT_EQ(page, pages[i]) << to[i];
   }
+}
+
+TEST_F(CudaDeviceTest, AForkedChildDoesNotGetTheSlab) {
+  std::byte* const range = device_->slab().allocate(kPageBytes);
+  ASSERT_NE(range, nullptr);
+  *range = std::byte{1};
+  const pid_t child = fork();
+  if (child == 0) {
+    unsigned char present = 0;
+    _exit(mincore(range, kPageBytes, &present) == -1 && errno == ENOMEM ? 0 : 1);
+  }
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0) << "a write after a fork would leave the device with a page of its own";
+  device_->slab().release(range);
+}
+
+TEST_F(CudaDeviceTest, ADeviceSlabThatHoldsNoWholePageIsRefused) {
+  const auto refused = make_cuda_device(0, 4095, 1 << 20, 2);
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().kind, ErrorKind::no_space);
 }
 
 TEST_F(CudaDeviceTest, ADeviceSlabLargerThanTheFreeMemoryIsRefusedByName) {

@@ -60,7 +60,7 @@ inline std::vector<uint8_t> random_bytes(uint64_t bytes, uint64_t seed) {
 struct CacheForm {
   GroupShape shape;
   uint32_t blocks = 0;
-  bool heads_first = false;  // HND instead of NHD
+  bool heads_first = false;   // HND instead of NHD
   uint32_t split_layers = 0;  // opaque: a bit for each layer whose pages are in two runs
 
   uint64_t page_bytes() const {

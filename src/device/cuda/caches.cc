@@ -26,9 +26,11 @@ Caches::~Caches() {
   for (const auto& [cache, known] : known_) cudaFree(known.planes);
 }
 
-const DeviceCache* Caches::find_or_add(const PagedCache& cache, cudaStream_t stream) {
-  const auto found = known_.find(&cache);
-  if (found != known_.end()) return &found->second;
+cudaError_t Caches::find_or_add(const PagedCache& cache, cudaStream_t stream, const DeviceCache** found) {
+  if (const auto at = known_.find(&cache); at != known_.end()) {
+    *found = &at->second;
+    return cudaSuccess;
+  }
   DeviceCache known;
   for (const auto& layer : cache.layers)
     known.planes_per_layer = std::max(known.planes_per_layer, static_cast<uint32_t>(layer.size()));
@@ -51,14 +53,17 @@ const DeviceCache* Caches::find_or_add(const PagedCache& cache, cudaStream_t str
   const size_t bytes = planes.size() * sizeof(DevicePlane);
   // Not on the default stream, which would wait for the engine's work.
   void* memory = nullptr;
-  if (cudaMalloc(&memory, bytes) != cudaSuccess) return nullptr;
+  cudaError_t status = cudaMalloc(&memory, bytes);
+  if (status != cudaSuccess) return status;
   known.planes = static_cast<DevicePlane*>(memory);
-  if (cudaMemcpyAsync(known.planes, planes.data(), bytes, cudaMemcpyHostToDevice, stream) != cudaSuccess ||
-      cudaStreamSynchronize(stream) != cudaSuccess) {
+  status = cudaMemcpyAsync(known.planes, planes.data(), bytes, cudaMemcpyHostToDevice, stream);
+  if (status == cudaSuccess) status = cudaStreamSynchronize(stream);
+  if (status != cudaSuccess) {
     cudaFree(known.planes);
-    return nullptr;
+    return status;
   }
-  return &known_.emplace(&cache, known).first->second;
+  *found = &known_.emplace(&cache, known).first->second;
+  return cudaSuccess;
 }
 
 }  // namespace tokendepot::cuda

@@ -28,8 +28,8 @@ class Caches {
   ~Caches();
   Caches(const Caches&) = delete;
   Caches& operator=(const Caches&) = delete;
-  /// Null when the device has no memory for it. `stream` is waited for: one of our own.
-  const DeviceCache* find_or_add(const PagedCache& cache, cudaStream_t stream);
+  /// Waits for `stream`, on which there should be nothing else.
+  cudaError_t find_or_add(const PagedCache& cache, cudaStream_t stream, const DeviceCache** found);
 
  private:
   std::map<const PagedCache*, DeviceCache> known_;

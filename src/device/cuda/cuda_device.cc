@@ -8,6 +8,7 @@
 #include "device/cuda/cuda_device.h"
 
 #include <cuda_runtime_api.h>
+#include <sys/mman.h>
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
@@ -41,26 +42,15 @@ namespace {
 
 using cuda::check;
 using cuda::Flight;
+using cuda::kNoteBytes;
+using cuda::Needs;
+using cuda::needs_of;
 
 // Thread blocks of 512: verify at 440 GB/s, scatter at 160 (design.md section 8).
 constexpr uint32_t kLoadBlocks = 16;
 constexpr uint32_t kStoreBlocks = 16;
 constexpr uint32_t kMostInFlight = 16;
 constexpr uint32_t kMostStoresInFlight = kMostInFlight / 2;  // they may wait for a step of the engine
-constexpr uint64_t kNoteBytes = 1 << 20;  // block ids and digests of one work in mapped host memory
-
-/// What one work needs besides its payload.
-struct Needs {
-  uint64_t pages;
-  uint64_t region_bytes;
-  uint64_t note_bytes;
-};
-
-Needs needs_of(uint64_t payload_bytes, uint32_t shards, uint64_t blocks) {
-  const uint64_t pages = payload_bytes / kPageBytes;
-  return {pages, payload_bytes + align_up(pages * 8 + (shards + 2) * 4, 256),
-          align_up(blocks * 4, 8) + uint64_t{shards} * 8 + 8};
-}
 
 class CudaDevice final : public Device {
  public:
@@ -126,14 +116,15 @@ class CudaDevice final : public Device {
   Status accept(const PagedCache& cache) override {
     const GroupShape& shape = cache.shape;
     const Needs needs = needs_of(shape.payload_bytes(), shape.shards(), shape.blocks());
-    if (needs.region_bytes > slab_bytes_) {
+    if (needs.region_bytes > regions_->size()) {
       return fail(ErrorKind::invalid_argument,
                   "device_slab={} is smaller than one extent of group {} with its digests ({} bytes)",
                   slab_bytes_, shape.group, needs.region_bytes);
     }
-    if (needs.note_bytes > kNoteBytes) {
-      return fail(ErrorKind::unsupported, "group {}: {} blocks and {} shards in one extent are more than fit",
-                  shape.group, shape.blocks(), shape.shards());
+    if (needs.note_bytes > kNoteBytes || !cuda::fits_kernels(shape)) {
+      return fail(ErrorKind::unsupported,
+                  "group {}: {} blocks and {} shards of {} bytes in one extent are more than fit",
+                  shape.group, shape.blocks(), shape.shards(), shape.shard_bytes());
     }
     return cuda::check_memory(cache, ordinal_);
   }
@@ -182,8 +173,15 @@ class CudaDevice final : public Device {
       return fail(ErrorKind::no_space, "device_slab={} cannot be had on cuda:{} with {} bytes free ({})",
                   slab_bytes_, ordinal_, free_bytes, cudaGetErrorString(allocated));
     }
-    regions_ = std::make_unique<HostSlab>(slab_bytes_);
+    regions_ = std::make_unique<HostSlab>(slab_bytes_ / kPageBytes * kPageBytes);
+    if (regions_->size() == 0) {
+      return fail(ErrorKind::no_space, "device_slab={} is no memory, or the process has no addresses for it",
+                  slab_bytes_);
+    }
     pinned_ = std::make_unique<HostSlab>(host_slab_bytes_);
+    // After a fork the device would keep the old page and this process get a new one with its first write,
+    // unless the kernel is new enough to know pinned pages.
+    (void)::madvise(pinned_->base(), pinned_->size(), MADV_DONTFORK);
     const cudaError_t pinned = cudaHostRegister(pinned_->base(), pinned_->size(), cudaHostRegisterDefault);
     if (pinned != cudaSuccess) {
       return fail(ErrorKind::no_space, "slab={} cannot be page-locked for cuda:{} ({})", host_slab_bytes_,
@@ -196,9 +194,12 @@ class CudaDevice final : public Device {
         !s)
       return s;
     notes_ = static_cast<std::byte*>(notes);
+    if (auto s = check(cuda::load_kernels(), "the kernels"); !s) return s;
     int low = 0;
     int high = 0;
     if (auto s = check(cudaDeviceGetStreamPriorityRange(&low, &high), "stream priorities"); !s) return s;
+    if (auto s = check(cudaStreamCreateWithFlags(&setup_stream_, cudaStreamNonBlocking), "a stream"); !s)
+      return s;
     for (cudaStream_t& stream : load_streams_) {
       if (auto s = check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, high), "a stream"); !s)
         return s;
@@ -234,6 +235,7 @@ class CudaDevice final : public Device {
     for (const Flight& flight : flights_) {
       if (flight.done != nullptr) cudaEventDestroy(flight.done);
     }
+    if (setup_stream_ != nullptr) cudaStreamDestroy(setup_stream_);
     for (cudaStream_t stream : load_streams_) {
       if (stream != nullptr) cudaStreamDestroy(stream);
     }
@@ -315,9 +317,14 @@ class CudaDevice final : public Device {
     const std::span<const int32_t> blocks = scatter != nullptr ? scatter->blocks : flight.gather->blocks;
     const uint64_t bytes = shards * shape.shard_stride();
     const Needs needs = needs_of(bytes, shards, blocks.size());
-    const cuda::DeviceCache* const known = caches_->find_or_add(cache, load_streams_[0]);
-    if (known == nullptr || needs.region_bytes > slab_bytes_ || needs.note_bytes > kNoteBytes)
+    if (needs.region_bytes > regions_->size() || needs.note_bytes > kNoteBytes || !cuda::fits_kernels(shape))
       return Start::never;
+    const cuda::DeviceCache* known = nullptr;
+    if (const cudaError_t status = caches_->find_or_add(cache, setup_stream_, &known);
+        status != cudaSuccess) {
+      complain(status);
+      return Start::never;
+    }
     flight.region = regions_->allocate(needs.region_bytes);
     if (flight.region == nullptr) return Start::later;
     flight.device = static_cast<std::byte*>(memory_) + (flight.region - regions_->base());
@@ -428,7 +435,6 @@ class CudaDevice final : public Device {
       Flight& flight = *flying_[i];
       const cudaError_t status = cudaEventQuery(flight.done);
       if (status == cudaErrorNotReady) {
-        cudaGetLastError();  // else the next launch would be told
         ++i;
         continue;
       }
@@ -509,10 +515,14 @@ class CudaDevice final : public Device {
   // --- any of them
   // ------------------------------------------------------------------------------------------------------
 
-  void give_up(Flight& flight, cudaError_t status) {
-    // Once a kind: after an error that stays, every extent has it.
+  /// Once a kind: after an error that stays, every extent has it.
+  void complain(cudaError_t status) {
     if (last_error_.exchange(status) != status)
       log(LogLevel::error, "cuda:{}: {}; extents are recomputed", ordinal_, cudaGetErrorString(status));
+  }
+
+  void give_up(Flight& flight, cudaError_t status) {
+    complain(status);
     cudaStreamSynchronize(flight.stream);  // what was queued before it failed still uses the region
     end(flight, ScatterOutcome::failed);
   }
@@ -559,6 +569,7 @@ class CudaDevice final : public Device {
   bool slab_is_pinned_ = false;
   std::byte* notes_ = nullptr;
   cuda::Secret secret_{};
+  cudaStream_t setup_stream_ = nullptr;  // of what is waited for: nothing of it waits for the engine
   std::array<cudaStream_t, 4> load_streams_{};
   std::array<cudaStream_t, 3> store_streams_{};
   std::unique_ptr<cuda::Marks> marks_;

@@ -9,8 +9,29 @@
 
 #include "device/cuda/move.h"
 #include "device/device.h"
+#include "tokendepot/layout.h"
 
 namespace tokendepot::cuda {
+
+constexpr uint64_t kNoteBytes = 1 << 20;  // block ids and digests of one work in mapped host memory
+
+/// What one work needs besides its payload.
+struct Needs {
+  uint64_t pages;
+  uint64_t region_bytes;
+  uint64_t note_bytes;
+};
+
+inline Needs needs_of(uint64_t payload_bytes, uint32_t shards, uint64_t blocks) {
+  const uint64_t pages = payload_bytes / kPageBytes;
+  return {pages, payload_bytes + align_up(pages * 8 + (shards + 2) * 4, 256),
+          align_up(blocks * 4, 8) + uint64_t{shards} * 8 + 8};
+}
+
+/// The kernels count the bytes of a shard in 32 bits.
+inline bool fits_kernels(const GroupShape& shape) {
+  return shape.shard_stride() <= UINT32_MAX;
+}
 
 struct Flight {
   ScatterWork* scatter = nullptr;  // one of the two

@@ -352,14 +352,25 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
+cudaError_t load_kernels() {
+  for (const void* kernel :
+       {reinterpret_cast<const void*>(gather<true>), reinterpret_cast<const void*>(gather<false>),
+        reinterpret_cast<const void*>(verify_scatter<true>),
+        reinterpret_cast<const void*>(verify_scatter<false>)}) {
+    cudaFuncAttributes attributes;
+    if (const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel); status != cudaSuccess)
+      return status;
+  }
+  return cudaSuccess;
+}
+
 cudaError_t launch_gather(const Move& move, const Secret& secret, uint32_t blocks, bool aligned,
                           cudaStream_t stream) {
-  if (aligned) {
-    gather<true><<<blocks, kThreads, 0, stream>>>(move, secret);
-  } else {
-    gather<false><<<blocks, kThreads, 0, stream>>>(move, secret);
-  }
-  return cudaGetLastError();
+  void* arguments[] = {const_cast<Move*>(&move), const_cast<Secret*>(&secret)};
+  const void* kernel =
+      aligned ? reinterpret_cast<const void*>(gather<true>) : reinterpret_cast<const void*>(gather<false>);
+  // Says what became of this launch; cudaGetLastError() would also tell of earlier calls that failed.
+  return cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), arguments, 0, stream);
 }
 
 cudaError_t launch_scatter(const Move& move, const Secret& secret, uint32_t blocks, bool aligned,

@@ -51,6 +51,9 @@ struct Move {
   uint32_t* outcome;        // mapped host memory: verify + scatter leaves `bad` here
 };
 
+/// Loads the code onto the device now: later it might have to wait for all that the engine has queued. Fails
+/// where this build has no code for the GPU.
+cudaError_t load_kernels();
 /// Gather and digest in one kernel. `blocks` thread blocks of 512.
 cudaError_t launch_gather(const Move& move, const Secret& secret, uint32_t blocks, bool aligned,
                           cudaStream_t stream);

@@ -28,6 +28,7 @@ class PayloadTest : public ::testing::Test {
     memory_->upload(cells_);
     cache_ = form_.at(memory_->data());
     blocks_ = iota_blocks(0, form_.shape.blocks());
+    to_ = iota_blocks(static_cast<int32_t>(form_.shape.blocks()), form_.shape.blocks());
     digests_.resize(form_.shape.shards());
   }
 
@@ -45,7 +46,7 @@ class PayloadTest : public ::testing::Test {
     while (ended < 0) std::this_thread::yield();
     return ended == 1;
   }
-  ScatterOutcome scatter(std::span<const std::byte> payload, bool guarded) {
+  ExtentHeader header_of_extent() const {
     ExtentHeader header;
     const GroupShape& shape = form_.shape;
     header.kind = shape.kind;
@@ -55,14 +56,21 @@ class PayloadTest : public ::testing::Test {
     header.planes = shape.planes;
     header.row_bytes = shape.row_bytes;
     header.shard_digests = digests_;
-    const auto to = iota_blocks(static_cast<int32_t>(shape.blocks()), shape.blocks());
-    std::atomic<int> ended = -1;
+    return header;
+  }
+  ScatterWork scatter_of(std::span<const std::byte> payload, const ExtentHeader& header) const {
     ScatterWork work;
     work.cache = &cache_;
     work.header = &header;
     work.payload = payload;
-    work.shards = shape.shards();
-    work.blocks = to;
+    work.shards = form_.shape.shards();
+    work.blocks = to_;
+    return work;
+  }
+  ScatterOutcome scatter(std::span<const std::byte> payload, bool guarded) {
+    const ExtentHeader header = header_of_extent();
+    std::atomic<int> ended = -1;
+    ScatterWork work = scatter_of(payload, header);
     work.guarded = guarded;
     work.owner = &ended;
     work.done = [](ScatterWork* self, ScatterOutcome how) {
@@ -113,7 +121,8 @@ class PayloadTest : public ::testing::Test {
   std::unique_ptr<DeviceMemory> memory_;
   std::vector<uint8_t> cells_;
   PagedCache cache_;
-  std::vector<int32_t> blocks_;
+  std::vector<int32_t> blocks_;  // gathered from
+  std::vector<int32_t> to_;
   std::vector<uint64_t> digests_;
   File file_;
 };
@@ -126,6 +135,33 @@ TEST_F(PayloadTest, OrdinaryMemoryServes) {
   expect_scattered();
   payload.back() ^= std::byte{1};
   EXPECT_EQ(scatter(payload, false), ScatterOutcome::corrupt);
+}
+
+TEST_F(PayloadTest, AStoreDoesNotWaitForAllLoadsThatAreQueued) {
+  constexpr size_t kLoads = 200;
+  const uint64_t bytes = form_.shape.payload_bytes();
+  std::byte* const pinned = device_->slab().allocate(2 * bytes);
+  ASSERT_NE(pinned, nullptr);
+  std::vector<std::byte> ordinary(2 * bytes);
+  for (std::byte* const memory : {pinned, ordinary.data()}) {
+    SCOPED_TRACE(memory == pinned ? "pinned" : "ordinary memory");
+    ASSERT_TRUE(gather({memory, bytes}, false));
+    const ExtentHeader header = header_of_extent();
+    std::atomic<size_t> loads_ended = 0;
+    std::vector<ScatterWork> loads(kLoads, scatter_of({memory, bytes}, header));
+    for (ScatterWork& load : loads) {
+      load.owner = &loads_ended;
+      load.done = [](ScatterWork* self, ScatterOutcome) {
+        ++*static_cast<std::atomic<size_t>*>(self->owner);
+      };
+      device_->submit(&load);
+    }
+    EXPECT_TRUE(gather({memory + bytes, bytes}, false));
+    EXPECT_LT(loads_ended, kLoads / 2);
+    while (loads_ended < kLoads) std::this_thread::yield();
+    expect_scattered();
+  }
+  device_->slab().release(pinned);
 }
 
 TEST_F(PayloadTest, ARegisteredMappingServesAcrossTheBordersOfItsChunks) {

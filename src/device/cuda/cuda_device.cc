@@ -51,6 +51,8 @@ constexpr uint32_t kLoadBlocks = 16;
 constexpr uint32_t kStoreBlocks = 16;
 constexpr uint32_t kMostInFlight = 16;
 constexpr uint32_t kMostStoresInFlight = kMostInFlight / 2;  // they may wait for a step of the engine
+// The engine may be waiting for a store, and however many loads there are, they use the link's other way.
+constexpr uint32_t kStoresBesideLoads = 1;
 
 class CudaDevice final : public Device {
  public:
@@ -247,18 +249,17 @@ class CudaDevice final : public Device {
     if (memory_ != nullptr) cudaFree(memory_);
   }
 
-  // --- the device's thread: starts flights, loads first, and finishes them
+  // --- the device's thread: starts flights, loads before all stores but one, and finishes them
   // ------------------------------------------------------------------------------------------------------
 
   void serve() {
     std::unique_lock lock(mutex_);
     while (true) {
       bool progress = false;
-      if (!scatters_.empty() && !free_.empty()) {
-        progress = take_off(lock, scatters_);
-      } else if (!gathers_.empty() && !free_.empty() && stores_in_flight_ < kMostStoresInFlight) {
+      const uint32_t stores = scatters_.empty() ? kMostStoresInFlight : kStoresBesideLoads;
+      if (!gathers_.empty() && !free_.empty() && stores_in_flight_ < stores)
         progress = take_off(lock, gathers_);
-      }
+      if (!progress && !scatters_.empty() && !free_.empty()) progress = take_off(lock, scatters_);
       flying_.insert(flying_.end(), copied_.begin(), copied_.end());
       copied_.clear();
       if (!flying_.empty()) {
@@ -472,17 +473,17 @@ class CudaDevice final : public Device {
     std::unique_lock lock(mutex_);
     cuda::Bounce& bounce = *bounces_[next_bounce_++];
     while (true) {
-      if (!copies_in_.empty()) {
-        Flight& flight = *copies_in_.front();
-        copies_in_.pop_front();
-        lock.unlock();
-        copy_in(flight, bounce);
-        lock.lock();
-      } else if (!copies_out_.empty()) {
+      if (!copies_out_.empty()) {  // first: they are few, see kStoresBesideLoads
         Flight& flight = *copies_out_.front();
         copies_out_.pop_front();
         lock.unlock();
         copy_out(flight, bounce);
+        lock.lock();
+      } else if (!copies_in_.empty()) {
+        Flight& flight = *copies_in_.front();
+        copies_in_.pop_front();
+        lock.unlock();
+        copy_in(flight, bounce);
         lock.lock();
       } else if (done_) {
         return;

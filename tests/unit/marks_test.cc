@@ -1,96 +1,12 @@
 // Marks of the engine's stream: which work waits for which mark.
-#include <gmock/gmock.h>
-
-#include "depot_fixture.h"
-#include "recording_device.h"
-#include "store/catalog.h"
-#include "store/replay.h"
-#include "transfer/transfers.h"
+#include "device_fixture.h"
 
 namespace tokendepot::testing {
 namespace {
 
-using ::testing::Each;
 using ::testing::ElementsAre;
-using ::testing::SizeIs;
 
-/// Transfers and all they need, over a device that records.
-class MarksTest : public ::testing::Test {
- protected:
-  MarksTest() {
-    Options options;
-    options.roots = {
-        {.path = directory_.path() + "/root", .capacity_bytes = 16 << 20, .segment_bytes = 1 << 20}};
-    root_ = std::move(*Root::open(options.roots[0], 0, options, &device_));
-    replay_ = std::make_unique<Replay>(*root_, segments_, &catalog_);
-    EXPECT_TRUE(replay_->first());
-    writer_ = std::move(*RootWriter::open(*root_, *replay_, segments_, system_clock(), 0));
-    transfers_ =
-        std::make_unique<Transfers>(device_, std::vector{Transfers::Tier{root_.get(), writer_.get()}},
-                                    segments_, system_clock(), 64 << 20);
-    keeper_ = std::make_unique<Keeper>(std::vector{Keeper::Tier{root_.get(), replay_.get(), writer_.get()}},
-                                       segments_, &catalog_, 20, [this] { transfers_->space_ready(); });
-    EXPECT_TRUE(transfers_->attach(cache_.paged()));
-    cache_.fill(1);
-  }
-  ~MarksTest() override {
-    transfers_->close();
-    keeper_.reset();
-    transfers_.reset();
-  }
-
-  void store(size_t first, size_t last) {
-    StorePlan plan;
-    plan.ns = ns_;
-    for (size_t i = first; i < last; ++i) {
-      plan.items.push_back({keys_[i], static_cast<uint32_t>(i), 0,
-                            iota_blocks(static_cast<int32_t>(i * kBlocksPerChunk), kBlocksPerChunk)});
-    }
-    ASSERT_TRUE(transfers_->submit_store(++job_, plan, *keeper_));
-    ASSERT_TRUE(transfers_->flush(10'000'000'000));
-    ASSERT_THAT(transfers_->poll(), SizeIs(1));
-  }
-  LoadPlan plan(size_t chunk) {
-    const PartId part = *catalog_.part_id({0, LayoutKind::canonical, shape_.part, shape_.tokens});
-    const auto found = catalog_.find(keys_[chunk], part);
-    EXPECT_TRUE(found);
-    LoadPlan plan;
-    plan.ns = ns_;
-    plan.items.push_back({keys_[chunk],
-                          static_cast<uint32_t>(chunk),
-                          0,
-                          LayoutKind::canonical,
-                          shape_.part,
-                          shape_.tokens,
-                          {segments_.id_of(found->slot), found->offset, found->bytes},
-                          iota_blocks(40, kBlocksPerChunk)});
-    return plan;
-  }
-  uint32_t ended(uint64_t job) {
-    for (int i = 0; i < 10'000; ++i, usleep(1000)) {
-      for (const Completion& done : transfers_->poll()) {
-        if (done.job == job) return done.items_ok;
-      }
-    }
-    ADD_FAILURE() << "never reported";
-    return 0;
-  }
-
-  const TemporaryDirectory directory_{"/dev/shm"};
-  const GroupShape shape_ = small_shape();
-  HostCache cache_{shape_, 64};
-  const NamespaceDigest ns_{};
-  const std::vector<Key> keys_ = prompt_keys(ns_, 1, 8);
-  uint64_t job_ = 0;
-  RecordingDevice device_;
-  SegmentTable segments_;
-  Catalog catalog_{segments_};
-  std::unique_ptr<Root> root_;
-  std::unique_ptr<Replay> replay_;
-  std::unique_ptr<RootWriter> writer_;
-  std::unique_ptr<Transfers> transfers_;
-  std::unique_ptr<Keeper> keeper_;
-};
+using MarksTest = TransfersOnDevice;
 
 TEST_F(MarksTest, StoresAndLoadsWaitForTheLastMarkBeforeTheirSubmission) {
   store(0, 2);

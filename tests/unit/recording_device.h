@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -29,12 +30,16 @@ class RecordingDevice final : public Device {
   Slab& slab() override { return host_->slab(); }
   void submit(ScatterWork* work) override {
     note(scatter_marks_, work->after);
+    if (broken_) return work->done(work, ScatterOutcome::failed);
     host_->submit(work);
   }
   void submit(GatherWork* work) override {
     note(gather_marks_, work->after);
+    if (broken_) return work->done(work, false);
     host_->submit(work);
   }
+  /// While it is broken all work fails, as after an error of a driver that stays.
+  void break_down(bool broken) { broken_ = broken; }
   Result<uint64_t> mark(void*) override {
     const std::lock_guard lock(mutex_);
     return ++last_mark_;
@@ -83,6 +88,7 @@ class RecordingDevice final : public Device {
     return std::exchange(marks, {});
   }
 
+  std::atomic<bool> broken_ = false;
   mutable std::mutex mutex_;
   std::map<std::byte*, Adopted> adopted_;
   std::vector<uint64_t> heats_;

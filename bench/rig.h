@@ -76,7 +76,7 @@ struct RigPlan {
   size_t job_extents = 1;      // extents of one job
   bool heads_first = true;     // blocks as (head, token, row): runs of 4 KiB; else (token, head, row)
   bool drops_allowed = false;  // stores that the depot drops are counted and sent again
-  Options options = {};             // a root in it says how bytes move; its path and sizes are the rig's
+  Options options = {};        // a root in it says how bytes move; its path and sizes are the rig's
   CacheMemory (*memory)(uint64_t bytes) = host_cache;
 };
 

@@ -52,13 +52,14 @@ std::unique_ptr<LoopDevice> LoopDevice::make(const std::string& base, uint64_t b
   if (!device.ok) return nullptr;
   made->device_ = device.words.substr(device.words.rfind('\n') + 1);  // warnings come before it
   if (!step("mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0 " + made->device_).ok) return nullptr;
-  if (!step("mount " + made->device_ + " " + made->mount_point()).ok) return nullptr;
+  // The machine's own mount with its own libraries, even where the rest was brought along.
+  if (!step("env -u LD_LIBRARY_PATH mount " + made->device_ + " " + made->mount_point()).ok) return nullptr;
   made->mounted_ = true;
   return made;
 }
 
 LoopDevice::~LoopDevice() {
-  if (mounted_) shell("umount " + mount_point());
+  if (mounted_) shell("env -u LD_LIBRARY_PATH umount " + mount_point());
   if (!device_.empty()) shell("losetup --detach " + device_);
   if (!directory_.empty()) std::filesystem::remove_all(directory_);
 }

@@ -358,6 +358,7 @@ DepotStats OpenDepot::stats() const {
     root.path = tier.root->path();
     root.transport = tier.root->transport();
     root.reason = tier.root->reason();
+    root.read_bytes_per_second = tier.root->read_bytes_per_second();
     root.capacity_bytes = tier.root->capacity();
     root.writable = tier.root->writable();
     stats.device.mapped_bytes += tier.root->files().mapped_bytes();

@@ -24,6 +24,7 @@ Json json_of(const RootStats& r) {
   return {{"path", r.path},
           {"transport", r.transport},
           {"reason", r.reason},
+          {"read_bytes_per_second", r.read_bytes_per_second},
           {"capacity_bytes", r.capacity_bytes},
           {"used_bytes", r.used_bytes},
           {"segments", r.segments},

@@ -1,7 +1,9 @@
 """One vLLM engine with one system: engine.py '<order as JSON>'. Rows go to order["out"] as they are measured.
 
 A row is one prompt: "cold" (nothing known), "hit" (the prompt and a new tail, from the system), "gpu" (the prompt and
-another tail, from the GPU's own prefix cache, the floor). In the phase "restart" there is no "cold".
+another tail, from the GPU's own prefix cache, the floor). In the phase "restart" there is no "cold". The engine without
+a connector has "whole" instead of "hit": a GPU hit of whole chunks. An answer depends on how many tokens were computed
+together, so an answer is compared with that of a GPU hit of as many tokens, "gpu" or "whole".
 """
 
 from __future__ import annotations
@@ -142,6 +144,11 @@ def measure(
             engine.empty_gpu_cache()
     if base:
         row["gpu"] = engine.ask(ids + workload.tail(context, repetition, 0))
+        whole = context // workload.CHUNK * workload.CHUNK
+        if 0 < whole < context:
+            engine.empty_gpu_cache()
+            engine.ask(ids[:whole])
+            row["whole"] = engine.ask(ids + workload.tail(context, repetition, 0))
     else:
         row["hit"] = engine.ask(ids + workload.tail(context, repetition, 0))
         row["gpu"] = engine.ask(ids + workload.tail(context, repetition, 1))

@@ -28,9 +28,19 @@ def summary(results: list[dict[str, Any]], link_gb_s: float) -> list[dict[str, A
     for name, context in rows:
         mine, base = rows[(name, context)], rows.get(("base", context), [])
         floor = milliseconds(base, "gpu")
-        reference = {row["repetition"]: row["gpu"]["token"] for row in base}
+        reference = {
+            (row["repetition"], row[what]["cached"]): row[what]["token"]
+            for row in base
+            for what in ("gpu", "whole")
+            if what in row
+        }
         hits = [row for row in mine if "hit" in row]
-        compared = [row for row in hits if row["repetition"] in reference]
+        loaded = [row["hit"] for row in hits if row["hit"]["cached"]]
+        compared = [
+            (row["hit"]["token"], reference[key])
+            for row in hits
+            if row["hit"]["cached"] and (key := (row["repetition"], row["hit"]["cached"])) in reference
+        ]
         entry: dict[str, Any] = {
             "name": name,
             "context": context,
@@ -38,7 +48,8 @@ def summary(results: list[dict[str, Any]], link_gb_s: float) -> list[dict[str, A
             "hit_ms": milliseconds(hits, "hit"),
             "gpu_ms": milliseconds(mine, "gpu"),
             "cached": median([row["hit"]["cached"] or 0 for row in hits]) if hits else None,
-            "same": sum(row["hit"]["token"] == reference[row["repetition"]] for row in compared),
+            "loaded": len(loaded),
+            "same": sum(token == expected for token, expected in compared),
             "compared": len(compared),
             "recompute_ms": milliseconds(base, "cold"),
         }
@@ -64,7 +75,7 @@ def show(results: list[dict[str, Any]], link_gb_s: float) -> None:
         line = [str(context), text(base.get("cold_ms")), text(base.get("gpu_ms")), text(base.get("limit_ms"))]
         line += [cell(cells.get((name, context))) for name in columns]
         print("| " + " | ".join(line) + " |")
-    print("\n(ms to one token; in brackets tokens from a cache, and answers equal to those of a GPU hit)\n")
+    print("\n(ms to one token; in brackets tokens from a cache, and answers equal to those of a GPU hit of as many)\n")
     for entry in entries:
         if entry["hit_ms"] is None or entry.get("limit_ms") is None:
             continue
@@ -74,6 +85,9 @@ def show(results: list[dict[str, Any]], link_gb_s: float) -> None:
         )
         if entry["recompute_ms"] is not None and entry["hit_ms"] > entry["recompute_ms"] * 1.05:
             print(f"# slower than recomputing ({entry['recompute_ms']:.1f} ms): {entry['name']} {entry['context']}")
+        if entry["compared"] != entry["loaded"]:
+            missing = entry["loaded"] - entry["compared"]
+            print(f"# NOT COMPARED: {entry['name']} {entry['context']}: {missing} of {entry['loaded']} hits")
         if entry["same"] != entry["compared"]:
             print(f"# OTHER ANSWERS: {entry['name']} {entry['context']}: {entry['same']} of {entry['compared']}")
 

@@ -27,8 +27,9 @@ struct TransferStats {
 
 struct RootStats {
   std::string path;
-  std::string transport;  // "mapped", "direct-threads", "direct-uring", "buffered-threads"
-  std::string reason;     // why this transport was chosen
+  std::string transport;               // "mapped", "direct-threads", "direct-uring", "buffered-threads"
+  std::string reason;                  // why this transport was chosen
+  uint64_t read_bytes_per_second = 0;  // measured when the root was opened; 0 = not measured
   uint64_t capacity_bytes = 0;
   uint64_t used_bytes = 0;  // gauge: segment files on the medium
   uint64_t segments = 0;    // gauge

@@ -89,7 +89,7 @@ double median(std::vector<double> values) {
 }
 
 EngineChoice threads_because(std::unique_ptr<IoEngine> threads, std::string reason) {
-  return {std::move(threads), std::move(reason)};
+  return {std::move(threads), std::move(reason), 0};
 }
 
 }  // namespace
@@ -136,8 +136,9 @@ EngineChoice choose_engine(const std::string& directory, bool direct, uint32_t d
   const double with_threads = median(rates[0]);
   const double with_uring = median(rates[1]);
   std::string reason = fmt::format("threads {:.1f} GB/s, uring {:.1f} GB/s", with_threads, with_uring);
-  if (with_uring > 1.1 * with_threads) return {std::move(*uring), std::move(reason)};
-  return threads_because(std::move(threads), std::move(reason));
+  const bool take_uring = with_uring > 1.1 * with_threads;
+  return {take_uring ? std::move(*uring) : std::move(threads), std::move(reason),
+          static_cast<uint64_t>((take_uring ? with_uring : with_threads) * 1e9)};
 }
 
 }  // namespace tokendepot

@@ -126,6 +126,7 @@ Status Root::choose_transport(const FileSystemInfo& system, uint32_t io_depth) {
     auto choice = choose_engine(segments_dir(), direct_, io_depth);
     engine_ = std::move(choice.engine);
     reason_ += choice.reason;
+    read_bytes_per_second_ = choice.read_bytes_per_second;
   }
   transport_ = fmt::format("{}-{}", direct_ ? "direct" : "buffered", engine_->name());
   return {};

@@ -36,6 +36,8 @@ class Root {
   IoEngine& engine() const { return *engine_; }
   bool direct() const { return direct_; }
   const std::string& transport() const { return transport_; }
+  /// Measured when the root was opened; 0 = not measured.
+  uint64_t read_bytes_per_second() const { return read_bytes_per_second_; }
   const std::string& reason() const { return reason_; }
   SegmentFiles& files() { return *files_; }
   const SegmentFiles& files() const { return *files_; }
@@ -72,6 +74,7 @@ class Root {
   std::atomic<uint64_t> segment_bytes_ = 0;
   std::string transport_;
   std::string reason_;
+  uint64_t read_bytes_per_second_ = 0;
   Device* device_ = nullptr;
   std::unique_ptr<IoEngine> engine_;
   std::unique_ptr<SegmentFiles> files_;

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
-from tokendepot.engines.vllm.worth import LOADS_COUNT_S, LONG_STEP_TOKENS, Octaves, Worth
+from tokendepot.engines.vllm.worth import LOADS_COUNT_S, LONG_STEP_TOKENS, Octaves, Worth, starting_values
 
 TOKEN_BYTES = 131072
 STEP_S = 0.010  # the shortest step of the engine below
@@ -114,6 +116,34 @@ def test_one_odd_measurement_does_not_turn_the_rule() -> None:
     assert machine.rule.of_load(0, 31_744, 32_000) and not machine.rule.of_load(0, 256, 300)
 
 
+def test_a_slow_first_load_of_a_process_proves_nothing() -> None:
+    machine = Machine(50e9)
+    machine.compute(0, 16_000)
+    machine.rule.loaded(2304, 0.4)
+    for hit, total in ((1792, 2000), (7936, 8000), (15_872, 16_000)):
+        assert machine.rule.of_load(0, hit, total)
+    machine.rule.loaded(2304, 0.4)
+    assert not machine.rule.of_load(0, 2304, 2500), "a second one does"
+
+
+def test_a_slow_size_does_not_speak_for_larger_ones_where_another_was_fast() -> None:
+    machine = Machine(50e9)
+    machine.compute(0, 16_000)
+    for tokens, seconds in ((1792, 0.01), (1792, 0.01), (2304, 0.4)):
+        machine.rule.loaded(tokens, seconds)
+    assert machine.rule.of_load(0, 7936, 8000) and not machine.rule.of_load(0, 2304, 2500)
+
+
+def test_the_first_guess_of_a_disk_is_what_was_measured_when_it_was_opened() -> None:
+    group = SimpleNamespace(page_bytes=16 * 4096, layers=32, block_tokens=16)
+    root = dict(transport="direct-threads", read_bytes_per_second=1_500_000_000)
+    assert starting_values([group], {"roots": [root]})[0] == pytest.approx(TOKEN_BYTES / 1.5e9)
+    unmeasured = dict(root, read_bytes_per_second=0)
+    assert starting_values([group], {"roots": [unmeasured]})[0] == pytest.approx(TOKEN_BYTES / 3e9)
+    memory = dict(transport="mapped", read_bytes_per_second=0)
+    assert starting_values([group], {"roots": [root, memory]})[0] == pytest.approx(TOKEN_BYTES / 20e9)
+
+
 def test_overlapping_steps_cost_from_the_end_of_the_one_before() -> None:
     clock = Clock()
     rule = Worth(1e-6, 256, clock)
@@ -137,10 +167,10 @@ def test_steps_that_tell_nothing_are_not_timed() -> None:
 
 def test_what_was_not_seen_is_taken_from_its_neighbours() -> None:
     seen = Octaves()
-    assert seen.near(100, 0.0) is None
+    assert seen.near(100) is None
     for when, x, y in ((1.0, 300, 3.0), (2.0, 310, 30.0), (3.0, 320, 4.0), (4.0, 5000, 50.0)):
         seen.observe(when, x, y)
-    assert seen.near(400, 0.0) == (9, 310, 4.0), "the median of its own power of two"
-    assert seen.near(1000, 0.0) == (9, 310, 4.0), "else the next below"
-    assert seen.near(20, 0.0) == (9, 310, 4.0), "else the next above"
-    assert seen.near(400, 3.5) == (13, 5000, 50.0) and seen.near(400, 9.0) is None, "old ones do not count"
+    assert seen.near(400) == (310, 4.0), "the median of its own power of two"
+    assert seen.near(1000) == (310, 4.0), "else the next below"
+    assert seen.near(20) == (310, 4.0), "else the next above"
+    assert seen.medians(3.5) == {13: (5000, 50.0)} and seen.medians(9.0) == {}, "old ones do not count"

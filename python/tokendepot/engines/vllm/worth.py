@@ -4,8 +4,10 @@ A load costs what loads of its size took, as the scheduler sees it: from the ord
 included. Computing costs what tokens at such a context took in steps that held many of them; but no step is faster than
 the shortest, so that a few tokens more in it are free. Sizes and contexts are told apart by powers of two.
 
-What was not measured yet is taken to be fast for loads, so that the first hits after a restart are loads; and loads
-that were slow are tried again after a minute.
+Loads of a size that was not seen yet are taken to be as fast as the root was when it was opened, so that the first hits
+after a restart are loads where that can pay; the very first load of a process, which also loads kernels, proves nothing
+when it was slow. Other sizes are guessed from the one that promises most; loads that were slow are tried again after a
+minute.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ LOADS_COUNT_S = 60.0
 KEPT = 5  # observations of one power of two
 LOAD_LATENCY_S = 2e-3
 LATENCY_SHARE = 4  # of a load's time over that of its bytes, for guesses about larger ones
-START_MEMORY_RATE, START_DISK_RATE = 20e9, 3e9  # bytes a second
+START_MEMORY_RATE, START_DISK_RATE = 20e9, 3e9  # bytes a second, where nothing was measured
 START_STEP_S = 0.025
 # Up to about so many tokens a step is as long as the shortest: it waits for the weights, not for arithmetic.
 GPU_FREE_TOKENS, CPU_FREE_TOKENS = 256, 16
@@ -37,9 +39,11 @@ def starting_values(groups: list[Group], stats: dict[str, Any]) -> tuple[float, 
     from vllm.platforms import current_platform
 
     token_bytes = sum(group.page_bytes * group.layers / group.block_tokens for group in groups)
-    in_memory = any(root["transport"] == "mapped" for root in stats["roots"])
-    rate = START_MEMORY_RATE if in_memory else START_DISK_RATE
-    return token_bytes / rate, CPU_FREE_TOKENS if current_platform.is_cpu() else GPU_FREE_TOKENS
+    fastest = max(
+        START_MEMORY_RATE if root["transport"] == "mapped" else root["read_bytes_per_second"] or START_DISK_RATE
+        for root in stats["roots"]
+    )
+    return token_bytes / fastest, CPU_FREE_TOKENS if current_platform.is_cpu() else GPU_FREE_TOKENS
 
 
 class Octaves:
@@ -51,14 +55,20 @@ class Octaves:
     def observe(self, now: float, x: float, y: float) -> None:
         self._seen.setdefault(self.octave(x), deque(maxlen=KEPT)).append((now, x, y))
 
-    def near(self, x: float, since: float) -> tuple[int, float, float] | None:
-        """(octave, x, y): medians of the octave of x, else of the next one below, else of the next one above."""
-        mine = self.octave(x)
-        for octave in sorted(self._seen, key=lambda octave: (octave > mine, abs(octave - mine))):
-            seen = [(x, y) for when, x, y in self._seen[octave] if when >= since]
+    def medians(self, since: float) -> dict[int, tuple[float, float]]:
+        """octave -> (x, y), of what was seen since then."""
+        found = {}
+        for octave, kept in self._seen.items():
+            seen = [(x, y) for when, x, y in kept if when >= since]
             if seen:
-                return octave, median_low(x for x, _ in seen), median_low(y for _, y in seen)
-        return None
+                found[octave] = median_low(x for x, _ in seen), median_low(y for _, y in seen)
+        return found
+
+    def near(self, x: float) -> tuple[float, float] | None:
+        """(x, y) of the octave of x, else of the next one below, else of the next one above."""
+        mine, found = self.octave(x), self.medians(0.0)
+        order = sorted(found, key=lambda octave: (octave > mine, abs(octave - mine)))
+        return found[order[0]] if order else None
 
     @staticmethod
     def octave(x: float) -> int:
@@ -73,6 +83,7 @@ class Worth:
     ) -> None:
         self._load_token_s, self._free_tokens, self._clock = load_token_s, free_tokens, clock
         self._loads = Octaves()  # tokens -> seconds
+        self._no_load_yet = True
         self._contexts = Octaves()  # mean context -> seconds a token
         self._step = START_STEP_S  # the shortest, about
         self._steps: dict[int, tuple[float, int, float]] = {}  # number -> (began, tokens, mean context)
@@ -88,24 +99,36 @@ class Worth:
         return self.load_seconds(hit - local) < saved
 
     def load_seconds(self, tokens: int) -> float:
-        near = self._loads.near(tokens, self._clock() - LOADS_COUNT_S)
-        if near is None:
-            return LOAD_LATENCY_S + tokens * self._load_token_s
-        octave, known_tokens, seconds = near
-        if octave < Octaves.octave(tokens):  # how much of the smaller one was latency is not known: try
-            token_s = max(self._load_token_s, seconds / known_tokens / LATENCY_SHARE)
-            return seconds + (tokens - known_tokens) * token_s
-        return max(LOAD_LATENCY_S, seconds * tokens / known_tokens)
+        mine, known = Octaves.octave(tokens), self._loads.medians(self._clock() - LOADS_COUNT_S)
+        if mine in known:
+            return self._scaled(tokens, *known[mine])
+        smaller = [known[octave] for octave in known if octave < mine]
+        if smaller:  # how much of them was latency is not known: try
+            return min(
+                seconds + (tokens - size) * max(self._load_token_s, seconds / size / LATENCY_SHARE)
+                for size, seconds in smaller
+            )
+        if known:
+            return self._scaled(tokens, *known[min(known)])
+        return self._first_guess(tokens)
+
+    def _scaled(self, tokens: int, size: float, seconds: float) -> float:
+        return max(LOAD_LATENCY_S, seconds * tokens / size)
+
+    def _first_guess(self, tokens: int) -> float:
+        return LOAD_LATENCY_S + tokens * self._load_token_s
 
     def compute_seconds(self, done: int, total: int) -> float:
-        near = self._contexts.near((done + total) / 2, 0.0)
-        token_s = self._step / self._free_tokens if near is None else near[2]
+        near = self._contexts.near((done + total) / 2)
+        token_s = self._step / self._free_tokens if near is None else near[1]
         return max(self._step, (total - done) * token_s)
 
     # --- what it learns from -------------------------------------------------------------------------------------
 
     def loaded(self, tokens: int, seconds: float) -> None:
-        self._loads.observe(self._clock(), tokens, seconds)
+        first, self._no_load_yet = self._no_load_yet, False
+        if not first or seconds <= self._first_guess(tokens):
+            self._loads.observe(self._clock(), tokens, seconds)
 
     def step_begins(self, scheduled: list[tuple[int, int]]) -> int:
         """(computed before, tokens in this step) of every request -> a number to be reported when the step has ended,

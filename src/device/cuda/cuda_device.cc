@@ -9,6 +9,7 @@
 
 #include <cuda_runtime_api.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
@@ -49,7 +50,10 @@ using cuda::needs_of;
 // Thread blocks of 512: verify at 440 GB/s, scatter at 160 (design.md section 8).
 constexpr uint32_t kLoadBlocks = 16;
 constexpr uint32_t kStoreBlocks = 16;
-constexpr uint32_t kMostInFlight = 16;
+constexpr uint32_t kMostInFlight = 32;
+constexpr uint32_t kLoadLanes = 4;
+constexpr uint32_t kStoreLanes = 3;
+constexpr auto kLook = std::chrono::microseconds(15);  // how often flights are asked whether they have landed
 constexpr uint32_t kMostStoresInFlight = kMostInFlight / 2;  // they may wait for a step of the engine
 // The engine may be waiting for a store, and however many loads there are, they use the link's other way.
 constexpr uint32_t kStoresBesideLoads = 1;
@@ -202,15 +206,19 @@ class CudaDevice final : public Device {
     if (auto s = check(cudaDeviceGetStreamPriorityRange(&low, &high), "stream priorities"); !s) return s;
     if (auto s = check(cudaStreamCreateWithFlags(&setup_stream_, cudaStreamNonBlocking), "a stream"); !s)
       return s;
-    for (cudaStream_t& stream : load_streams_) {
-      if (auto s = check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, high), "a stream"); !s)
+    for (uint32_t lane = 0; lane < streams_.size(); ++lane) {
+      if (auto s = check(cudaStreamCreateWithPriority(&streams_[lane], cudaStreamNonBlocking,
+                                                      lane < kLoadLanes ? high : low),
+                         "a stream");
+          !s)
         return s;
     }
-    for (cudaStream_t& stream : store_streams_) {
-      if (auto s = check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, low), "a stream"); !s)
-        return s;
-    }
+    const uint64_t counter_bytes = kMostInFlight * sizeof(cuda::Counters);
+    if (auto s = check(cudaMalloc(&counters_, counter_bytes), "counters"); !s) return s;
+    if (auto s = check(cudaMemsetAsync(counters_, 0, counter_bytes, setup_stream_), "counters"); !s) return s;
+    if (auto s = check(cudaStreamSynchronize(setup_stream_), "counters"); !s) return s;
     for (uint32_t i = 0; i < kMostInFlight; ++i) {
+      flights_[i].counters = static_cast<cuda::Counters*>(counters_) + i;
       if (auto s = check(cudaEventCreateWithFlags(&flights_[i].done, cudaEventDisableTiming), "an event"); !s)
         return s;
       flights_[i].note = notes_ + i * kNoteBytes;
@@ -238,12 +246,10 @@ class CudaDevice final : public Device {
       if (flight.done != nullptr) cudaEventDestroy(flight.done);
     }
     if (setup_stream_ != nullptr) cudaStreamDestroy(setup_stream_);
-    for (cudaStream_t stream : load_streams_) {
+    for (cudaStream_t stream : streams_) {
       if (stream != nullptr) cudaStreamDestroy(stream);
     }
-    for (cudaStream_t stream : store_streams_) {
-      if (stream != nullptr) cudaStreamDestroy(stream);
-    }
+    if (counters_ != nullptr) cudaFree(counters_);
     if (notes_ != nullptr) cudaFreeHost(notes_);
     if (slab_is_pinned_) cudaHostUnregister(pinned_->base());
     if (memory_ != nullptr) cudaFree(memory_);
@@ -253,19 +259,17 @@ class CudaDevice final : public Device {
   // ------------------------------------------------------------------------------------------------------
 
   void serve() {
+    ::prctl(PR_SET_TIMERSLACK, 1'000);  // nanoseconds; the ordinary 50 us is as long as a flight of 2 MiB
     std::unique_lock lock(mutex_);
     while (true) {
       bool progress = false;
-      const uint32_t stores = scatters_.empty() ? kMostStoresInFlight : kStoresBesideLoads;
-      if (!gathers_.empty() && !free_.empty() && stores_in_flight_ < stores)
-        progress = take_off(lock, gathers_);
-      if (!progress && !scatters_.empty() && !free_.empty()) progress = take_off(lock, scatters_);
-      flying_.insert(flying_.end(), copied_.begin(), copied_.end());
+      while (take_next(lock)) progress = true;
+      for (Flight* flight : copied_) flying_[flight->lane].push_back(flight);
       copied_.clear();
-      if (!flying_.empty()) {
+      if (std::ranges::any_of(flying_, [](const auto& lane) { return !lane.empty(); })) {
         lock.unlock();
         progress |= finish_flights();
-        if (!progress) std::this_thread::sleep_for(std::chrono::microseconds(5));
+        if (!progress) std::this_thread::sleep_for(kLook);
         lock.lock();
       } else if (!progress) {
         if (closing_ && free_.size() == kMostInFlight && scatters_.empty() && gathers_.empty()) {
@@ -281,6 +285,13 @@ class CudaDevice final : public Device {
         }
       }
     }
+  }
+
+  bool take_next(std::unique_lock<std::mutex>& lock) {
+    if (free_.empty()) return false;
+    const uint32_t stores = scatters_.empty() ? kMostStoresInFlight : kStoresBesideLoads;
+    if (!gathers_.empty() && stores_in_flight_ < stores && take_off(lock, gathers_)) return true;
+    return !scatters_.empty() && take_off(lock, scatters_);
   }
 
   /// False: no room in the device's slab; try again when a flight has ended.
@@ -339,8 +350,8 @@ class CudaDevice final : public Device {
       flight.pieces.clear();
     }
     flight.aligned = known->aligned;
-    flight.stream = scatter != nullptr ? load_streams_[next_load_++ % load_streams_.size()]
-                                       : store_streams_[next_store_++ % store_streams_.size()];
+    flight.lane = scatter != nullptr ? next_load_++ % kLoadLanes : kLoadLanes + next_store_++ % kStoreLanes;
+    flight.stream = streams_[flight.lane];
 
     cuda::Move& move = flight.move;
     move.planes = known->planes;
@@ -362,17 +373,21 @@ class CudaDevice final : public Device {
     move.shard_stride = shape.shard_stride();
     move.payload = reinterpret_cast<uint8_t*>(flight.device);
     move.page_digests = reinterpret_cast<uint64_t*>(flight.device + bytes);
-    move.pages_done = reinterpret_cast<uint32_t*>(flight.device + bytes + needs.pages * 8);
-    move.bad = move.pages_done + shards;
-    move.arrived = move.bad + 1;
-    std::memcpy(flight.note, blocks.data(), blocks.size() * 4);
-    move.blocks = reinterpret_cast<const int32_t*>(flight.note);
-    move.shard_digests = reinterpret_cast<uint64_t*>(flight.note + align_up(blocks.size() * 4, 8));
-    move.outcome = reinterpret_cast<uint32_t*>(move.shard_digests + shards);
+    move.counters = flight.counters;
+    const bool few_blocks = blocks.size() <= cuda::kFewBlocks;
+    std::memcpy(few_blocks ? move.few_blocks : reinterpret_cast<int32_t*>(flight.note), blocks.data(),
+                blocks.size() * 4);
+    move.blocks = few_blocks ? nullptr : reinterpret_cast<const int32_t*>(flight.note);
+    flight.note_digests = reinterpret_cast<uint64_t*>(flight.note + align_up(blocks.size() * 4, 8));
+    flight.note_outcome = reinterpret_cast<uint32_t*>(flight.note_digests + shards);
+    move.shard_digests = flight.note_digests;
+    move.outcome = flight.note_outcome;
     if (scatter != nullptr) {
-      std::memcpy(move.shard_digests, scatter->header->shard_digests.data() + scatter->first_shard,
-                  shards * 8);
-      *move.outcome = kNoOutcome;
+      const bool few_digests = shards <= cuda::kFewDigests;
+      std::memcpy(few_digests ? move.few_digests : flight.note_digests,
+                  scatter->header->shard_digests.data() + scatter->first_shard, shards * 8);
+      if (few_digests) move.shard_digests = nullptr;
+      *flight.note_outcome = kNoOutcome;
     }
     return Start::ready;
   }
@@ -399,14 +414,12 @@ class CudaDevice final : public Device {
       status = queue_gather(flight);
     }
     if (status != cudaSuccess) return give_up(flight, status);
-    flying_.push_back(&flight);
+    flying_[flight.lane].push_back(&flight);
   }
 
   cudaError_t queue_scatter(const Flight& flight) {
-    cudaError_t status =
-        cudaMemsetAsync(flight.move.pages_done, 0, (flight.move.shards + 2) * 4, flight.stream);
     // Only the kernel touches the cache: the copy need not wait for the engine.
-    if (status == cudaSuccess) status = marks_->wait(flight.stream, flight.scatter->after);
+    cudaError_t status = marks_->wait(flight.stream, flight.scatter->after);
     if (status == cudaSuccess)
       status = launch_scatter(flight.move, secret_, kLoadBlocks, flight.aligned, flight.stream);
     if (status == cudaSuccess) status = cudaEventRecord(flight.done, flight.stream);
@@ -414,9 +427,7 @@ class CudaDevice final : public Device {
   }
 
   cudaError_t queue_gather(const Flight& flight) {
-    cudaError_t status =
-        cudaMemsetAsync(flight.move.pages_done, 0, (flight.move.shards + 2) * 4, flight.stream);
-    if (status == cudaSuccess) status = marks_->wait(flight.stream, flight.gather->after);
+    cudaError_t status = marks_->wait(flight.stream, flight.gather->after);
     if (status == cudaSuccess)
       status = launch_gather(flight.move, secret_, kStoreBlocks, flight.aligned, flight.stream);
     uint64_t at = 0;
@@ -432,19 +443,18 @@ class CudaDevice final : public Device {
 
   bool finish_flights() {
     bool any = false;
-    for (size_t i = 0; i < flying_.size();) {
-      Flight& flight = *flying_[i];
-      const cudaError_t status = cudaEventQuery(flight.done);
-      if (status == cudaErrorNotReady) {
-        ++i;
-        continue;
-      }
-      flying_.erase(flying_.begin() + static_cast<std::ptrdiff_t>(i));
-      any = true;
-      if (status != cudaSuccess) {
-        give_up(flight, status);
-      } else {
-        finish(flight);
+    for (std::deque<Flight*>& lane : flying_) {
+      while (!lane.empty()) {
+        Flight& flight = *lane.front();
+        const cudaError_t status = cudaEventQuery(flight.done);
+        if (status == cudaErrorNotReady) break;  // those behind it come later
+        lane.pop_front();
+        any = true;
+        if (status != cudaSuccess) {
+          give_up(flight, status);
+        } else {
+          finish(flight);
+        }
       }
     }
     return any;
@@ -452,12 +462,12 @@ class CudaDevice final : public Device {
 
   void finish(Flight& flight) {
     if (flight.scatter != nullptr) {
-      const uint32_t outcome = *static_cast<const volatile uint32_t*>(flight.move.outcome);
+      const uint32_t outcome = *static_cast<const volatile uint32_t*>(flight.note_outcome);
       TD_CHECK(outcome != kNoOutcome);
       return end(flight, outcome == 0 ? ScatterOutcome::ok : ScatterOutcome::corrupt);
     }
     const std::span<uint64_t> digests = flight.gather->digests;
-    std::memcpy(digests.data(), flight.move.shard_digests, digests.size_bytes());
+    std::memcpy(digests.data(), flight.note_digests, digests.size_bytes());
     if (!flight.pieces.empty()) return end(flight, ScatterOutcome::ok);
     const std::lock_guard lock(mutex_);
     copies_out_.push_back(&flight);
@@ -569,17 +579,18 @@ class CudaDevice final : public Device {
   std::unique_ptr<HostSlab> pinned_;
   bool slab_is_pinned_ = false;
   std::byte* notes_ = nullptr;
+  void* counters_ = nullptr;  // Counters, one a flight
   cuda::Secret secret_{};
   cudaStream_t setup_stream_ = nullptr;  // of what is waited for: nothing of it waits for the engine
-  std::array<cudaStream_t, 4> load_streams_{};
-  std::array<cudaStream_t, 3> store_streams_{};
+  std::array<cudaStream_t, kLoadLanes + kStoreLanes> streams_{};  // of loads, then of stores
   std::unique_ptr<cuda::Marks> marks_;
   std::unique_ptr<cuda::Registry> registry_;
   std::vector<std::unique_ptr<cuda::Bounce>> bounces_;
 
   // The device's thread only.
   std::array<Flight, kMostInFlight> flights_{};
-  std::vector<Flight*> flying_;  // their events tell when they have landed
+  std::array<std::deque<Flight*>, kLoadLanes + kStoreLanes>
+      flying_;  // their events tell when they have landed
   std::unique_ptr<cuda::Caches> caches_ = std::make_unique<cuda::Caches>();
   uint32_t next_load_ = 0;
   uint32_t next_store_ = 0;

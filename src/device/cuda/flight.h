@@ -13,7 +13,7 @@
 
 namespace tokendepot::cuda {
 
-constexpr uint64_t kNoteBytes = 1 << 20;  // block ids and digests of one work in mapped host memory
+constexpr uint64_t kNoteBytes = 256 << 10;  // block ids and digests of one work in mapped host memory
 
 /// What one work needs besides its payload.
 struct Needs {
@@ -24,13 +24,13 @@ struct Needs {
 
 inline Needs needs_of(uint64_t payload_bytes, uint32_t shards, uint64_t blocks) {
   const uint64_t pages = payload_bytes / kPageBytes;
-  return {pages, payload_bytes + align_up(pages * 8 + (shards + 2) * 4, 256),
+  return {pages, payload_bytes + align_up(pages * 8, 256),
           align_up(blocks * 4, 8) + uint64_t{shards} * 8 + 8};
 }
 
 /// The kernels count the bytes of a shard in 32 bits.
 inline bool fits_kernels(const GroupShape& shape) {
-  return shape.shard_stride() <= UINT32_MAX;
+  return shape.shard_stride() <= UINT32_MAX && shape.shards() <= kMostShards;
 }
 
 struct Flight {
@@ -41,7 +41,11 @@ struct Flight {
   std::byte* region = nullptr;               // of the slab's address map
   std::byte* device = nullptr;               // the same in the slab
   std::byte* note = nullptr;                 // block ids and digests, in memory that both sides see
+  Counters* counters = nullptr;              // in device memory
+  uint64_t* note_digests = nullptr;
+  uint32_t* note_outcome = nullptr;
   cudaStream_t stream = nullptr;
+  uint32_t lane = 0;  // the number of the stream
   cudaEvent_t done = nullptr;
   Move move{};
   bool aligned = false;

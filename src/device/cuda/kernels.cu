@@ -207,6 +207,10 @@ struct Target {
   uint32_t run;  // bytes that stay contiguous from there
 };
 
+__device__ int32_t block_at(const Move& move, uint32_t i) {
+  return move.blocks != nullptr ? move.blocks[i] : move.few_blocks[i];
+}
+
 __device__ Target locate(const Move& move, uint32_t shard, uint32_t offset) {
   if (move.page_bytes == 0) {
     const uint32_t row = offset / move.row_bytes, byte = offset % move.row_bytes;
@@ -217,7 +221,7 @@ __device__ Target locate(const Move& move, uint32_t shard, uint32_t offset) {
     const uint32_t run = move.row_bytes - byte;
     if (layer < move.cache_layer_begin || layer >= move.cache_layer_end) return {nullptr, run};
     if (head < move.cache_head_begin || head >= move.cache_head_end) return {nullptr, run};
-    const int32_t block = move.blocks[token / move.block_tokens];
+    const int32_t block = block_at(move, token / move.block_tokens);
     if (block < 0) return {nullptr, run};
     const DevicePlane& p = move.planes[(layer - move.cache_layer_begin) * move.planes_per_layer + plane];
     return {p.base + block * p.block_stride +
@@ -227,7 +231,7 @@ __device__ Target locate(const Move& move, uint32_t shard, uint32_t offset) {
   }
   const uint32_t page = offset / move.page_bytes, byte = offset % move.page_bytes;
   const uint32_t layer = move.layer_begin + move.first_shard + shard;
-  const int32_t block = move.blocks[page];
+  const int32_t block = block_at(move, page);
   const DevicePlane* pieces = move.planes + (layer - move.cache_layer_begin) * move.planes_per_layer;
   uint32_t i = 0;
   while (byte >= pieces[i].piece_offset + pieces[i].piece_bytes) ++i;
@@ -287,13 +291,14 @@ __device__ void page_done(const Move& move, const Secret& secret, uint32_t shard
   volatile uint64_t* digests = move.page_digests + uint64_t{shard} * pages;
   digests[page] = digest;
   __threadfence();
-  if (atomicAdd(move.pages_done + shard, 1u) + 1 != pages) return;
+  if (atomicAdd(move.counters->pages_done + shard, 1u) + 1 != pages) return;
+  move.counters->pages_done[shard] = 0;
   __threadfence();
   finish(shard, digest_of_words(digests, pages, secret));
 }
 
 template <bool aligned>
-__global__ void __launch_bounds__(kThreads) gather(const Move move, const __grid_constant__ Secret secret) {
+__global__ void __launch_bounds__(kThreads) gather(const __grid_constant__ Move move, const __grid_constant__ Secret secret) {
   const uint32_t lane = threadIdx.x & 31;
   const auto pages = static_cast<uint32_t>(move.shard_stride / kPage);
   const uint32_t total = pages * move.shards;
@@ -313,7 +318,7 @@ __global__ void __launch_bounds__(kThreads) gather(const Move move, const __grid
 
 template <bool aligned>
 __global__ void __launch_bounds__(kThreads)
-    verify_scatter(const Move move, const __grid_constant__ Secret secret) {
+    verify_scatter(const __grid_constant__ Move move, const __grid_constant__ Secret secret) {
   const uint32_t lane = threadIdx.x & 31;
   const auto pages = static_cast<uint32_t>(move.shard_stride / kPage);
   const uint32_t total = pages * move.shards;
@@ -325,20 +330,29 @@ __global__ void __launch_bounds__(kThreads)
     for (uint32_t i = 0; i < 8; ++i) v[i] = in[i * 32];
     page_done(move, secret, p / pages, p % pages, page_digest(v, secret, lane), lane,
               [&](uint32_t s, uint64_t digest) {
-                if (digest != move.shard_digests[s]) atomicExch(move.bad, 1u);
+                const uint64_t expected =
+                    move.shard_digests != nullptr ? move.shard_digests[s] : move.few_digests[s];
+                if (digest != expected) atomicExch(&move.counters->bad, 1u);
               });
   }
   // All blocks of a cooperative launch are resident, so waiting for each other cannot hang.
+  __shared__ uint32_t bad;
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    atomicAdd(move.arrived, 1u);
-    while (*static_cast<volatile uint32_t*>(move.arrived) < gridDim.x) __nanosleep(64);
+    volatile Counters& counters = *move.counters;
+    atomicAdd(&move.counters->arrived, 1u);
+    while (counters.arrived < gridDim.x) __nanosleep(64);
     __threadfence();
+    bad = counters.bad;
+    if (blockIdx.x == 0) *move.outcome = bad;
+    if (atomicAdd(&move.counters->left, 1u) + 1 == gridDim.x) {
+      counters.arrived = 0;
+      counters.left = 0;
+      counters.bad = 0;
+    }
   }
   __syncthreads();
-  const uint32_t bad = *static_cast<volatile uint32_t*>(move.bad);
-  if (blockIdx.x == 0 && threadIdx.x == 0) *move.outcome = bad;
   if (bad != 0) return;
   for (uint32_t p = first; p < total; p += step) {
     const uint32_t shard = p / pages, page = p % pages;

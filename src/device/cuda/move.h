@@ -24,6 +24,19 @@ struct DevicePlane {
   uint32_t piece_offset;  // of the piece in its page (opaque)
 };
 
+// What travels with a launch: the device need not fetch it over the link that the payloads use.
+constexpr uint32_t kFewBlocks = 128;
+constexpr uint32_t kFewDigests = 64;
+
+/// Zero between launches: a kernel leaves it as it found it.
+struct Counters {
+  uint32_t arrived;           // thread blocks of verify + scatter that have verified
+  uint32_t left;              // of them, those that know the outcome
+  uint32_t bad;               // 1 when a shard differs
+  uint32_t pages_done[4093];  // [shards]
+};
+constexpr uint32_t kMostShards = sizeof Counters::pages_done / sizeof(uint32_t);
+
 /// One extent between its payload and the paged cache. All pointers are device memory unless said otherwise.
 struct Move {
   // The cache.
@@ -40,15 +53,16 @@ struct Move {
   uint32_t tokens;
   uint32_t first_shard, shards;  // the run that lies in `payload`
   uint64_t shard_bytes, shard_stride;
-  const int32_t* blocks;  // -1 = leave out; mapped host memory or device memory
+  const int32_t* blocks;  // -1 = leave out; mapped host memory, or null = few_blocks
   uint8_t* payload;
   // Digests.
   uint64_t* page_digests;   // one a page of the run
-  uint32_t* pages_done;     // [shards], zeroed before the launch
-  uint64_t* shard_digests;  // [shards], mapped host memory: gather writes; verify reads what is expected
-  uint32_t* bad;            // verify: becomes 1 when a shard differs; zeroed before the launch
-  uint32_t* arrived;        // verify + scatter: grid barrier, zeroed before the launch
-  uint32_t* outcome;        // mapped host memory: verify + scatter leaves `bad` here
+  uint64_t* shard_digests;  // [shards], mapped host memory: gather writes; verify reads what is expected, or
+                            // null = few_digests
+  Counters* counters;       // of this launch alone
+  uint32_t* outcome;        // mapped host memory: verify + scatter leaves 0 = written or 1 = bad here
+  int32_t few_blocks[kFewBlocks];
+  uint64_t few_digests[kFewDigests];
 };
 
 /// Loads the code onto the device now: later it might have to wait for all that the engine has queued. Fails

@@ -273,6 +273,7 @@ Result<File> RootWriter::make_file(const std::string& path, uint64_t bytes,
       if (auto removed = remove_file(path); !removed) return std::unexpected(removed.error());
       if (allocated.error().kind != ErrorKind::no_space) return std::unexpected(allocated.error());
     }
+    const bool capacity_is_short = *used + bytes > root_.capacity();
     bool recycled = false;
     if (auto evicted = evict_coldest(before_eviction, path, bytes, &recycled, kept); !evicted) {
       if (evicted.error().kind != ErrorKind::no_space) return std::unexpected(evicted.error());
@@ -284,6 +285,13 @@ Result<File> RootWriter::make_file(const std::string& path, uint64_t bytes,
     }
     if (!recycled) {
       if (kept != nullptr) *kept = {};  // of a file that is gone
+      if (capacity_is_short) continue;
+      // Whoever has the file open or mapped keeps its space for a while; to go on would evict the whole root.
+      const auto now = file_system_of(root_.path());
+      if (now && now->available_bytes <= system->available_bytes) {
+        return fail(ErrorKind::busy, "root \"{}\": the space of an evicted segment is not free yet",
+                    root_.path());
+      }
       continue;
     }
     auto file = File::open(path, {.write = true, .direct = root_.direct()});

@@ -424,6 +424,33 @@ TEST_F(FullDisk, WhenAnotherTenantFillsTheDiskOldSegmentsMakeRoom) {
   EXPECT_GE(stored - while_full, 30u) << "recovers without a restart";
 }
 
+TEST_F(FullDisk, OneSegmentGoesWhileItsSpaceIsNotFreeYet) {
+  if (!mount("size=8m")) GTEST_SKIP() << "may not mount";
+  {
+    Process process(options(6 * kSegment));
+    ASSERT_TRUE(process.writer);
+    for (int i = 0; i < 4; ++i) fill_a_segment(*process.writer);
+  }
+  std::vector<File> held;
+  for (const std::string& name : files("segments")) {
+    auto file = File::open(root() + "/segments/" + name, {});
+    ASSERT_TRUE(file);
+    held.push_back(std::move(*file));
+  }
+  fill_up();
+  Options larger = options(6 * kSegment);
+  larger.roots[0].segment_bytes = 2 * kSegment;  // no file can become one of these
+  Process process(larger);
+  ASSERT_TRUE(process.writer) << process.error.message;
+  const size_t before = files("segments").size();
+  const auto refused = process.writer->prepare_spare(nullptr);
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().kind, ErrorKind::busy) << refused.error().message;
+  EXPECT_EQ(files("segments").size(), before - 1);
+  held.clear();
+  EXPECT_TRUE(process.writer->prepare_spare(nullptr));
+}
+
 TEST_F(FullDisk, AFileThatDoesNotBecomeASegmentIsNotLeftBehind) {
   if (!mount("size=8m")) GTEST_SKIP() << "may not mount";
   Process process(options(6 * kSegment));

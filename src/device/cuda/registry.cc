@@ -68,6 +68,10 @@ bool Registry::cut(std::byte* at, uint64_t bytes, std::vector<std::span<std::byt
 
 uint64_t Registry::registered_bytes() const {
   std::lock_guard lock(mutex_);
+  return registered_locked();
+}
+
+uint64_t Registry::registered_locked() const {
   uint64_t total = 0;
   for (const auto& [begin, bytes] : chunks_) total += bytes;
   return total;
@@ -80,6 +84,7 @@ void Registry::serve() {
   read_only_possible_ =
       cudaDeviceGetAttribute(&possible, cudaDevAttrHostRegisterReadOnlySupported, ordinal_) == cudaSuccess &&
       possible != 0;
+  const auto began = std::chrono::steady_clock::now();
   std::unique_lock lock(mutex_);
   while (true) {
     if (!released_.empty()) {
@@ -94,6 +99,12 @@ void Registry::serve() {
     } else if (!waiting_.empty()) {
       register_chunk(lock);
     } else {
+      if (!chunks_.empty() && !std::exchange(told_, true)) {
+        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
+        log(LogLevel::info,
+            "cuda:{}: {} MiB of segments registered in the background, {:.1f} s after the start", ordinal_,
+            registered_locked() >> 20, took.count());
+      }
       wake_.wait(lock);
     }
   }

@@ -46,12 +46,14 @@ class Registry {
   };
 
   void serve();
+  uint64_t registered_locked() const;
   void register_chunk(std::unique_lock<std::mutex>& lock);
   void unregister(std::unique_lock<std::mutex>& lock, std::byte* begin, uint64_t bytes);
 
   const int ordinal_;
-  bool read_only_possible_ = false;  // the thread's own, as is the next
+  bool read_only_possible_ = false;  // the thread's own, as are the next two
   bool complained_ = false;
+  bool told_ = false;
   mutable std::mutex mutex_;
   std::condition_variable wake_;
   bool closing_ = false;

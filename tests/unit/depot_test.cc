@@ -320,6 +320,14 @@ TEST_P(DepotOn, KillNineWhileStoringLosesNothingAcknowledged) {
     }
   }
   EXPECT_GT(acknowledged_prompts, 0u);
+  const auto depot = open();
+  const auto unknown = [&] {
+    const RootStats root = depot->stats().roots[0];
+    return static_cast<int64_t>(segment_files().size()) - static_cast<int64_t>(root.segments) -
+           1;  // its spare
+  };
+  for (int i = 0; i < 600 && unknown() > 0; ++i) usleep(50'000);
+  EXPECT_LE(unknown(), 0) << "files that the dead left";
 }
 
 TEST_P(DepotOn, AHeldLoadIsPlacedEvenWhenItsRootIsGone) {

@@ -116,7 +116,7 @@ class HostDevice final : public Device {
   bool run_here(ScatterWork* work) override {
     TD_CHECK(work->done != nullptr);
     std::unique_lock lock(mutex_);
-    if (running_ == threads_.size() || !scatters_.empty()) return false;
+    if (running_ == thread_count_ || !scatters_.empty()) return false;
     run_counted(lock, work);
     // Threads that kept the bound, or the destructor. Nothing else waits for the end of a work: a thread
     // takes the next one itself.
@@ -138,7 +138,7 @@ class HostDevice final : public Device {
   void serve() {
     std::unique_lock lock(mutex_);
     while (true) {
-      if (running_ == threads_.size()) {
+      if (running_ == thread_count_) {
         wake_.wait(lock);
       } else if (ScatterWork* scatter = scatters_.pop()) {
         run_counted(lock, scatter);

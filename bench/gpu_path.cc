@@ -233,7 +233,13 @@ class GpuPath {
     trial.roots[0].path = scratch + "/root";
     trial.roots[0].capacity_bytes = plan.capacity;
     auto opened = Depot::open(trial);
-    const std::optional<Error> refused = opened ? std::nullopt : std::optional(opened.error());
+    std::optional<Error> refused;
+    if (!opened) {
+      refused = opened.error();
+    } else if (const RootStats root = (*opened)->stats().roots[0];
+               kind.transport == std::string("gds") && !root.transport.starts_with("gds")) {
+      refused = Error{ErrorKind::unsupported, 0, "the root is " + root.transport + " (" + root.reason + ")"};
+    }
     if (opened) opened->reset();
     std::filesystem::remove_all(scratch);
     if (refused) return std::unexpected(*refused);

@@ -24,6 +24,9 @@ else()
 endif()
 
 function(tokendepot_add_cuda target)
+  # cuFile is loaded at run time and needs no CUDA to build.
+  target_sources(${target} PRIVATE src/device/cuda/cufile.cc src/device/cuda/gds_lane.cc)
+  target_link_libraries(${target} PRIVATE ${CMAKE_DL_LIBS})
   if(NOT TOKENDEPOT_HAS_CUDA)
     target_sources(${target} PRIVATE src/device/cuda/no_cuda.cc)
     return()

@@ -7,9 +7,11 @@
 #include "base/clock.h"
 #include "base/errors.h"
 #include "base/log.h"
+#include "device/cuda/cufile.h"
 #include "device/device.h"
 #include "device/open_device.h"
 #include "format/manifest.h"
+#include "open_depot.h"
 #include "store/catalog.h"
 #include "store/keeper.h"
 #include "store/replay.h"
@@ -44,7 +46,8 @@ namespace {
 
 class OpenDepot final : public Depot {
  public:
-  static Result<std::unique_ptr<Depot>> open(const Options& options);
+  static Result<std::unique_ptr<Depot>> open(const Options& options, std::unique_ptr<Device> device,
+                                             const std::string& cufile_library);
   ~OpenDepot() override;
 
   Result<NamespaceDigest> register_namespace(std::string_view manifest_json) override;
@@ -80,17 +83,50 @@ class OpenDepot final : public Depot {
   Status plan_chunk(LoadPlan& plan, const Key& key, uint32_t chunk, const GroupWant& want,
                     const std::vector<std::vector<PartId>>& covers, std::span<const int32_t> blocks);
 
+  Status open_cufile(const Options& options, const std::string& library);
+
   const pid_t pid_ = getpid();
   SegmentTable segments_;
   std::unique_ptr<Catalog> catalog_;
   std::unique_ptr<Device> device_;  // before the roots: they give their mappings back to it
+  std::unique_ptr<CuFile> cufile_;  // before the roots: their files are registered with it
   std::vector<Tier> tiers_;
   std::unique_ptr<Transfers> transfers_;
   std::unique_ptr<Keeper> keeper_;
   std::atomic<uint64_t> lookups_ = 0;
 };
 
-Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options) {
+Status OpenDepot::open_cufile(const Options& options, const std::string& library) {
+  for (const RootOptions& root : options.roots) {
+    if (!root.require_gds || root.transport == TransportChoice::gds) continue;
+    return fail(ErrorKind::invalid_argument, "root \"{}\": require_gds=true is for transport=gds only",
+                root.path);
+  }
+  if (device_->stats().name == "host")
+    return {};  // the paged cache is host memory: there is nothing to spare
+  const auto some = [&options](auto what) { return std::ranges::any_of(options.roots, what); };
+  const bool asked = some([](const RootOptions& root) { return root.transport == TransportChoice::gds; });
+  const bool automatic = CuFile::host_has_driver() && some([](const RootOptions& root) {
+                           return root.transport == TransportChoice::automatic;
+                         });
+  if (!asked && !automatic) return {};
+  auto opened = CuFile::open(*device_, asked ? CuFile::Compat::allowed : CuFile::Compat::forbidden, library);
+  if (opened) {
+    cufile_ = std::move(*opened);
+    return {};
+  }
+  for (const RootOptions& root : options.roots) {
+    if (!root.require_gds) continue;
+    return fail(ErrorKind::unsupported, "root \"{}\": require_gds=true, but {}", root.path,
+                opened.error().message);
+  }
+  log(asked ? LogLevel::warning : LogLevel::info, "no GPUDirect Storage, going on without: {}",
+      opened.error().message);
+  return {};
+}
+
+Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::unique_ptr<Device> device,
+                                               const std::string& cufile_library) {
   if (options.roots.empty() || options.roots.size() > kMaxRoots) {
     return fail(ErrorKind::invalid_argument, "roots has {} entries; expected 1 to {}", options.roots.size(),
                 kMaxRoots);
@@ -107,15 +143,20 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options) {
     return fail(ErrorKind::invalid_argument, "poll_ms={} is out of range; expected 1 or more",
                 options.poll_ms);
   auto depot = std::make_unique<OpenDepot>();
-  auto device =
-      open_device({options.device, options.device_threads, options.slab_bytes, options.device_slab_bytes});
-  if (!device) return std::unexpected(device.error());
-  depot->device_ = std::move(*device);
+  if (!device) {
+    auto opened =
+        open_device({options.device, options.device_threads, options.slab_bytes, options.device_slab_bytes});
+    if (!opened) return std::unexpected(opened.error());
+    device = std::move(*opened);
+  }
+  depot->device_ = std::move(device);
+  if (auto cufile = depot->open_cufile(options, cufile_library); !cufile)
+    return std::unexpected(cufile.error());
   if (options.catalog) depot->catalog_ = std::make_unique<Catalog>(depot->segments_);
   for (const RootOptions& wanted : options.roots) {
     Tier& tier = depot->tiers_.emplace_back();
-    auto root =
-        Root::open(wanted, static_cast<RootIndex>(depot->tiers_.size() - 1), options, depot->device_.get());
+    auto root = Root::open(wanted, static_cast<RootIndex>(depot->tiers_.size() - 1), options,
+                           depot->device_.get(), depot->cufile_.get());
     if (!root) return std::unexpected(root.error());
     tier.root = std::move(*root);
     tier.replay = std::make_unique<Replay>(*tier.root, depot->segments_, depot->catalog_.get());
@@ -126,6 +167,8 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options) {
     if (!writer) return std::unexpected(writer.error());
     tier.writer = std::move(*writer);
   }
+  if (std::ranges::none_of(depot->tiers_, [](const Tier& tier) { return tier.root->has_gds(); }))
+    depot->cufile_.reset();  // nobody wants it: the device has its whole slab again
   if (depot->catalog_) depot->catalog_->sweep();
   std::vector<Transfers::Tier> transfer_tiers;
   std::vector<Keeper::Tier> keeper_tiers;
@@ -152,6 +195,7 @@ OpenDepot::~OpenDepot() {
     keeper_.release();     // NOLINT(bugprone-unused-return-value)
     transfers_.release();  // NOLINT(bugprone-unused-return-value)
     device_.release();     // NOLINT(bugprone-unused-return-value)
+    cufile_.release();     // NOLINT(bugprone-unused-return-value)
     for (Tier& tier : tiers_) {
       tier.writer.release();  // NOLINT(bugprone-unused-return-value)
       tier.replay.release();  // NOLINT(bugprone-unused-return-value)
@@ -370,6 +414,7 @@ DepotStats OpenDepot::stats() const {
       root.evicted_segments = tier.writer->evicted_segments();
       root.suspended = tier.writer->failing();
     }
+    root.gds_errors = tier.root->gds_errors();
     root.demoted_segments = keeper_->demoted(tier.root->index());
   }
   return stats;
@@ -378,7 +423,12 @@ DepotStats OpenDepot::stats() const {
 }  // namespace
 
 Result<std::unique_ptr<Depot>> Depot::open(const Options& options) {
-  return OpenDepot::open(options);
+  return OpenDepot::open(options, nullptr, CuFile::kLibrary);
+}
+
+Result<std::unique_ptr<Depot>> open_depot_on(std::unique_ptr<Device> device, const Options& options,
+                                             const std::string& cufile_library) {
+  return OpenDepot::open(options, std::move(device), cufile_library);
 }
 
 }  // namespace tokendepot

@@ -39,14 +39,15 @@ constexpr std::string_view kSizeAllowed =
 constexpr std::array<std::string_view, 9> kTopKeys{
     "roots",    "device",      "device_slab",        "slab",   "device_threads",
     "io_depth", "store_queue", "free_space_reserve", "poll_ms"};
-constexpr std::array<std::string_view, 6> kRootKeys{"path",      "capacity", "segment",
-                                                    "transport", "io",       "read_only"};
+constexpr std::array<std::string_view, 7> kRootKeys{"path", "capacity",  "segment",    "transport",
+                                                    "io",   "read_only", "require_gds"};
 
-constexpr std::array<std::pair<std::string_view, TransportChoice>, 4> kTransports{
+constexpr std::array<std::pair<std::string_view, TransportChoice>, 5> kTransports{
     {{"auto", TransportChoice::automatic},
      {"mapped", TransportChoice::mapped},
      {"direct", TransportChoice::direct},
-     {"buffered", TransportChoice::buffered}}};
+     {"buffered", TransportChoice::buffered},
+     {"gds", TransportChoice::gds}}};
 constexpr std::array<std::pair<std::string_view, IoChoice>, 3> kIoChoices{
     {{"auto", IoChoice::automatic}, {"threads", IoChoice::threads}, {"uring", IoChoice::uring}}};
 
@@ -237,9 +238,9 @@ Result<Json> root_object(std::string_view key, const Json& value) {
     const std::string_view pair = rest.substr(0, end);
     const size_t equals = pair.find('=');
     if (equals == 0 || equals == std::string_view::npos) {
-      return refuse(
-          key, value,
-          "\"/path?key=value&key=value\" with the keys capacity, segment, transport, io, read_only");
+      return refuse(key, value,
+                    "\"/path?key=value&key=value\" with the keys capacity, segment, transport, io, "
+                    "read_only, require_gds");
     }
     const std::string name(pair.substr(0, equals));
     if (object.contains(name))
@@ -299,6 +300,14 @@ Result<RootOptions> root_of(const std::string& key, const Json& value) {
     auto read_only = flag_of(key + ".read_only", object["read_only"]);
     if (!read_only) return std::unexpected(read_only.error());
     root.read_only = *read_only;
+  }
+  if (object.contains("require_gds")) {
+    const std::string name = key + ".require_gds";
+    auto require_gds = flag_of(name, object["require_gds"]);
+    if (!require_gds) return std::unexpected(require_gds.error());
+    if (*require_gds && root.transport != TransportChoice::gds)
+      return refuse(name, object["require_gds"], "true only together with \"transport\": \"gds\"");
+    root.require_gds = *require_gds;
   }
   return root;
 }
@@ -434,7 +443,8 @@ std::string to_json(const Options& options) {
                      {"segment", root.segment_bytes == 0 ? Json("auto") : Json(root.segment_bytes)},
                      {"transport", name_of(root.transport, kTransports)},
                      {"io", name_of(root.io, kIoChoices)},
-                     {"read_only", root.read_only}});
+                     {"read_only", root.read_only},
+                     {"require_gds", root.require_gds}});
   }
   const Json config{{"roots", roots},
                     {"device", options.device},

@@ -13,10 +13,19 @@ Json json_of(const FailureCounts& f) {
           {"dropped", f.dropped}};
 }
 
+Json json_of(const PathBytes& p) {
+  return {{"mapped", p.mapped},
+          {"direct", p.direct},
+          {"buffered", p.buffered},
+          {"gds_p2p", p.gds_p2p},
+          {"gds_compat", p.gds_compat}};
+}
+
 Json json_of(const TransferStats& t) {
   return {{"extents", t.extents},
           {"bytes", t.bytes},
           {"nanoseconds", t.nanoseconds},
+          {"by_path", json_of(t.by_path)},
           {"failures", json_of(t.failures)}};
 }
 
@@ -30,6 +39,7 @@ Json json_of(const RootStats& r) {
           {"segments", r.segments},
           {"evicted_segments", r.evicted_segments},
           {"demoted_segments", r.demoted_segments},
+          {"gds_errors", r.gds_errors},
           {"writable", r.writable},
           {"suspended", r.suspended}};
 }

@@ -1,11 +1,14 @@
 #include "gpu/loop_device.h"
 
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 
 namespace tokendepot::bench {
 namespace {
@@ -55,10 +58,27 @@ std::unique_ptr<LoopDevice> LoopDevice::make(const std::string& base, uint64_t b
   // The machine's own mount with its own libraries, even where the rest was brought along.
   if (!step("env -u LD_LIBRARY_PATH mount " + made->device_ + " " + made->mount_point()).ok) return nullptr;
   made->mounted_ = true;
+  made->record();
   return made;
 }
 
+// cuFile asks udev's database what file system a disk has; a container has no such database.
+void LoopDevice::record() {
+  struct stat status{};
+  if (stat(device_.c_str(), &status) != 0) return;
+  const std::string number =
+      std::to_string(major(status.st_rdev)) + ":" + std::to_string(minor(status.st_rdev));
+  const std::filesystem::path database = "/run/udev/data";
+  std::error_code ignored;
+  if (std::filesystem::exists(database / ("b" + number), ignored)) return;
+  std::filesystem::create_directories(database, ignored);
+  if (!std::filesystem::exists("/run/udev/control", ignored)) std::ofstream("/run/udev/control");
+  record_ = database / ("b" + number);
+  std::ofstream(record_) << "E:ID_FS_USAGE=filesystem\nE:ID_FS_TYPE=ext4\n";
+}
+
 LoopDevice::~LoopDevice() {
+  if (std::error_code ignored; !record_.empty()) std::filesystem::remove(record_, ignored);
   if (mounted_) shell("env -u LD_LIBRARY_PATH umount " + mount_point());
   if (!device_.empty()) shell("losetup --detach " + device_);
   if (!directory_.empty()) std::filesystem::remove_all(directory_);

@@ -20,9 +20,11 @@ class LoopDevice {
 
  private:
   LoopDevice() = default;
+  void record();
 
   std::string directory_;
   std::string device_;
+  std::string record_;  // in udev's database; empty where udev made one itself
   bool mounted_ = false;
 };
 

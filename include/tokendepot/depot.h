@@ -23,7 +23,7 @@
 
 namespace tokendepot {
 
-enum class TransportChoice : uint8_t { automatic, mapped, direct, buffered };
+enum class TransportChoice : uint8_t { automatic, mapped, direct, buffered, gds };
 enum class IoChoice : uint8_t { automatic, threads, uring };
 
 struct RootOptions {
@@ -33,6 +33,7 @@ struct RootOptions {
   TransportChoice transport = TransportChoice::automatic;  // mapped on tmpfs, direct elsewhere
   IoChoice io = IoChoice::automatic;                       // measured at open
   bool read_only = false;
+  bool require_gds = false;  // with a CUDA device: no opening unless cuFile moves the bytes point to point
 };
 
 struct Options {

@@ -18,23 +18,34 @@ struct FailureCounts {
   uint64_t dropped = 0;    // a bound (queue, slab, space) was reached
 };
 
+/// Bytes by the way that really carried them between a medium and where they are used.
+struct PathBytes {
+  uint64_t mapped = 0;      // out of, or into, mapped memory
+  uint64_t direct = 0;      // O_DIRECT and the host's slab; headers on the gds ways, too
+  uint64_t buffered = 0;    // page cache and the host's slab
+  uint64_t gds_p2p = 0;     // cuFile, past the host
+  uint64_t gds_compat = 0;  // cuFile, through host memory of its own
+};
+
 struct TransferStats {
   uint64_t extents = 0;
   uint64_t bytes = 0;        // payload and header bytes moved
   uint64_t nanoseconds = 0;  // sum over extents, submit to done
+  PathBytes by_path;         // of `bytes`; what is placed after a hold came only once
   FailureCounts failures;
 };
 
 struct RootStats {
   std::string path;
-  std::string transport;               // "mapped", "direct-threads", "direct-uring", "buffered-threads"
-  std::string reason;                  // why this transport was chosen
+  std::string transport;  // "mapped", "direct-threads", "buffered-uring", "gds-p2p", "gds-compat", ...
+  std::string reason;     // why this transport was chosen
   uint64_t read_bytes_per_second = 0;  // measured when the root was opened; 0 = not measured
   uint64_t capacity_bytes = 0;
   uint64_t used_bytes = 0;  // gauge: segment files on the medium
   uint64_t segments = 0;    // gauge
   uint64_t evicted_segments = 0;
   uint64_t demoted_segments = 0;
+  uint64_t gds_errors = 0;  // of cuFile: the extent went the ordinary way, or was not stored
   bool writable = false;
   bool suspended = false;  // gauge: failing, retried in the background
 };

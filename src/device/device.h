@@ -35,6 +35,7 @@ struct ScatterWork {
   std::span<const int32_t> blocks;  // header->tokens / block_tokens ids, kSkipBlock = leave out
   uint64_t after = 0;               // mark that must have been reached before the cache is touched
   bool guarded = false;             // payload is a mapped file
+  bool on_device = false;           // payload is in the file slab
   void (*done)(ScatterWork* self, ScatterOutcome outcome) = nullptr;  // once, on a device thread
   void* owner = nullptr;
   ScatterWork* next = nullptr;
@@ -49,6 +50,7 @@ struct GatherWork {
   std::span<uint64_t> digests;      // shape.shards()
   uint64_t after = 0;               // as in ScatterWork
   bool guarded = false;
+  bool on_device = false;                             // as in ScatterWork
   void (*done)(GatherWork* self, bool ok) = nullptr;  // ok = false: the mapping or the device failed
   void* owner = nullptr;
   GatherWork* next = nullptr;
@@ -62,6 +64,7 @@ class Slab {
   virtual std::byte* allocate(uint64_t bytes) = 0;
   virtual void release(std::byte* range) = 0;
   virtual uint64_t size() const = 0;
+  virtual std::byte* base() const = 0;
 };
 
 struct DeviceStats {
@@ -110,6 +113,13 @@ class Device {
   /// Ends what adopt() began, then unmaps: a range is never unmapped while it is registered. Nobody uses the
   /// mapping any more.
   virtual void release(Mapping mapping) { static_cast<void>(mapping); }
+  /// Sets half of the device's own slab aside for payloads that go between it and files without the host.
+  /// Before the first submit. Null where the paged cache is host memory.
+  virtual Slab* make_file_slab() { return nullptr; }
+  /// Takes it back. Nothing is allocated in it, and nothing is submitted meanwhile.
+  virtual void drop_file_slab() {}
+  /// Makes this device the one that libraries find current on the calling thread, which is the depot's own.
+  virtual void enter_thread() {}
 };
 
 /// `threads` in 1..64 run scatters before gathers. The slab is anonymous memory, touched only when used.

@@ -3,9 +3,7 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <condition_variable>
 #include <cstring>
-#include <mutex>
 #include <vector>
 
 #include "base/check.h"
@@ -17,7 +15,6 @@ namespace tokendepot {
 namespace {
 
 constexpr uint64_t kProbeBytes = 32ull << 20;
-constexpr uint32_t kPieceBytes = 1u << 20;
 constexpr uint64_t kWriteStepBytes = 4ull << 20;
 constexpr uint64_t kWriteBudgetNs = 80'000'000;
 constexpr uint64_t kBudgetNs = 300'000'000;
@@ -45,44 +42,6 @@ class ProbeMemory {
   void* address_;
 };
 
-// Counts operations down and keeps the first error.
-class Pass {
- public:
-  // Moves [offset, offset + bytes) of the file in pieces; zero or an errno.
-  static int run(IoEngine& engine, int fd, bool write, std::byte* buffer, uint64_t offset, uint64_t bytes) {
-    Pass pass(bytes / kPieceBytes);
-    std::vector<IoOperation> operations(pass.left_);
-    for (size_t i = 0; i < operations.size(); ++i) {
-      const uint64_t at = offset + i * kPieceBytes;
-      operations[i] = {
-          .fd = fd,
-          .write = write,
-          .buffer = buffer + at,
-          .offset = at,
-          .bytes = kPieceBytes,
-          .done = [](IoOperation* self, int error) { static_cast<Pass*>(self->owner)->count(error); },
-          .owner = &pass};
-    }
-    for (IoOperation& operation : operations) engine.submit(&operation);
-    std::unique_lock lock(pass.mutex_);
-    pass.ended_.wait(lock, [&pass] { return pass.left_ == 0; });
-    return pass.error_;
-  }
-
- private:
-  explicit Pass(size_t operations) : left_(operations) {}
-  void count(int error) {
-    const std::lock_guard lock(mutex_);
-    if (error_ == 0) error_ = error;
-    if (--left_ == 0) ended_.notify_one();  // under the lock: the waiter owns this object
-  }
-
-  std::mutex mutex_;
-  std::condition_variable ended_;
-  size_t left_;
-  int error_ = 0;
-};
-
 double median(std::vector<double> values) {
   std::ranges::sort(values);
   return values[values.size() / 2];
@@ -108,7 +67,8 @@ EngineChoice choose_engine(const std::string& directory, bool direct, uint32_t d
   // On a slow disk a smaller file has to do.
   uint64_t bytes = 0;
   while (bytes < kProbeBytes && (bytes == 0 || clock.steady_ns() - start < kWriteBudgetNs)) {
-    if (const int error = Pass::run(*threads, file->fd(), true, memory.data(), bytes, kWriteStepBytes);
+    if (const int error = move_and_wait(*threads, {.fd = file->fd(), .write = true}, memory.data() + bytes,
+                                        bytes, kWriteStepBytes);
         error != 0) {
       return threads_because(
           std::move(threads),
@@ -123,7 +83,7 @@ EngineChoice choose_engine(const std::string& directory, bool direct, uint32_t d
     for (const size_t which : {round % 2, 1 - round % 2}) {
       IoEngine& engine = which == 0 ? *threads : **uring;
       const uint64_t before = clock.steady_ns();
-      if (const int error = Pass::run(engine, file->fd(), false, memory.data(), 0, bytes); error != 0) {
+      if (const int error = move_and_wait(engine, {.fd = file->fd()}, memory.data(), 0, bytes); error != 0) {
         return threads_because(std::move(threads),
                                fmt::format("not measured: {} cannot read a probe file in {}: {}",
                                            engine.name(), directory, std::strerror(error)));

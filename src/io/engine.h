@@ -14,6 +14,7 @@ namespace tokendepot {
 /// One transfer. Lives in the caller's memory, untouched by the caller until `done` is called.
 struct IoOperation {
   int fd = -1;
+  void* handle = nullptr;  // what a mover of its own knows the file by
   bool write = false;
   std::byte* buffer = nullptr;
   uint64_t offset = 0;
@@ -38,10 +39,26 @@ class IoEngine {
   virtual bool completes_in_parallel() const = 0;
 };
 
+/// How the threads of an engine move bytes; pread and pwrite unless somebody says otherwise.
+struct IoMover {
+  /// On each thread before its first transfer; may be null.
+  void (*enter)(void* context) = nullptr;
+  /// One attempt at what is left of an operation of which `moved` bytes are done: bytes moved now, 0 at the
+  /// end of the file, or a negative errno.
+  int64_t (*move)(void* context, const IoOperation& operation, uint32_t moved) = nullptr;
+  void* context = nullptr;
+};
+IoMover file_mover();
+
 /// `depth` in 1..128 threads.
-std::unique_ptr<IoEngine> make_thread_engine(uint32_t depth);
+std::unique_ptr<IoEngine> make_thread_engine(uint32_t depth, const IoMover& mover = file_mover());
 /// `unsupported` or `permission` with the cause (errno and, where it explains it, kernel.io_uring_disabled).
 Result<std::unique_ptr<IoEngine>> make_uring_engine(uint32_t depth);
+
+/// Moves [offset, offset + bytes) of a file in pieces of 1 MiB that are all submitted at once, and waits for
+/// them: 0 or the first errno. `pattern` names the file; `bytes` is a multiple of 1 MiB.
+int move_and_wait(IoEngine& engine, const IoOperation& pattern, std::byte* buffer, uint64_t offset,
+                  uint64_t bytes);
 
 struct EngineChoice {
   std::unique_ptr<IoEngine> engine;

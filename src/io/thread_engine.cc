@@ -15,28 +15,18 @@
 namespace tokendepot {
 namespace {
 
-int transfer(const IoOperation& operation) {
-  uint32_t moved = 0;
-  while (moved < operation.bytes) {
-    std::byte* const buffer = operation.buffer + moved;
-    const size_t wanted = operation.bytes - moved;
-    const auto at = static_cast<off_t>(operation.offset + moved);
-    const ssize_t result = operation.write ? ::pwrite(operation.fd, buffer, wanted, at)
-                                           : ::pread(operation.fd, buffer, wanted, at);
-    if (result > 0) {
-      moved += static_cast<uint32_t>(result);
-    } else if (result == 0) {
-      return operation.write ? EIO : ENODATA;
-    } else if (errno != EINTR) {
-      return errno;
-    }
-  }
-  return 0;
+int64_t move_file(void* /*context*/, const IoOperation& operation, uint32_t moved) {
+  std::byte* const buffer = operation.buffer + moved;
+  const size_t wanted = operation.bytes - moved;
+  const auto at = static_cast<off_t>(operation.offset + moved);
+  const ssize_t result = operation.write ? ::pwrite(operation.fd, buffer, wanted, at)
+                                         : ::pread(operation.fd, buffer, wanted, at);
+  return result >= 0 ? result : -errno;
 }
 
 class ThreadEngine final : public IoEngine {
  public:
-  explicit ThreadEngine(uint32_t depth) {
+  ThreadEngine(uint32_t depth, const IoMover& mover) : mover_(mover) {
     threads_.reserve(depth);
     for (uint32_t i = 0; i < depth; ++i) {
       std::thread thread =
@@ -71,7 +61,23 @@ class ThreadEngine final : public IoEngine {
   bool completes_in_parallel() const override { return true; }
 
  private:
+  int transfer(const IoOperation& operation) const {
+    uint32_t moved = 0;
+    while (moved < operation.bytes) {
+      const int64_t result = mover_.move(mover_.context, operation, moved);
+      if (result > 0) {
+        moved += static_cast<uint32_t>(result);
+      } else if (result == 0) {
+        return operation.write ? EIO : ENODATA;
+      } else if (result != -EINTR) {
+        return static_cast<int>(-result);
+      }
+    }
+    return 0;
+  }
+
   void work() {
+    if (mover_.enter != nullptr) mover_.enter(mover_.context);
     std::unique_lock lock(mutex_);
     for (;;) {
       wake_.wait(lock, [this] { return stopping_ || !queue_.empty(); });
@@ -83,6 +89,7 @@ class ThreadEngine final : public IoEngine {
     }
   }
 
+  const IoMover mover_;
   std::mutex mutex_;
   std::condition_variable wake_;
   OperationQueue queue_;   // under mutex_
@@ -92,9 +99,13 @@ class ThreadEngine final : public IoEngine {
 
 }  // namespace
 
-std::unique_ptr<IoEngine> make_thread_engine(uint32_t depth) {
+IoMover file_mover() {
+  return {.move = move_file};
+}
+
+std::unique_ptr<IoEngine> make_thread_engine(uint32_t depth, const IoMover& mover) {
   TD_CHECK(depth >= 1 && depth <= 128);
-  return std::make_unique<ThreadEngine>(depth);
+  return std::make_unique<ThreadEngine>(depth, mover);
 }
 
 }  // namespace tokendepot

@@ -19,6 +19,10 @@ namespace {
 constexpr uint64_t kMiB = 1ull << 20;
 constexpr uint64_t kLargestSegment = 256 * kMiB;
 constexpr uint64_t kSmallestSegment = 1 * kMiB;
+constexpr uint64_t kGdsCheckBytes = 1 * kMiB;
+constexpr uint64_t kGdsMeasureBytes = 32 * kMiB;
+// Transfers past the host spare its memory and one copy: a rate that is nearly the same is a win.
+constexpr double kGdsWorthwhile = 0.9;
 constexpr uint64_t kSegmentsPerRoot = 32;  // fewer would make each eviction forget too much at once
 
 uint64_t default_segment_bytes(uint64_t capacity) {
@@ -101,8 +105,9 @@ Status Root::choose_transport(const FileSystemInfo& system, uint32_t io_depth) {
     const auto alignment = writable_ ? probe_direct_alignment(segments_dir()) : Result<uint32_t>(4096u);
     if (alignment && *alignment <= kPageBytes) {
       direct_ = true;
-    } else if (options_.transport == TransportChoice::direct) {
-      return fail(ErrorKind::unsupported, "root \"{}\": transport=direct is not possible here: {}", path(),
+    } else if (options_.transport == TransportChoice::direct || options_.transport == TransportChoice::gds) {
+      return fail(ErrorKind::unsupported, "root \"{}\": transport={} is not possible here: {}", path(),
+                  options_.transport == TransportChoice::gds ? "gds" : "direct",
                   alignment ? fmt::format("alignment {} is larger than 4096", *alignment)
                             : alignment.error().message);
     } else {
@@ -132,8 +137,52 @@ Status Root::choose_transport(const FileSystemInfo& system, uint32_t io_depth) {
   return {};
 }
 
+Status Root::choose_gds(CuFile* cufile, uint32_t io_depth) {
+  const bool asked = options_.transport == TransportChoice::gds;
+  const bool possible = asked || (options_.transport == TransportChoice::automatic && direct_ && writable_);
+  if (cufile == nullptr || !possible || (!asked && !cufile->p2p())) return {};
+  if (options_.require_gds && !cufile->p2p()) {
+    return fail(ErrorKind::unsupported, "root \"{}\": require_gds=true, but there is only {}", path(),
+                cufile->summary());
+  }
+  auto lane = std::make_unique<GdsLane>(*cufile, io_depth, path());
+  GdsLane::Rates rates;
+  Status works;
+  if (writable_) {
+    const auto probed = lane->probe(segments_dir(), *engine_, asked ? kGdsCheckBytes : kGdsMeasureBytes);
+    if (probed) {
+      rates = *probed;
+    } else {
+      works = std::unexpected(probed.error());
+    }
+  } else {
+    works = lane->check_files(segments_dir());
+  }
+  if (!works) {
+    if (options_.require_gds) {
+      return fail(ErrorKind::unsupported, "root \"{}\": require_gds=true, but {}", path(),
+                  works.error().message);
+    }
+    log(asked ? LogLevel::warning : LogLevel::info, "root \"{}\": going on without cuFile: {}", path(),
+        works.error().message);
+    reason_ += "; no cuFile: " + works.error().message;
+    return {};
+  }
+  const std::string measured =
+      fmt::format("; cuFile {:.1f} GB/s, {} {:.1f} GB/s", rates.cufile, transport_, rates.ordinary);
+  if (!asked && rates.cufile < kGdsWorthwhile * rates.ordinary) {
+    reason_ += measured;
+    return {};
+  }
+  gds_ = std::move(lane);
+  without_gds_ = std::move(transport_);
+  transport_ = cufile->p2p() ? "gds-p2p" : "gds-compat";
+  reason_ = fmt::format("{}{}; headers {}", cufile->summary(), asked ? "" : measured, reason_);
+  return {};
+}
+
 Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex index, const Options& depot,
-                                         Device* device) {
+                                         Device* device, CuFile* cufile) {
   std::unique_ptr<Root> root(new Root);
   root->options_ = options;
   root->index_ = index;
@@ -165,8 +214,9 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
     return std::unexpected(chosen.error());
   root->device_ = device;
   const bool map_writable = root->writable_ && device != nullptr && device->registers_mappings();
+  if (auto chosen = root->choose_gds(cufile, depot.io_depth); !chosen) return std::unexpected(chosen.error());
   root->files_ = std::make_unique<SegmentFiles>(root->segments_dir(), root->mapped_, root->direct_,
-                                                files_kept_open(), device, map_writable);
+                                                files_kept_open(), device, map_writable, root->gds_.get());
   log(LogLevel::info, "root \"{}\": {} ({}), capacity {} MiB, segments of {} MiB{}", options.path,
       root->transport_, root->reason_, options.capacity_bytes / kMiB, root->segment_bytes() / kMiB,
       root->writable_ ? "" : ", read-only");

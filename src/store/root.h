@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 
+#include "device/cuda/gds_lane.h"
 #include "format/marker.h"
 #include "io/engine.h"
 #include "io/file.h"
@@ -23,9 +24,9 @@ namespace tokendepot {
 class Root {
  public:
   /// Checks the options against the file system, creates marker and directories when the directory is empty
-  /// or missing, chooses the transport.
+  /// or missing, chooses the transport. `device` and `cufile`, where given, outlive the root.
   static Result<std::unique_ptr<Root>> open(const RootOptions& options, RootIndex index, const Options& depot,
-                                            Device* device = nullptr);
+                                            Device* device = nullptr, CuFile* cufile = nullptr);
 
   RootIndex index() const { return index_; }
   const std::string& path() const { return options_.path; }
@@ -35,7 +36,12 @@ class Root {
   /// Only where not mapped.
   IoEngine& engine() const { return *engine_; }
   bool direct() const { return direct_; }
-  const std::string& transport() const { return transport_; }
+  /// The way between the medium and the device's own memory; null where there is none, or none any more.
+  GdsLane* gds() const { return gds_ && gds_->in_use() ? gds_.get() : nullptr; }
+  bool has_gds() const { return gds_ != nullptr; }
+  uint64_t gds_errors() const { return gds_ ? gds_->errors() : 0; }
+  /// How bytes move at present.
+  const std::string& transport() const { return gds_ && !gds_->in_use() ? without_gds_ : transport_; }
   /// Measured when the root was opened; 0 = not measured.
   uint64_t read_bytes_per_second() const { return read_bytes_per_second_; }
   const std::string& reason() const { return reason_; }
@@ -64,6 +70,7 @@ class Root {
   Root() = default;
   Status open_marker();
   Status choose_transport(const FileSystemInfo& system, uint32_t io_depth);
+  Status choose_gds(CuFile* cufile, uint32_t io_depth);
 
   RootOptions options_;
   RootIndex index_ = 0;
@@ -73,10 +80,12 @@ class Root {
   bool direct_ = false;
   std::atomic<uint64_t> segment_bytes_ = 0;
   std::string transport_;
+  std::string without_gds_;
   std::string reason_;
   uint64_t read_bytes_per_second_ = 0;
   Device* device_ = nullptr;
   std::unique_ptr<IoEngine> engine_;
+  std::unique_ptr<GdsLane> gds_;
   std::unique_ptr<SegmentFiles> files_;
 };
 

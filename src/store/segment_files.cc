@@ -22,13 +22,14 @@ SegmentLease::~SegmentLease() {
 }
 
 SegmentFiles::SegmentFiles(std::string directory, bool mapped, bool direct, size_t max_open, Device* device,
-                           bool map_writable)
+                           bool map_writable, GdsLane* gds)
     : directory_(std::move(directory)),
       mapped_(mapped),
       direct_(direct),
       max_open_(max_open),
       device_(device),
-      map_writable_(mapped && map_writable) {}
+      map_writable_(mapped && map_writable),
+      gds_(gds) {}
 
 std::string SegmentFiles::path_of(const SegmentId& id) const {
   return directory_ + "/" + segment_name(id);
@@ -98,6 +99,7 @@ Result<SegmentLease> SegmentFiles::insert(std::unique_ptr<SegmentFile> segment, 
     if (!mapping) return std::unexpected(mapping.error());
     segment->mapping = SegmentMapping(std::move(*mapping), map_writable, device_, heat);
   }
+  if (gds_ != nullptr) segment->gds = gds_->add(segment->file);
   std::lock_guard lock(mutex_);
   if (segment->writable) drop_locked(segment->id);
   close_idle(max_open_ > 0 ? max_open_ - 1 : 0);

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <string>
 
+#include "device/cuda/gds_lane.h"
 #include "io/file.h"
 #include "store/segment_mapping.h"
 #include "tokendepot/error.h"
@@ -18,6 +19,7 @@ namespace tokendepot {
 struct SegmentFile {
   SegmentId id;
   File file;
+  CuFileHandle gds;        // only where cuFile takes the file; ends before the descriptor does
   SegmentMapping mapping;  // only on mapped roots
   uint64_t bytes = 0;      // size when opened
   bool writable = false;
@@ -50,9 +52,9 @@ class SegmentFiles {
  public:
   /// `device`, which may be null, gets to know the mappings of a mapped root; it must live longer.
   /// `map_writable`: the segments of other processes, too, so that their mappings can be registered and serve
-  /// again when a segment is recycled.
+  /// again when a segment is recycled. `gds`, when given, is asked to take every file; it must live longer.
   SegmentFiles(std::string directory, bool mapped, bool direct, size_t max_open, Device* device = nullptr,
-               bool map_writable = false);
+               bool map_writable = false, GdsLane* gds = nullptr);
 
   /// Opens the segment for reading, or hands out the copy that is open already. `not_found` when there is no
   /// file.
@@ -88,6 +90,7 @@ class SegmentFiles {
   const size_t max_open_;
   Device* const device_;
   const bool map_writable_;
+  GdsLane* const gds_;
   mutable std::mutex mutex_;
   uint64_t lease_clock_ = 0;
   std::map<SegmentId, std::unique_ptr<SegmentFile>> files_;

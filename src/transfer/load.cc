@@ -124,10 +124,12 @@ bool Transfers::start_load(LoadTask& task) {
     return true;
   }
   const bool mapped = tiers_[task.tier].root->mapped();
+  task.lane = mapped ? nullptr : lane_of(task);
   if (mapped && !task.hold) {
     read_mapped(task);
     return true;
   }
+  if (task.lane != nullptr) return read_with_gds(task);
   task.staging = device_.slab().allocate(task.header_bytes + task.run_bytes);
   if (task.staging == nullptr) {
     let_go(task);
@@ -220,10 +222,13 @@ void Transfers::read_staged(LoadTask& task) {
 }
 
 void Transfers::pieces_read(LoadTask& task) {
+  if (const int error = task.gds_error.load(); error != 0)
+    return retry_without_gds(task, CuFile::words(error));
   if (const int error = task.io_error.load(); error != 0) {
     return fail_load(task, error == ENODATA ? Reason::absent : Reason::io_error, error == ENODATA);
   }
   if (!check_header(task, {task.staging, task.header_bytes})) return;
+  if (task.lane != nullptr) return start_scatter(task, {task.device_run, task.run_bytes}, false);
   start_scatter(task, {task.staging + task.header_bytes, task.run_bytes}, false,
                 tiers_[task.tier].root->engine().completes_in_parallel());
 }
@@ -281,6 +286,7 @@ void Transfers::submit_scatter(LoadTask& task, std::span<const std::byte> run, b
   task.scatter.shards = task.shards;
   task.scatter.blocks = task.item.blocks;
   task.scatter.after = task.mark;
+  task.scatter.on_device = run.data() == task.device_run;
   task.scatter.guarded = guarded;
   task.scatter.owner = &task;
   task.scatter.done = [](ScatterWork* self, ScatterOutcome outcome) {
@@ -291,6 +297,8 @@ void Transfers::submit_scatter(LoadTask& task, std::span<const std::byte> run, b
 }
 
 void Transfers::scattered(LoadTask& task, ScatterOutcome outcome) {
+  if (outcome == ScatterOutcome::corrupt && task.lane != nullptr)
+    return retry_without_gds(task, "a digest differs");
   if (outcome == ScatterOutcome::corrupt) return fail_load(task, Reason::corrupt, true);
   if (outcome == ScatterOutcome::gone) return fail_load(task, Reason::absent, true);
   if (outcome == ScatterOutcome::failed) return fail_load(task, Reason::io_error, false);
@@ -298,6 +306,7 @@ void Transfers::scattered(LoadTask& task, ScatterOutcome outcome) {
   // while it has its name nothing has changed in between.
   if (task.scatter.guarded && !task.segment->file.is_at_its_path())
     return fail_load(task, Reason::absent, false);
+  if (task.suspect != nullptr) task.suspect->note_error(task.complaint);
   if (RootWriter* writer = tiers_[task.tier].writer) {
     writer->touch(task.slot);
   } else {
@@ -321,6 +330,7 @@ void Transfers::scattered(LoadTask& task, ScatterOutcome outcome) {
 
 void Transfers::let_go(LoadTask& task) {
   if (task.staging != nullptr) device_.slab().release(std::exchange(task.staging, nullptr));
+  if (task.device_run != nullptr) task.lane->slab().release(std::exchange(task.device_run, nullptr));
   leave_place(task);
 }
 
@@ -341,6 +351,7 @@ void Transfers::fail_load(LoadTask& task, Reason reason, bool bad_on_medium) {
   if (had_place && bad_on_medium && tiers_[task.tier].writer != nullptr)
     tiers_[task.tier].writer->condemn_extent(record_of(task.item));
   let_go(task);
+  task.suspect = nullptr;  // the medium's fault, or nobody's
   std::lock_guard lock(mutex_);
   --loads_in_motion_;
   work_ = true;
@@ -371,6 +382,9 @@ void Transfers::resolve_load_locked(LoadTask& task, std::optional<Reason> failur
   TD_CHECK(found != jobs_.end());
   Job& job = found->second;
   std::erase(job.loads, &task);
+  if (!failure && !std::exchange(task.counted_path, true)) {
+    count_path(load_stats_.by_path, *tiers_[task.tier].root, task.lane, task.header_bytes, task.run_bytes);
+  }
   resolve_locked(job, task.item_index, task.item.chunk, task.item.group, failure,
                  task.header_bytes + task.run_bytes);
   end_job_locked(task.job);

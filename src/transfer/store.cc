@@ -71,28 +71,14 @@ Status Transfers::submit_store(uint64_t id, StorePlan plan, Keeper& keeper) {
 
 Transfers::Start Transfers::start_store(StoreTask& task) {
   const bool mapped = task.writer->root().mapped();
-  if (!mapped && task.staging == nullptr) {
-    {
-      // Half of the slab stays free for loads, unless a single extent needs more.
-      std::lock_guard lock(mutex_);
-      if (staged_store_bytes_ > 0 && staged_store_bytes_ + task.bytes > device_.slab().size() / 2)
-        return Start::later;
-    }
-    task.staging = device_.slab().allocate(task.bytes);
-    if (task.staging == nullptr) return Start::later;
-    std::lock_guard lock(mutex_);
-    staged_store_bytes_ += task.bytes;
-  }
+  if (!mapped && task.staging == nullptr && !take_store_memory(task, task.writer->root().gds()))
+    return Start::later;
   auto place = task.writer->reserve(task.bytes);
   if (task.writer->wants_spare()) task.keeper->wake();
   if (!place) {
     if (place.error().kind == ErrorKind::busy) {
       // It may wait for long: loads shall not wait for its staging.
-      if (task.staging != nullptr) {
-        device_.slab().release(std::exchange(task.staging, nullptr));
-        std::lock_guard lock(mutex_);
-        staged_store_bytes_ -= task.bytes;
-      }
+      give_store_memory(task);
       return Start::later;
     }
     finish_store(task, false, Reason::dropped);
@@ -100,6 +86,14 @@ Transfers::Start Transfers::start_store(StoreTask& task) {
   }
   task.place = std::move(*place);
   segments_.acquire(task.place.slot);
+  if (task.lane != nullptr && !task.place.segment->gds) {
+    // cuFile did not take this segment.
+    give_store_memory(task);
+    if (!take_store_memory(task, nullptr)) {
+      finish_store(task, false, Reason::dropped);
+      return Start::over;
+    }
+  }
   ExtentHeader& header = task.header;
   const GroupShape& shape = task.cache->shape;
   header.key = task.item.key;
@@ -120,7 +114,9 @@ Transfers::Start Transfers::start_store(StoreTask& task) {
       mapped ? task.place.segment->mapping.data() + task.place.where.offset : task.staging;
   task.gather.cache = task.cache;
   task.gather.blocks = task.item.blocks;
-  task.gather.payload = {extent + task.header_bytes, task.bytes - task.header_bytes};
+  task.gather.payload = {task.lane != nullptr ? task.device_run : extent + task.header_bytes,
+                         task.bytes - task.header_bytes};
+  task.gather.on_device = task.lane != nullptr;
   task.gather.digests = header.shard_digests;
   task.gather.after = task.mark;
   task.gather.guarded = mapped;
@@ -144,11 +140,11 @@ void Transfers::gathered(StoreTask& task, bool ok) {
   }
   if (spoilt) return finish_store(task, false, Reason::dropped);
   if (!ok) return finish_store(task, false, Reason::io_error);
-  std::byte* const extent = task.gather.payload.data() - task.header_bytes;
   if (!task.gather.guarded) {
-    encode_extent_header(task.header, {extent, task.header_bytes});
+    encode_extent_header(task.header, {task.staging, task.header_bytes});
     return write_pieces(task);
   }
+  std::byte* const extent = task.gather.payload.data() - task.header_bytes;
   std::vector<std::byte> encoded(task.header_bytes);
   encode_extent_header(task.header, encoded);
   auto copy_header = [&encoded, extent] { std::memcpy(extent, encoded.data(), encoded.size()); };
@@ -168,19 +164,36 @@ void Transfers::write_pieces(StoreTask& task) {
     if (store->pieces_left.fetch_sub(1, std::memory_order_acq_rel) == 1)
       store->transfers->pieces_written(*store);
   };
-  cut_pieces(task.pieces, pattern, task.staging, task.place.where.offset, task.bytes, task.piece_bytes);
+  cut_pieces(task.pieces, pattern, task.staging, task.place.where.offset, task.staged_bytes,
+             task.piece_bytes);
+  const size_t staged = task.pieces.size();
+  GdsLane* const lane = task.lane;
+  if (lane != nullptr) {
+    pattern.handle = task.place.segment->gds.get();
+    pattern.done = [](IoOperation* self, int error) {
+      auto* store = static_cast<StoreTask*>(self->owner);
+      if (error != 0) store->gds_error.store(error, std::memory_order_relaxed);
+      if (store->pieces_left.fetch_sub(1, std::memory_order_acq_rel) == 1)
+        store->transfers->pieces_written(*store);
+    };
+    cut_pieces(task.pieces, pattern, task.device_run, task.place.where.offset + task.header_bytes,
+               task.bytes - task.header_bytes, task.piece_bytes);
+  }
   task.pieces_left = static_cast<uint32_t>(task.pieces.size());
-  // The last completion may end the task while the loop still runs.
+  // The last completion may end the task while the loops still run.
   IoEngine& engine = task.writer->root().engine();
   IoOperation* const first = task.pieces.data();
   const size_t count = task.pieces.size();
-  for (size_t i = 0; i < count; ++i) engine.submit(first + i);
+  for (size_t i = 0; i < staged; ++i) engine.submit(first + i);
+  for (size_t i = staged; i < count; ++i) lane->engine().submit(first + i);
 }
 
 void Transfers::pieces_written(StoreTask& task) {
-  if (const int error = task.io_error.load(); error != 0) {
+  const int gds_error = task.gds_error.load();
+  if (gds_error != 0) task.lane->note_error(CuFile::words(gds_error));
+  if (const int error = gds_error != 0 ? gds_error : task.io_error.load(); error != 0) {
     note_failure(task.job, fmt::format("chunk {} of group {} to \"{}\": {}", task.item.chunk, task.item.group,
-                                       task.writer->root().path(), std::strerror(error)));
+                                       task.writer->root().path(), CuFile::words(error)));
     return finish_store(task, false, Reason::io_error);
   }
   Record put;
@@ -199,16 +212,19 @@ void Transfers::pieces_written(StoreTask& task) {
 }
 
 void Transfers::finish_store(StoreTask& task, bool stored, Reason reason) {
-  const bool staged = task.staging != nullptr;
-  if (staged) device_.slab().release(std::exchange(task.staging, nullptr));
+  const GdsLane* const lane = task.lane;
+  give_store_memory(task);
   if (task.place.segment) {
     task.place.segment = SegmentLease();
     segments_.release(task.place.slot);
   }
   std::lock_guard lock(mutex_);
-  if (staged) staged_store_bytes_ -= task.bytes;
   if (task.counted_ungathered) --ungathered_;
   store_bytes_ -= task.bytes;
+  if (stored) {
+    count_path(store_stats_.by_path, task.writer->root(), lane, task.header_bytes,
+               task.bytes - task.header_bytes);
+  }
   Job& job = jobs_.at(task.job);
   resolve_locked(job, task.item_index, task.item.chunk, task.item.group,
                  stored ? std::nullopt : std::optional(reason), task.bytes);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <string>
 #include <vector>
 
 #include "device/device.h"
@@ -45,10 +46,17 @@ struct LoadTask {
   bool slot_held = false;
   SegmentLease segment;
   std::byte* staging = nullptr;
+  GdsLane* lane = nullptr;          // the shards come through cuFile into `device_run`, the header does not
+  std::byte* device_run = nullptr;  // of the lane's slab
+  bool avoid_gds = false;           // cuFile failed this extent
+  GdsLane* suspect = nullptr;       // to blame for `complaint` if the ordinary way brings what it did not
+  std::string complaint;
+  bool counted_path = false;  // what is placed after it was held is not read again
   uint64_t piece_bytes = 0;
   std::vector<IoOperation> pieces;
   std::atomic<uint32_t> pieces_left = 0;
   std::atomic<int> io_error = 0;
+  std::atomic<int> gds_error = 0;
   ExtentHeader header;
   ScatterWork scatter;
 };
@@ -70,13 +78,17 @@ struct StoreTask {
   bool counted_ungathered = true;  // guarded by Transfers::mutex_, as is the next
   bool spoilt = false;             // its blocks may have changed while they were read
   RootWriter::Place place;
-  std::byte* staging = nullptr;
+  std::byte* staging = nullptr;  // the extent, or its header only where the shards go through a lane
+  uint64_t staged_bytes = 0;
+  GdsLane* lane = nullptr;
+  std::byte* device_run = nullptr;  // of the lane's slab
   ExtentHeader header;
   GatherWork gather;
   uint64_t piece_bytes = 0;
   std::vector<IoOperation> pieces;
   std::atomic<uint32_t> pieces_left = 0;
   std::atomic<int> io_error = 0;
+  std::atomic<int> gds_error = 0;
 };
 
 /// Cuts [offset, offset + bytes) of a file into operations of about `piece_bytes` between it and `memory`.

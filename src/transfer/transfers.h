@@ -93,6 +93,15 @@ class Transfers {
   void retire(LoadTask& task);
   void enforce_deadlines();
   void abandon(LoadTask& task, Reason reason);
+  // gds.cc
+  GdsLane* lane_of(const LoadTask& task) const;
+  bool read_with_gds(LoadTask& task);
+  /// The medium is asked once more without cuFile in between: only then is it known whose fault it was.
+  void retry_without_gds(LoadTask& task, std::string what);
+  bool take_store_memory(StoreTask& task, GdsLane* lane);
+  void give_store_memory(StoreTask& task);
+  static void count_path(PathBytes& paths, const Root& root, const GdsLane* lane, uint64_t header,
+                         uint64_t payload);
   // store.cc
   enum class Start : uint8_t { started, later, over };
   Start start_store(StoreTask& task);
@@ -136,6 +145,7 @@ class Transfers {
   uint32_t loads_in_motion_ = 0;
   uint64_t store_bytes_ = 0;         // queued and in motion
   uint64_t staged_store_bytes_ = 0;  // of the slab
+  uint64_t lane_store_bytes_ = 0;    // of the device's slab
   uint32_t ungathered_ = 0;
   TransferStats load_stats_;
   TransferStats store_stats_;

@@ -232,7 +232,8 @@ def test_ranges_of_whole_numbers_are_those_of_the_engine() -> None:
 
 def metrics() -> set[str]:
     counters = literal(VLLM / "stats.py", "COUNTERS")
-    return {name for name, _ in counters.values()} | {literal(VLLM / "stats.py", "FAILURE_METRIC")[0]}
+    labelled = {literal(VLLM / "stats.py", name)[0] for name in ("FAILURE_METRIC", "CARRIED_METRIC")}
+    return {name for name, _ in counters.values()} | labelled
 
 
 @documents

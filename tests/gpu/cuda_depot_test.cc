@@ -3,22 +3,10 @@
 #include <atomic>
 #include <thread>
 
-#include "device_memory.h"
-#include "unit/depot_fixture.h"
+#include "cuda_depot_fixture.h"
 
 namespace tokendepot::testing {
 namespace {
-
-constexpr uint32_t kChunks = 48;
-constexpr uint32_t kCacheBlocks = 2 * kChunks * kBlocksPerChunk;  // to store from, and to load into
-
-CacheForm form_of() {
-  CacheForm form;
-  form.shape = small_shape({0, 8, 0, 8});
-  form.shape.row_bytes = 256;  // extents of 2 MiB
-  form.blocks = kCacheBlocks;
-  return form;
-}
 
 /// Keeps a stream busy until it is opened, at the latest when it ends.
 class Gate {
@@ -61,82 +49,12 @@ class Stream {
   cudaStream_t stream_ = nullptr;
 };
 
-class CudaDepotOn : public ::testing::TestWithParam<std::string> {
+class CudaDepotOn : public CudaDepot, public ::testing::WithParamInterface<std::string> {
  protected:
   void SetUp() override {
-    SKIP_WITHOUT_GPU();
-    directory_ = std::make_unique<TemporaryDirectory>(GetParam() == "tmpfs" ? "/dev/shm" : "/var/tmp");
-    memory_ = std::make_unique<DeviceMemory>(form_.bytes());
-    cells_ = random_bytes(form_.bytes(), 1);
-    memory_->upload(cells_);
+    if (GetParam() == "cufile") return prepare_cufile();
+    prepare(GetParam() == "tmpfs" ? "/dev/shm" : disk(), TransportChoice::automatic);
   }
-  Options options() const {
-    Options options;
-    options.roots = {
-        {.path = directory_->path() + "/root", .capacity_bytes = 256ull << 20, .segment_bytes = 16ull << 20}};
-    options.device = "cuda:0";
-    options.device_slab_bytes = 64ull << 20;
-    options.slab_bytes = 64ull << 20;
-    options.free_space_reserve = 0;
-    options.poll_ms = 20;
-    return options;
-  }
-  std::unique_ptr<Depot> open(const Options& with) {
-    auto depot = Depot::open(with);
-    if (!depot) {
-      ADD_FAILURE() << depot.error().message;
-      return nullptr;
-    }
-    ns_ = *(*depot)->register_namespace(R"({"model":"m"})");
-    keys_ = prompt_keys(ns_, 1, kChunks);
-    EXPECT_TRUE((*depot)->attach(form_.at(memory_->data())));
-    return std::move(*depot);
-  }
-  /// Stores what the first half of the cache holds; what a busy machine drops is stored again.
-  void store(Depot& depot) {
-    for (size_t chunk = 0; chunk < kChunks; ++chunk) {
-      int attempt = 0;
-      while (store_chunks(depot, ++job_, ns_, keys_, chunk, chunk + 1).items_ok != 1) {
-        ASSERT_LT(++attempt, 100) << "never stored";
-        usleep(20'000);
-      }
-    }
-    ASSERT_TRUE(depot.flush(10s));
-  }
-  Completion load(Depot& depot, size_t first, size_t last) {
-    auto plan = plan_chunks(depot, ns_, keys_, want_, first, last,
-                            static_cast<int32_t>((kChunks + first) * kBlocksPerChunk));
-    EXPECT_TRUE(plan) << plan.error().message;
-    const uint64_t job = ++job_;
-    EXPECT_TRUE(depot.submit_load(job, std::move(*plan)));
-    return wait_for(depot, job, 30s);
-  }
-  /// All of a block in a copy of the cache, layer after layer.
-  std::vector<uint8_t> block_of(const std::vector<uint8_t>& cache, uint64_t block) const {
-    std::vector<uint8_t> bytes;
-    const auto page = static_cast<int64_t>(form_.page_bytes());
-    for (int64_t layer = 0; layer < form_.shape.part.layers(); ++layer) {
-      const auto begin = cache.begin() + (layer * form_.blocks + static_cast<int64_t>(block)) * page;
-      bytes.insert(bytes.end(), begin, begin + page);
-    }
-    return bytes;
-  }
-  void expect_loaded(size_t first, size_t last) const {
-    const auto now = memory_->download();
-    for (uint64_t block = first * kBlocksPerChunk; block < last * kBlocksPerChunk; ++block) {
-      ASSERT_EQ(block_of(now, kChunks * kBlocksPerChunk + block), block_of(cells_, block)) << block;
-    }
-  }
-  void clear() { must(cudaMemset(memory_->data(), 0xEE, memory_->size())); }
-
-  const CacheForm form_ = form_of();
-  const GroupWant want_ = want_of(form_.shape);
-  std::unique_ptr<TemporaryDirectory> directory_;
-  std::unique_ptr<DeviceMemory> memory_;
-  std::vector<uint8_t> cells_;
-  NamespaceDigest ns_;
-  std::vector<Key> keys_;
-  uint64_t job_ = 0;
 };
 
 TEST_P(CudaDepotOn, CellsOfAGpuSurviveARestart) {
@@ -314,7 +232,7 @@ TEST_P(CudaDepotOn, AStreamUnderCaptureCannotBeMarked) {
   EXPECT_TRUE(depot->mark_stream(nullptr));
 }
 
-INSTANTIATE_TEST_SUITE_P(Roots, CudaDepotOn, ::testing::Values("tmpfs", "disk"),
+INSTANTIATE_TEST_SUITE_P(Roots, CudaDepotOn, ::testing::Values("tmpfs", "disk", "cufile"),
                          [](const auto& tested) { return tested.param; });
 
 }  // namespace

@@ -57,6 +57,20 @@ TEST(ParseOptions, AStringAndAnObjectSayTheSame) {
   EXPECT_TRUE(text->roots[0].read_only);
 }
 
+TEST(ParseOptions, RequireGdsIsForRootsOnCuFile) {
+  const auto options =
+      parse_options(R"({"roots":["/a?capacity=1GiB&transport=gds&require_gds=true","/b?capacity=1GiB"]})");
+  ASSERT_TRUE(options) << options.error().message;
+  EXPECT_EQ(options->roots[0].transport, TransportChoice::gds);
+  EXPECT_TRUE(options->roots[0].require_gds);
+  EXPECT_FALSE(options->roots[1].require_gds);
+  EXPECT_EQ(to_json(*parse_options(to_json(*options))), to_json(*options));
+  EXPECT_THAT(refusal_of_root(R"("/a?capacity=1GiB&transport=direct&require_gds=true")"),
+              AllOf(HasSubstr("roots[0].require_gds"), HasSubstr("\"transport\": \"gds\"")));
+  EXPECT_THAT(refusal_of_root(R"("/a?capacity=1GiB&transport=gds&require_gds=1")"),
+              HasSubstr("true or false"));
+}
+
 TEST(ParseOptions, EveryKeyReachesItsOption) {
   const auto options = parse_options(with_root(
       R"("slab":"128MiB","device_threads":3,"io_depth":7,"store_queue":"1GB","free_space_reserve":0,"poll_ms":250,"device":"cuda:3","device_slab":"1GiB")"));
@@ -190,8 +204,9 @@ TEST(ParseOptions, FlagsAndChoicesAreStrict) {
         << flag;
   }
   EXPECT_THAT(refusal_of_root(R"({"path":"/a","capacity":1,"read_only":1})"), HasSubstr("true or false"));
-  EXPECT_THAT(refusal_of_root(R"("/a?capacity=1GiB&transport=gds")"),
-              AllOf(HasSubstr("\"gds\""), HasSubstr("\"auto\", \"mapped\", \"direct\", \"buffered\"")));
+  EXPECT_THAT(
+      refusal_of_root(R"("/a?capacity=1GiB&transport=rdma")"),
+      AllOf(HasSubstr("\"rdma\""), HasSubstr("\"auto\", \"mapped\", \"direct\", \"buffered\", \"gds\"")));
   EXPECT_THAT(refusal_of_root(R"("/a?capacity=1GiB&io=aio")"), HasSubstr("\"auto\", \"threads\", \"uring\""));
 }
 

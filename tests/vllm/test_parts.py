@@ -250,21 +250,30 @@ def test_orders_stay_small_and_survive_pickling() -> None:
     assert GroupBlocks.pack(0, 0, 2, [5, -1]).wanted() == {5}
 
 
-def engine_stats(load: int = 0, corrupt: int = 0) -> dict:
+def engine_stats(load: int = 0, corrupt: int = 0, gds_errors: int = 0) -> dict:
     failures = dict.fromkeys(
         ("absent", "mismatch", "corrupt", "io_error", "timed_out", "cancelled", "dropped"), 0
     )
+    paths = dict.fromkeys(("mapped", "direct", "buffered", "gds_p2p", "gds_compat"), 0)
     way = dict(
-        extents=load, bytes=load * 100, nanoseconds=load * 10**9, failures={**failures, "corrupt": corrupt}
+        extents=load,
+        bytes=load * 100,
+        nanoseconds=load * 10**9,
+        failures={**failures, "corrupt": corrupt},
+        by_path={**paths, "direct": load, "gds_p2p": load * 99},
     )
-    return dict(load=way, store=dict(way, extents=0, bytes=0, nanoseconds=0, failures=failures))
+    idle = dict(extents=0, bytes=0, nanoseconds=0, failures=failures, by_path=paths)
+    return dict(load=way, store=idle, roots=[dict(gds_errors=gds_errors), dict(gds_errors=0)])
 
 
 def test_metrics_are_deltas_and_counters_go_on_in_a_second_engine() -> None:
     counters = EngineCounters()
-    assert counters.delta(engine_stats(2)) == dict(load_extents=2, load_bytes=200, load_seconds=2.0)
-    assert counters.delta(engine_stats(2, 1)) == {"failures:load:corrupt": 1}
-    assert counters.delta(engine_stats(2, 1)) == {}
+    carried = {"bytes_by:load:direct": 2, "bytes_by:load:gds_p2p": 198}
+    assert counters.delta(engine_stats(2)) == dict(
+        load_extents=2, load_bytes=200, load_seconds=2.0, **carried
+    )
+    assert counters.delta(engine_stats(2, 1, 3)) == {"failures:load:corrupt": 1, "gds_errors": 3}
+    assert counters.delta(engine_stats(2, 1, 3)) == {}
     merged = DepotStats(data={"load_bytes": 200, "load_seconds": 1e-6}).aggregate(
         DepotStats(data={"load_bytes": 1})
     )
@@ -273,11 +282,15 @@ def test_metrics_are_deltas_and_counters_go_on_in_a_second_engine() -> None:
     config = SimpleNamespace(kv_transfer_config=None)
     for _ in range(2):
         metrics = DepotPromMetrics(config, types, ["model_name", "engine"], {0: ["m", "0"], 1: ["m", "1"]})
-        metrics.observe({"load_bytes": 5, "failures:load:corrupt": 2, "unknown": 1}, 1)
+        metrics.observe(
+            {"load_bytes": 5, "failures:load:corrupt": 2, "bytes_by:store:gds_compat": 7, "unknown": 1}, 1
+        )
     labels = dict(model_name="m", engine="1")
     assert REGISTRY.get_sample_value("tokendepot_load_bytes_total", labels) == 10
     failed = dict(labels, operation="load", reason="corrupt")
     assert REGISTRY.get_sample_value("tokendepot_failures_total", failed) == 4
+    carried = dict(labels, operation="store", path="gds_compat")
+    assert REGISTRY.get_sample_value("tokendepot_carried_bytes_total", carried) == 14
 
 
 def test_keys_do_not_depend_on_the_process(tmp_path) -> None:

@@ -4,7 +4,7 @@
 //
 // Threads: one starts and finishes flights and never waits for a copy of the CPU; one registers mapped
 // segments; `threads` copy payloads that are not registered (yet). All calls of the driver are made by them,
-// but for mark() and accept(): a thread of the engine keeps the device that it has.
+// but for mark(), accept() and who calls enter_thread(): a thread of the engine keeps the device that it has.
 #include "device/cuda/cuda_device.h"
 
 #include <cuda_runtime_api.h>
@@ -36,6 +36,7 @@
 #include "device/cuda/registry.h"
 #include "device/cuda/status.h"
 #include "device/host_slab.h"
+#include "device/range_slab.h"
 #include "io/io_thread.h"
 
 namespace tokendepot {
@@ -57,6 +58,7 @@ constexpr auto kLook = std::chrono::microseconds(15);  // how often flights are 
 constexpr uint32_t kMostStoresInFlight = kMostInFlight / 2;  // they may wait for a step of the engine
 // The engine may be waiting for a store, and however many loads there are, they use the link's other way.
 constexpr uint32_t kStoresBesideLoads = 1;
+constexpr uint64_t kGpuPageBytes = 64 << 10;  // what the driver pins for storage
 
 class CudaDevice final : public Device {
  public:
@@ -124,8 +126,9 @@ class CudaDevice final : public Device {
     const Needs needs = needs_of(shape.payload_bytes(), shape.shards(), shape.blocks());
     if (needs.region_bytes > regions_->size()) {
       return fail(ErrorKind::invalid_argument,
-                  "device_slab={} is smaller than one extent of group {} with its digests ({} bytes)",
-                  slab_bytes_, shape.group, needs.region_bytes);
+                  "device_slab={}{} is smaller than one extent of group {} with its digests ({} bytes)",
+                  slab_bytes_, file_slab_ ? ", half of which is for cuFile," : "", shape.group,
+                  needs.region_bytes);
     }
     if (needs.note_bytes > kNoteBytes || !cuda::fits_kernels(shape)) {
       return fail(ErrorKind::unsupported,
@@ -140,6 +143,20 @@ class CudaDevice final : public Device {
     registry_->adopt(mapping, writable, heat);
   }
   void release(Mapping mapping) override { registry_->release(std::move(mapping)); }
+
+  Slab* make_file_slab() override {
+    TD_CHECK(!file_slab_);
+    auto* const memory = static_cast<std::byte*>(memory_);
+    const uint64_t half = slab_bytes_ / 2 / kGpuPageBytes * kGpuPageBytes;
+    regions_ = std::make_unique<RangeSlab>(memory + half, slab_bytes_ - half);
+    file_slab_ = std::make_unique<RangeSlab>(memory, half);
+    return file_slab_.get();
+  }
+  void drop_file_slab() override {
+    file_slab_.reset();
+    regions_ = std::make_unique<RangeSlab>(static_cast<std::byte*>(memory_), slab_bytes_);
+  }
+  void enter_thread() override { (void)cuda::enter_device(ordinal_); }
 
  private:
   void run() {
@@ -179,11 +196,9 @@ class CudaDevice final : public Device {
       return fail(ErrorKind::no_space, "device_slab={} cannot be had on cuda:{} with {} bytes free ({})",
                   slab_bytes_, ordinal_, free_bytes, cudaGetErrorString(allocated));
     }
-    regions_ = std::make_unique<HostSlab>(slab_bytes_ / kPageBytes * kPageBytes);
-    if (regions_->size() == 0) {
-      return fail(ErrorKind::no_space, "device_slab={} is no memory, or the process has no addresses for it",
-                  slab_bytes_);
-    }
+    regions_ = std::make_unique<RangeSlab>(static_cast<std::byte*>(memory_), slab_bytes_);
+    if (regions_->size() == 0)
+      return fail(ErrorKind::no_space, "device_slab={} holds no whole page", slab_bytes_);
     pinned_ = std::make_unique<HostSlab>(host_slab_bytes_);
     // After a fork the device would keep the old page and this process get a new one with its first write,
     // unless the kernel is new enough to know pinned pages.
@@ -328,7 +343,8 @@ class CudaDevice final : public Device {
     const uint32_t shards = scatter != nullptr ? scatter->shards : shape.shards();
     const std::span<const int32_t> blocks = scatter != nullptr ? scatter->blocks : flight.gather->blocks;
     const uint64_t bytes = shards * shape.shard_stride();
-    const Needs needs = needs_of(bytes, shards, blocks.size());
+    const bool on_device = scatter != nullptr ? scatter->on_device : flight.gather->on_device;
+    const Needs needs = needs_of(bytes, shards, blocks.size(), on_device);
     if (needs.region_bytes > regions_->size() || needs.note_bytes > kNoteBytes || !cuda::fits_kernels(shape))
       return Start::never;
     const cuda::DeviceCache* known = nullptr;
@@ -339,16 +355,22 @@ class CudaDevice final : public Device {
     }
     flight.region = regions_->allocate(needs.region_bytes);
     if (flight.region == nullptr) return Start::later;
-    flight.device = static_cast<std::byte*>(memory_) + (flight.region - regions_->base());
     // The payload of a load is only read from.
     flight.payload = scatter != nullptr
                          ? std::span(const_cast<std::byte*>(scatter->payload.data()), scatter->payload.size())
                          : flight.gather->payload;
-    if (is_in_slab(flight.payload)) {
+    flight.pieces.clear();
+    if (on_device) {
+      flight.reached = true;
+    } else if (is_in_slab(flight.payload)) {
+      flight.reached = true;
       flight.pieces.assign(1, flight.payload);
-    } else if (!registry_->cut(flight.payload.data(), bytes, flight.pieces)) {
-      flight.pieces.clear();
+    } else {
+      flight.reached = registry_->cut(flight.payload.data(), bytes, flight.pieces);
+      if (!flight.reached) flight.pieces.clear();
     }
+    flight.device = on_device ? flight.payload.data() : flight.region;
+    std::byte* const digests = on_device ? flight.region : flight.region + bytes;
     flight.aligned = known->aligned;
     flight.lane = scatter != nullptr ? next_load_++ % kLoadLanes : kLoadLanes + next_store_++ % kStoreLanes;
     flight.stream = streams_[flight.lane];
@@ -372,7 +394,7 @@ class CudaDevice final : public Device {
     move.shard_bytes = shape.shard_bytes();
     move.shard_stride = shape.shard_stride();
     move.payload = reinterpret_cast<uint8_t*>(flight.device);
-    move.page_digests = reinterpret_cast<uint64_t*>(flight.device + bytes);
+    move.page_digests = reinterpret_cast<uint64_t*>(digests);
     move.counters = flight.counters;
     const bool few_blocks = blocks.size() <= cuda::kFewBlocks;
     std::memcpy(few_blocks ? move.few_blocks : reinterpret_cast<int32_t*>(flight.note), blocks.data(),
@@ -393,8 +415,7 @@ class CudaDevice final : public Device {
   }
 
   void launch(Flight& flight) {
-    const bool reached = !flight.pieces.empty();
-    if (flight.scatter != nullptr && !reached) {
+    if (flight.scatter != nullptr && !flight.reached) {
       const std::lock_guard lock(mutex_);
       copies_in_.push_back(&flight);
       wake_copiers_.notify_one();
@@ -468,7 +489,7 @@ class CudaDevice final : public Device {
     }
     const std::span<uint64_t> digests = flight.gather->digests;
     std::memcpy(digests.data(), flight.note_digests, digests.size_bytes());
-    if (!flight.pieces.empty()) return end(flight, ScatterOutcome::ok);
+    if (flight.reached) return end(flight, ScatterOutcome::ok);
     const std::lock_guard lock(mutex_);
     copies_out_.push_back(&flight);
     wake_copiers_.notify_one();
@@ -575,7 +596,8 @@ class CudaDevice final : public Device {
 
   // Made by the device's thread before start() returns.
   void* memory_ = nullptr;
-  std::unique_ptr<HostSlab> regions_;  // addresses only: offsets into memory_
+  std::unique_ptr<RangeSlab> regions_;    // of memory_
+  std::unique_ptr<RangeSlab> file_slab_;  // the rest of it; null unless asked for
   std::unique_ptr<HostSlab> pinned_;
   bool slab_is_pinned_ = false;
   std::byte* notes_ = nullptr;

@@ -22,9 +22,10 @@ struct Needs {
   uint64_t note_bytes;
 };
 
-inline Needs needs_of(uint64_t payload_bytes, uint32_t shards, uint64_t blocks) {
+/// `on_device`: the payload has a place of its own in the device's memory.
+inline Needs needs_of(uint64_t payload_bytes, uint32_t shards, uint64_t blocks, bool on_device = false) {
   const uint64_t pages = payload_bytes / kPageBytes;
-  return {pages, payload_bytes + align_up(pages * 8, 256),
+  return {pages, (on_device ? 0 : payload_bytes) + align_up(pages * 8, 256),
           align_up(blocks * 4, 8) + uint64_t{shards} * 8 + 8};
 }
 
@@ -37,13 +38,15 @@ struct Flight {
   ScatterWork* scatter = nullptr;  // one of the two
   GatherWork* gather = nullptr;
   std::span<std::byte> payload;
-  std::vector<std::span<std::byte>> pieces;  // of the payload, where the device reaches it; else empty
-  std::byte* region = nullptr;               // of the slab's address map
-  std::byte* device = nullptr;               // the same in the slab
-  std::byte* note = nullptr;                 // block ids and digests, in memory that both sides see
-  Counters* counters = nullptr;              // in device memory
+  std::vector<std::span<std::byte>>
+      pieces;                   // of a payload in host memory that the device reaches; else empty
+  bool reached = false;         // the device needs no copier to reach the payload
+  std::byte* region = nullptr;  // of the slab: digests, and the payload unless it is there already
+  std::byte* device = nullptr;  // where the kernel finds the payload
+  std::byte* note = nullptr;    // block ids and digests, in memory that both sides see
   uint64_t* note_digests = nullptr;
   uint32_t* note_outcome = nullptr;
+  Counters* counters = nullptr;  // in device memory
   cudaStream_t stream = nullptr;
   uint32_t lane = 0;  // the number of the stream
   cudaEvent_t done = nullptr;

@@ -9,6 +9,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 REASONS = ("absent", "mismatch", "corrupt", "io_error", "timed_out", "cancelled", "dropped")
 FAILURE = "failures:"  # prefix of "failures:<load|store>:<reason>" in the data
+PATHS = ("mapped", "direct", "buffered", "gds_p2p", "gds_compat")
+CARRIED = "bytes_by:"  # prefix of "bytes_by:<load|store>:<path>" in the data
 
 # Key of the data -> (metric name, help). Prometheus appends "_total".
 COUNTERS = {
@@ -23,6 +25,10 @@ COUNTERS = {
     "store_seconds": (
         "tokendepot_store_seconds",
         "Seconds from submission to completion, summed over stored extents.",
+    ),
+    "gds_errors": (
+        "tokendepot_gds_errors",
+        "Errors of cuFile: extents went the ordinary way, or were not stored.",
     ),
     "queried_tokens": ("tokendepot_queried_tokens", "Tokens of prompts that were looked up."),
     "hit_tokens": ("tokendepot_hit_tokens", "Tokens that the depot promised to load."),
@@ -42,6 +48,10 @@ COUNTERS = {
 FAILURE_METRIC = (
     "tokendepot_failures",
     "Extents that were not loaded or not stored, by operation and reason.",
+)
+CARRIED_METRIC = (
+    "tokendepot_carried_bytes",
+    "Bytes by operation and by the path that really carried them.",
 )
 
 
@@ -87,6 +97,9 @@ class EngineCounters:
             now[f"{way}_seconds"] = counts["nanoseconds"] / 1e9
             for reason in REASONS:
                 now[f"{FAILURE}{way}:{reason}"] = counts["failures"][reason]
+            for path in PATHS:
+                now[f"{CARRIED}{way}:{path}"] = counts["by_path"][path]
+        now["gds_errors"] = sum(root["gds_errors"] for root in stats["roots"])
         change = {key: value - self._before.get(key, 0) for key, value in now.items()}
         self._before = now
         return {key: value for key, value in change.items() if value}
@@ -109,13 +122,17 @@ class DepotPromMetrics(KVConnectorPromMetrics):
             self._counters[key] = {
                 engine: metric.labels(*values) for engine, values in per_engine_labelvalues.items()
             }
-        failures = self._counter(*FAILURE_METRIC, [*labelnames, "operation", "reason"])
-        for way in ("load", "store"):
-            for reason in REASONS:
-                self._counters[f"{FAILURE}{way}:{reason}"] = {
-                    engine: failures.labels(*values, way, reason)
-                    for engine, values in per_engine_labelvalues.items()
-                }
+        for (name, text), label, choices, prefix in (
+            (FAILURE_METRIC, "reason", REASONS, FAILURE),
+            (CARRIED_METRIC, "path", PATHS, CARRIED),
+        ):
+            metric = self._counter(name, text, [*labelnames, "operation", label])
+            for way in ("load", "store"):
+                for choice in choices:
+                    self._counters[f"{prefix}{way}:{choice}"] = {
+                        engine: metric.labels(*values, way, choice)
+                        for engine, values in per_engine_labelvalues.items()
+                    }
 
     def _counter(self, name: str, text: str, labelnames: list[str]) -> Any:
         """A second engine in one process goes on with the first one's counter: names are unique in the registry."""

@@ -1,0 +1,125 @@
+// Loads and stores past the host: shards go between files and the device's slab through cuFile; headers, and
+// whatever cuFile fails, go the ordinary way.
+#include <utility>
+
+#include "transfer/tasks.h"
+#include "transfer/transfers.h"
+
+namespace tokendepot {
+
+GdsLane* Transfers::lane_of(const LoadTask& task) const {
+  // What is held waits in the host's slab: the device's is needed by those that move.
+  if (task.hold || task.avoid_gds || !task.segment->gds) return nullptr;
+  GdsLane* const lane = tiers_[task.tier].root->gds();
+  return lane != nullptr && task.run_bytes <= lane->slab().size() ? lane : nullptr;
+}
+
+bool Transfers::read_with_gds(LoadTask& task) {
+  GdsLane& lane = *task.lane;
+  task.staging = device_.slab().allocate(task.header_bytes);
+  task.device_run = lane.slab().allocate(task.run_bytes);
+  if (task.staging == nullptr || task.device_run == nullptr) {
+    let_go(task);
+    return false;
+  }
+  IoOperation pattern;
+  pattern.fd = task.segment->file.fd();
+  pattern.owner = &task;
+  pattern.done = [](IoOperation* self, int error) {
+    auto* load = static_cast<LoadTask*>(self->owner);
+    if (error != 0) load->io_error.store(error, std::memory_order_relaxed);
+    if (load->pieces_left.fetch_sub(1, std::memory_order_acq_rel) == 1) load->transfers->pieces_read(*load);
+  };
+  task.pieces.clear();
+  task.io_error = 0;
+  const uint64_t at = task.item.where.offset;
+  cut_pieces(task.pieces, pattern, task.staging, at, task.header_bytes, task.piece_bytes);
+  const size_t headers = task.pieces.size();
+  pattern.handle = task.segment->gds.get();
+  pattern.done = [](IoOperation* self, int error) {
+    auto* load = static_cast<LoadTask*>(self->owner);
+    if (error != 0) load->gds_error.store(error, std::memory_order_relaxed);
+    if (load->pieces_left.fetch_sub(1, std::memory_order_acq_rel) == 1) load->transfers->pieces_read(*load);
+  };
+  cut_pieces(task.pieces, pattern, task.device_run, at + task.header_bytes + task.run_offset, task.run_bytes,
+             task.piece_bytes);
+  task.pieces_left = static_cast<uint32_t>(task.pieces.size());
+  // The last completion may end the task while the loops still run: nothing of it is touched after that.
+  IoEngine& engine = tiers_[task.tier].root->engine();
+  IoOperation* const first = task.pieces.data();
+  const size_t count = task.pieces.size();
+  for (size_t i = 0; i < headers; ++i) engine.submit(first + i);
+  for (size_t i = headers; i < count; ++i) lane.engine().submit(first + i);
+  return true;
+}
+
+void Transfers::retry_without_gds(LoadTask& task, std::string what) {
+  let_go(task);
+  task.suspect = std::exchange(task.lane, nullptr);
+  task.complaint = std::move(what);
+  task.avoid_gds = true;
+  task.gds_error = 0;
+  std::lock_guard lock(mutex_);
+  --loads_in_motion_;
+  work_ = true;
+  wake_.notify_one();
+  if (!task.resolved && !stop_) {
+    task.state = LoadTask::State::queued;
+    queued_loads_.emplace(task.deadline_ns, &task);
+    return;
+  }
+  resolve_load_locked(task, Reason::cancelled);
+  retire(task);
+}
+
+bool Transfers::take_store_memory(StoreTask& task, GdsLane* lane) {
+  const uint64_t payload = task.bytes - task.header_bytes;
+  if (lane != nullptr && payload > lane->slab().size()) lane = nullptr;
+  const uint64_t staged = lane != nullptr ? task.header_bytes : task.bytes;
+  {
+    // Half of each slab stays free for loads, unless a single extent needs more.
+    std::lock_guard lock(mutex_);
+    if (staged_store_bytes_ > 0 && staged_store_bytes_ + staged > device_.slab().size() / 2) return false;
+    if (lane != nullptr && lane_store_bytes_ > 0 && lane_store_bytes_ + payload > lane->slab().size() / 2)
+      return false;
+  }
+  task.staging = device_.slab().allocate(staged);
+  if (task.staging == nullptr) return false;
+  if (lane != nullptr) {
+    task.device_run = lane->slab().allocate(payload);
+    if (task.device_run == nullptr) {
+      device_.slab().release(std::exchange(task.staging, nullptr));
+      return false;
+    }
+  }
+  task.lane = lane;
+  task.staged_bytes = staged;
+  std::lock_guard lock(mutex_);
+  staged_store_bytes_ += staged;
+  if (lane != nullptr) lane_store_bytes_ += payload;
+  return true;
+}
+
+void Transfers::give_store_memory(StoreTask& task) {
+  if (task.staging == nullptr) return;
+  GdsLane* const lane = std::exchange(task.lane, nullptr);
+  device_.slab().release(std::exchange(task.staging, nullptr));
+  if (lane != nullptr) lane->slab().release(std::exchange(task.device_run, nullptr));
+  std::lock_guard lock(mutex_);
+  staged_store_bytes_ -= task.staged_bytes;
+  if (lane != nullptr) lane_store_bytes_ -= task.bytes - task.header_bytes;
+}
+
+void Transfers::count_path(PathBytes& paths, const Root& root, const GdsLane* lane, uint64_t header,
+                           uint64_t payload) {
+  if (root.mapped()) {
+    paths.mapped += header + payload;
+  } else if (lane != nullptr) {
+    paths.direct += header;
+    (lane->p2p() ? paths.gds_p2p : paths.gds_compat) += payload;
+  } else {
+    (root.direct() ? paths.direct : paths.buffered) += header + payload;
+  }
+}
+
+}  // namespace tokendepot

@@ -337,80 +337,34 @@ class CudaDevice final : public Device {
   enum class Start : uint8_t { ready, later, never };
 
   Start prepare(Flight& flight) {
-    const ScatterWork* const scatter = flight.scatter;
-    const PagedCache& cache = scatter != nullptr ? *scatter->cache : *flight.gather->cache;
-    const GroupShape shape = scatter != nullptr ? scatter->header->shape() : cache.shape;
-    const uint32_t shards = scatter != nullptr ? scatter->shards : shape.shards();
-    const std::span<const int32_t> blocks = scatter != nullptr ? scatter->blocks : flight.gather->blocks;
-    const uint64_t bytes = shards * shape.shard_stride();
-    const bool on_device = scatter != nullptr ? scatter->on_device : flight.gather->on_device;
-    const Needs needs = needs_of(bytes, shards, blocks.size(), on_device);
-    if (needs.region_bytes > regions_->size() || needs.note_bytes > kNoteBytes || !cuda::fits_kernels(shape))
+    const cuda::Job job = job_of(flight);
+    const Needs needs = needs_of(job.payload.size(), job.shards, job.blocks.size(), job.on_device);
+    if (needs.region_bytes > regions_->size() || needs.note_bytes > kNoteBytes ||
+        !cuda::fits_kernels(job.shape))
       return Start::never;
     const cuda::DeviceCache* known = nullptr;
-    if (const cudaError_t status = caches_->find_or_add(cache, setup_stream_, &known);
+    if (const cudaError_t status = caches_->find_or_add(*job.cache, setup_stream_, &known);
         status != cudaSuccess) {
       complain(status);
       return Start::never;
     }
     flight.region = regions_->allocate(needs.region_bytes);
     if (flight.region == nullptr) return Start::later;
-    // The payload of a load is only read from.
-    flight.payload = scatter != nullptr
-                         ? std::span(const_cast<std::byte*>(scatter->payload.data()), scatter->payload.size())
-                         : flight.gather->payload;
+    flight.payload = job.payload;
     flight.pieces.clear();
-    if (on_device) {
+    if (job.on_device) {
       flight.reached = true;
     } else if (is_in_slab(flight.payload)) {
       flight.reached = true;
       flight.pieces.assign(1, flight.payload);
     } else {
-      flight.reached = registry_->cut(flight.payload.data(), bytes, flight.pieces);
+      flight.reached = registry_->cut(flight.payload.data(), flight.payload.size(), flight.pieces);
       if (!flight.reached) flight.pieces.clear();
     }
-    flight.device = on_device ? flight.payload.data() : flight.region;
-    std::byte* const digests = on_device ? flight.region : flight.region + bytes;
-    flight.aligned = known->aligned;
-    flight.lane = scatter != nullptr ? next_load_++ % kLoadLanes : kLoadLanes + next_store_++ % kStoreLanes;
+    flight.lane =
+        flight.scatter != nullptr ? next_load_++ % kLoadLanes : kLoadLanes + next_store_++ % kStoreLanes;
     flight.stream = streams_[flight.lane];
-
-    cuda::Move& move = flight.move;
-    move.planes = known->planes;
-    move.planes_per_layer = known->planes_per_layer;
-    move.block_tokens = cache.shape.block_tokens;
-    move.row_bytes = cache.shape.row_bytes;
-    move.page_bytes = cache.shape.kind == LayoutKind::opaque ? cache.shape.page_bytes : 0;
-    move.cache_layer_begin = cache.shape.part.layer_begin;
-    move.cache_layer_end = cache.shape.part.layer_end;
-    move.cache_head_begin = cache.shape.part.head_begin;
-    move.cache_head_end = cache.shape.part.head_end;
-    move.layer_begin = shape.part.layer_begin;
-    move.layers = shape.part.layers();
-    move.head_begin = shape.part.head_begin;
-    move.tokens = shape.tokens;
-    move.first_shard = scatter != nullptr ? scatter->first_shard : 0;
-    move.shards = shards;
-    move.shard_bytes = shape.shard_bytes();
-    move.shard_stride = shape.shard_stride();
-    move.payload = reinterpret_cast<uint8_t*>(flight.device);
-    move.page_digests = reinterpret_cast<uint64_t*>(digests);
-    move.counters = flight.counters;
-    const bool few_blocks = blocks.size() <= cuda::kFewBlocks;
-    std::memcpy(few_blocks ? move.few_blocks : reinterpret_cast<int32_t*>(flight.note), blocks.data(),
-                blocks.size() * 4);
-    move.blocks = few_blocks ? nullptr : reinterpret_cast<const int32_t*>(flight.note);
-    flight.note_digests = reinterpret_cast<uint64_t*>(flight.note + align_up(blocks.size() * 4, 8));
-    flight.note_outcome = reinterpret_cast<uint32_t*>(flight.note_digests + shards);
-    move.shard_digests = flight.note_digests;
-    move.outcome = flight.note_outcome;
-    if (scatter != nullptr) {
-      const bool few_digests = shards <= cuda::kFewDigests;
-      std::memcpy(few_digests ? move.few_digests : flight.note_digests,
-                  scatter->header->shard_digests.data() + scatter->first_shard, shards * 8);
-      if (few_digests) move.shard_digests = nullptr;
-      *flight.note_outcome = kNoOutcome;
-    }
+    describe(job, *known, flight);
     return Start::ready;
   }
 
@@ -484,7 +438,7 @@ class CudaDevice final : public Device {
   void finish(Flight& flight) {
     if (flight.scatter != nullptr) {
       const uint32_t outcome = *static_cast<const volatile uint32_t*>(flight.note_outcome);
-      TD_CHECK(outcome != kNoOutcome);
+      TD_CHECK(outcome != cuda::kNoOutcome);
       return end(flight, outcome == 0 ? ScatterOutcome::ok : ScatterOutcome::corrupt);
     }
     const std::span<uint64_t> digests = flight.gather->digests;
@@ -587,8 +541,6 @@ class CudaDevice final : public Device {
     const std::byte* const end = pinned_->base() + pinned_->size();
     return payload.data() >= pinned_->base() && payload.data() + payload.size() <= end;
   }
-
-  static constexpr uint32_t kNoOutcome = 2;
 
   const int ordinal_;
   const uint64_t slab_bytes_;

@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "device/cuda/caches.h"
 #include "device/cuda/move.h"
 #include "device/device.h"
 #include "tokendepot/layout.h"
@@ -34,6 +35,8 @@ inline bool fits_kernels(const GroupShape& shape) {
   return shape.shard_stride() <= UINT32_MAX && shape.shards() <= kMostShards;
 }
 
+constexpr uint32_t kNoOutcome = 2;  // what a note says until the kernel has ended
+
 struct Flight {
   ScatterWork* scatter = nullptr;  // one of the two
   GatherWork* gather = nullptr;
@@ -53,5 +56,20 @@ struct Flight {
   Move move{};
   bool aligned = false;
 };
+
+/// What the work of a flight asks for, load or store.
+struct Job {
+  const PagedCache* cache;
+  GroupShape shape;  // of the extent
+  uint32_t first_shard, shards;
+  std::span<const int32_t> blocks;
+  std::span<std::byte> payload;  // of a load: only read from
+  bool on_device;
+};
+Job job_of(const Flight& flight);
+
+/// Writes down what the kernel does: in `move`, and in the note what does not fit there. The region is
+/// allocated, and kept until the kernel has ended.
+void describe(const Job& job, const DeviceCache& known, Flight& flight);
 
 }  // namespace tokendepot::cuda

@@ -1,5 +1,6 @@
 // Stands in for NVIDIA's cuFile: the same symbols, moving bytes with pread and pwrite between files and host
 // memory that plays the GPU's.
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -33,6 +34,8 @@ struct CuProperties {
 
 constexpr int kNoDriver = 5001;
 constexpr int kInvalid = 5022;
+constexpr int kInvalidFlag = 5019;
+constexpr int kLargeFile = 0100000;  // what the kernel adds; O_LARGEFILE itself is 0 on 64 bits
 constexpr int kAlreadyOpen = 5026;
 constexpr unsigned kAllowCompatBit = 1u << 1;
 [[maybe_unused]] constexpr int kParamAllowCompat = 1;
@@ -136,6 +139,10 @@ CuError cuFileHandleRegister(void** handle, CuDescriptor* descriptor) {
   Library& self = library();
   if (self.control.refuse_files != 0) return {self.control.refuse_files, 0};
   if (descriptor->type != 1) return {kInvalid, 0};
+  // As the real one: what it does not know of how a file was opened, it refuses.
+  constexpr int kKnown = O_ACCMODE | O_DIRECT | O_CLOEXEC | kLargeFile;
+  const int flags = fcntl(descriptor->file.fd, F_GETFL);
+  if (flags < 0 || (flags & ~kKnown) != 0) return {kInvalidFlag, 0};
   const std::lock_guard lock(self.mutex);
   *handle = reinterpret_cast<void*>(self.next_handle++);
   self.files.emplace(*handle, descriptor->file.fd);

@@ -102,7 +102,7 @@ class Rank {
           << "layer " << layer << ": a block was written that nobody asked for";
     }
   }
-  void poison() { must(cudaMemset(memory->data(), kPoison, memory->size())); }
+  void poison() { memory->upload(std::vector<uint8_t>(memory->size(), kPoison)); }
 
   CacheForm form;
   GroupWant want;

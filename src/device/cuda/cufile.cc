@@ -1,6 +1,7 @@
 #include "device/cuda/cufile.h"
 
 #include <dlfcn.h>
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -166,16 +167,20 @@ bool on_own_thread(Device& device, Body& body) {
 }  // namespace
 
 CuFileHandle::CuFileHandle(CuFileHandle&& other) noexcept
-    : calls_(other.calls_), handle_(std::exchange(other.handle_, nullptr)) {}
+    : calls_(other.calls_),
+      handle_(std::exchange(other.handle_, nullptr)),
+      fd_(std::exchange(other.fd_, -1)) {}
 
 CuFileHandle& CuFileHandle::operator=(CuFileHandle&& other) noexcept {
   std::swap(calls_, other.calls_);
   std::swap(handle_, other.handle_);
+  std::swap(fd_, other.fd_);
   return *this;
 }
 
 CuFileHandle::~CuFileHandle() {
   if (handle_ != nullptr) calls_->handle_deregister(handle_);
+  if (fd_ >= 0) ::close(fd_);
 }
 
 bool CuFile::host_has_driver() {
@@ -254,13 +259,18 @@ CuFile::~CuFile() {
 }
 
 Result<CuFileHandle> CuFile::add(const File& file) const {
+  // cuFile refuses files with flags that it does not know, O_NOFOLLOW or O_NONBLOCK among them (error 5019):
+  // it gets a descriptor of the same file without them.
+  const int mode = ::fcntl(file.fd(), F_GETFL) & O_ACCMODE;
+  const int fd = ::open(fmt::format("/proc/self/fd/{}", file.fd()).c_str(), mode | O_DIRECT | O_CLOEXEC);
+  if (fd < 0) return fail_errno(errno, "cannot open {} once more for cuFile", file.path());
+  CuFileHandle taken(&calls_, nullptr, fd);
   CuDescriptor descriptor;
-  descriptor.file.fd = file.fd();
-  void* handle = nullptr;
-  const CuError error = calls_.handle_register(&handle, &descriptor);
-  if (error.code != 0 || handle == nullptr)
+  descriptor.file.fd = fd;
+  const CuError error = calls_.handle_register(&taken.handle_, &descriptor);
+  if (error.code != 0 || !taken)
     return fail(ErrorKind::unsupported, "cuFile does not take {}: {}", file.path(), words_of(error));
-  return CuFileHandle(&calls_, handle);
+  return taken;
 }
 
 IoMover CuFile::mover() {

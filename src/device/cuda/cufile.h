@@ -32,9 +32,10 @@ class CuFileHandle {
 
  private:
   friend class CuFile;
-  CuFileHandle(const CuFileCalls* calls, void* handle) : calls_(calls), handle_(handle) {}
+  CuFileHandle(const CuFileCalls* calls, void* handle, int fd) : calls_(calls), handle_(handle), fd_(fd) {}
   const CuFileCalls* calls_ = nullptr;
   void* handle_ = nullptr;
+  int fd_ = -1;
 };
 
 /// The library and one registered slab of a device. Thread-safe but for opening and closing.

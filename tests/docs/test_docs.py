@@ -265,6 +265,7 @@ def test_log_lines_that_the_failure_table_quotes_are_in_the_code() -> None:
 
 def test_figures_of_the_benchmarks_are_printed_by_them() -> None:
     source = "".join(file.read_text(encoding="utf-8") for file in (TREE / "bench").glob("*_bench.cc"))
+    source += "".join(file.read_text(encoding="utf-8") for file in (TREE / "bench/connector").glob("*.py"))
     printed = set(re.findall(r'print_result\("(\w+)"', source))
     assert '"disk_load_" + ' in source and '"disk_store_" + ' in source
     listed = {re.sub(r"`(.+?)`.*", r"\1", cells[0]) for cells in rows(BENCHMARKS.read_text(encoding="utf-8")) if cells[0].startswith("`")}

@@ -1,4 +1,4 @@
-"""Two engines in processes of their own, one with the depot and one without, of which one at a time may run."""
+"""Engines in processes of their own, and what runs in turns: one engine with its depot switched on and off, or two."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import tokendepot
 
-from hook_events import DIRECTORY_VARIABLE
+from hook_events import DIRECTORY_VARIABLE, Switch
 
 HERE = Path(__file__).resolve().parent
 START_LIMIT_S = 300.0
@@ -156,6 +156,24 @@ class Engine:
         self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
+
+
+class Switched:
+    """An engine while its connector's hooks reach the depot, or while they return at once. Two of them share an engine; to be
+    resumed sets the switch."""
+
+    def __init__(self, name: str, engine: Engine, switch: Switch, on: bool) -> None:
+        self.name = name
+        self._engine, self._switch, self._on = engine, switch, on
+
+    def run(self, prompts: Sequence[list[int]], length: int) -> Run:
+        return self._engine.run(prompts, length)
+
+    def pause(self) -> None:
+        """The other one of the two sets the switch."""
+
+    def resume(self) -> None:
+        self._switch.set(self._on)
 
 
 class Depot:

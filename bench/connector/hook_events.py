@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 import time
@@ -38,6 +39,25 @@ STEP = HOOKS.index("build_connector_meta")  # called once an engine step
 _RECORD = struct.Struct("<qqHHii")
 _FILE = "hooks-{process}.bin"
 _GROUPS = "groups"
+_SWITCH = "switch"
+
+
+class Switch:
+    """One byte that the benchmark and the engine's processes share: whether the hooks reach the depot."""
+
+    def __init__(self, directory: str | Path) -> None:
+        with open(Path(directory) / _SWITCH, "a+b") as file:
+            if not file.tell():
+                file.write(b"\1")
+                file.flush()
+            self._byte = mmap.mmap(file.fileno(), 1)
+
+    @property
+    def on(self) -> bool:
+        return self._byte[0] != 0
+
+    def set(self, on: bool) -> None:
+        self._byte[0] = on
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class ADepot(Protocol):
 
 @dataclass
 class Couple:
-    """An engine with the depot and one without. Exactly one runs at any time, the other one is stopped."""
+    """An engine with the depot and one without. Exactly one runs at any time; the other one is paused."""
 
     with_depot: AnEngine
     without: AnEngine
@@ -44,7 +44,7 @@ class Couple:
         return both
 
     def alone(self, engine: AnEngine, prompts: Sequence[list[int]], length: int) -> Run:
-        """One run while the other engine is stopped; a short prompt before it wakes this one up."""
+        """One run while the other engine is paused; a short prompt before it wakes this one up."""
         (self.without if engine is self.with_depot else self.with_depot).pause()
         engine.resume()
         engine.run([self.prompt(WAKE_TOKENS)], 1)
@@ -67,15 +67,15 @@ class Pair:
 
 
 def cold_prefills(couple: Couple, pairs: int, tokens: int, say: Callable[[str], None]) -> list[Pair]:
-    """Times to the first token of prompts that neither engine has seen. A pair counts when the depot kept all of its
-    prompt; a store that was dropped is work left undone. BenchError when too many were."""
+    """Times to the first token of prompts that no engine has seen, two of one length a pair. A pair counts when the depot kept
+    all of its prompt; a store that was dropped is work left undone. BenchError when too many were."""
     extents = tokens // CHUNK_TOKENS * couple.groups
     found: list[Pair] = []
     for _ in range(2 * pairs):
-        prompt, runs, kept = couple.prompt(tokens), {}, 0
+        runs, kept = {}, 0
         for engine in couple.in_random_order():
             before = couple.depot.count()
-            runs[engine.name] = run = couple.alone(engine, [prompt], 1)
+            runs[engine.name] = run = couple.alone(engine, [couple.prompt(tokens)], 1)
             if any(run.cached):
                 raise BenchError(f"the engine {engine.name} had {run.cached[0]} tokens of a cold prompt cached, expected 0")
             if engine is couple.with_depot:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import tokendepot
-from engines import BenchError, Run
-from hook_events import HOOKS, STEP, Event, Recorder, group_count, read_events, steps_of
+from engines import BenchError, Run, Switched
+from hook_events import HOOKS, STEP, Event, Recorder, Switch, group_count, read_events, steps_of
 from measure import Couple, Pair, cold_prefills, decodings, hook_shares, idle_steps
 
 BENCH = Path(__file__).resolve().parents[2] / "bench" / "connector"
@@ -78,12 +78,12 @@ def silent(text: str) -> None:
 # --- with stand-ins for the engines ------------------------------------------------------------------------------
 
 
-def test_both_engines_compute_the_same_prompts_each_alone_and_take_turns_in_being_first(couple: Couple) -> None:
+def test_each_cold_prompt_is_new_and_computed_alone_and_who_is_first_changes(couple: Couple) -> None:
     firsts = []
     couple.without.resume = lambda plain=couple.without.resume: (firsts.append(len(couple.with_depot.seen)), plain())
     pairs = cold_prefills(couple, 20, TOKENS, silent)
-    assert couple.with_depot.seen == couple.without.seen and len(couple.without.seen) == 20
-    assert len({tuple(prompt) for prompt in couple.without.seen}) == 20
+    prompts = [tuple(prompt) for prompt in couple.with_depot.seen + couple.without.seen]
+    assert len(set(prompts)) == len(prompts) == 40 and {len(prompt) for prompt in prompts} == {TOKENS}
     assert [round(pair.ratio, 6) for pair in pairs] == [1.01] * 20
     behind = [seen - number for number, seen in enumerate(firsts)]
     assert set(behind) == {0, 1}, "sometimes before the engine with the depot, sometimes after it"
@@ -120,6 +120,15 @@ def test_decoding_in_which_something_was_stored_is_refused(couple: Couple) -> No
     couple.with_depot.run = storing
     with pytest.raises(BenchError, match="extents after decoding"):
         decodings(couple, 2, 3, silent)
+
+
+def test_the_switch_is_seen_by_whoever_else_has_it(tmp_path: Path) -> None:
+    mine, theirs = Switch(tmp_path), Switch(tmp_path)
+    assert mine.on and theirs.on
+    Switched("without", None, mine, False).resume()
+    assert not theirs.on and not Switch(tmp_path).on
+    Switched("with", None, mine, True).resume()
+    assert theirs.on
 
 
 # --- the hooks' times --------------------------------------------------------------------------------------------
@@ -182,7 +191,7 @@ def test_at_toy_size_every_figure_has_its_control_and_all_that_was_to_be_stored_
     assert done.returncode == 0, done.stdout + done.stderr
     results = {name: (float(value), unit, float(limit)) for name, value, unit, limit, _ in RESULT.findall(done.stdout)}
     printed = re.findall(r'print_result\(\s*"(\w+)"', (BENCH / "run.py").read_text())
-    assert list(results) == printed and len(printed) == 8
+    assert list(results) == printed and len(printed) == 9
     assert all(value > 0 and limit > 0 for value, _, limit in results.values())
 
     pairs = re.findall(r"cold prefill \d of 3: (\S+) s with, (\S+) s without", done.stdout)
@@ -197,5 +206,6 @@ def test_at_toy_size_every_figure_has_its_control_and_all_that_was_to_be_stored_
     extents = tokendepot.list_extents(str(roots / "depot1"))
     assert said == [len(extents)]
     if "left out" not in done.stdout:
-        assert len(extents) == (4 * 2 + 1 + 4) * groups, "four cold prompts of two chunks, five of one chunk that are decoded"
+        # Four cold prompts of two chunks and five of one chunk that are decoded; nothing of what was computed without the depot.
+        assert len(extents) == (4 * 2 + 1 + 4) * groups
     assert set(tokendepot.verify_extents(str(roots / "depot1"), extents)) == {"ok"}

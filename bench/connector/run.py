@@ -152,6 +152,8 @@ class Bench:
         print_result("connector_idle_step_64_p99", percentile(many, 0.99), "ms", IDLE_LIMIT_MS)
         print_result("connector_decode_step", *self.whole_steps(alone))
         print_result("connector_decode_step_64", *self.whole_steps(crowd))
+        for share in hook_shares(events, [pair.with_depot for pair in crowd])[:4]:
+            print(f"  {share.hook}: {statistics.median(share.seconds) * 1e3:.3f} ms a text")
 
     def idle_times(self, events: Sequence[Event], pairs: Sequence[Pair], requests: int) -> list[float]:
         """Milliseconds of all hooks together in each idle step."""

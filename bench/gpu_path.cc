@@ -302,7 +302,7 @@ class GpuPath {
         if (raw) {
           const double cpu = cpu_s();
           const double begin = now_s();
-          const double rate = raw->run(kRawThreads, !in, seconds);
+          const double rate = raw->run(kRawThreads, !in, Pages::plain, seconds);
           limit_cpu = (cpu_s() - cpu) / (rate * (now_s() - begin));
           limit = std::min(limit, rate);
         }

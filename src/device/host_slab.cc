@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "base/log.h"
+#include "io/huge_memory.h"
 
 namespace tokendepot {
 
@@ -14,14 +15,13 @@ HostSlab::HostSlab(uint64_t bytes) : HostSlab(reserve(bytes)) {}
 HostSlab::Memory HostSlab::reserve(uint64_t bytes) {
   const uint64_t rounded = align_up(bytes);
   if (rounded == 0) return {};
-  void* memory =
-      mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) {
+  std::byte* const memory = map_huge_memory(rounded);
+  if (memory == nullptr) {
     log(LogLevel::error, "slab of {} bytes: {}; loads and stores that need staging memory will fail", rounded,
         std::strerror(errno));
     return {};
   }
-  return {static_cast<std::byte*>(memory), rounded};
+  return {memory, rounded};
 }
 
 HostSlab::~HostSlab() {

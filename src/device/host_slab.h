@@ -7,8 +7,8 @@ namespace tokendepot {
 
 class HostSlab final : public RangeSlab {
  public:
-  /// Reserves address space only; a page costs memory once it is touched. Where even that is refused, the
-  /// slab is empty and every allocate() answers nullptr.
+  /// Reserves address space only; a page (of 2 MiB where the system has them) costs memory once it is
+  /// touched. Where even that is refused, the slab is empty and every allocate() answers nullptr.
   explicit HostSlab(uint64_t bytes);
   ~HostSlab() override;
 

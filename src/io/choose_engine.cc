@@ -9,6 +9,7 @@
 #include "base/check.h"
 #include "base/clock.h"
 #include "io/engine.h"
+#include "io/huge_memory.h"
 #include "io/scratch_file.h"
 
 namespace tokendepot {
@@ -22,12 +23,12 @@ constexpr size_t kRounds = 3;
 
 class ProbeMemory {
  public:
-  ProbeMemory()
-      : address_(::mmap(nullptr, kProbeBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) {
-    TD_CHECK(address_ != MAP_FAILED);
+  // Like the slab's: what kind of pages a buffer has decides how fast it is filled.
+  ProbeMemory() : address_(map_huge_memory(kProbeBytes)) {
+    TD_CHECK(address_ != nullptr);
     // Not zeros: a file system that compresses or skips them would be measured at something else.
     uint64_t state = 1;
-    auto* const words = static_cast<uint64_t*>(address_);
+    auto* const words = reinterpret_cast<uint64_t*>(address_);
     for (uint64_t i = 0; i < kProbeBytes / sizeof(uint64_t); ++i) {
       state = state * 6364136223846793005ull + 1442695040888963407ull;
       words[i] = state;
@@ -36,10 +37,10 @@ class ProbeMemory {
   ProbeMemory(const ProbeMemory&) = delete;
   ProbeMemory& operator=(const ProbeMemory&) = delete;
   ~ProbeMemory() { ::munmap(address_, kProbeBytes); }
-  std::byte* data() const { return static_cast<std::byte*>(address_); }
+  std::byte* data() const { return address_; }
 
  private:
-  void* address_;
+  std::byte* address_;
 };
 
 double median(std::vector<double> values) {

@@ -16,7 +16,7 @@ namespace tokendepot {
 /// Bytes of one operation of the kernel when so many extents are in motion: large enough for full bandwidth,
 /// small enough that few extents fill the queue too.
 constexpr uint64_t piece_bytes_for(size_t in_motion) {
-  return in_motion <= 2 ? 256 << 10 : in_motion <= 8 ? 512 << 10 : 1 << 20;
+  return in_motion <= 2 ? 256 << 10 : in_motion <= 4 ? 512 << 10 : 1 << 20;
 }
 
 struct LoadTask {

@@ -80,7 +80,7 @@ void run(const std::string& base, bool toy) {
         const Contest contest{[&, write] { return write ? rig.store(flight) : rig.load(flight); },
                               {{"", [&, write] { return raw.run(flight, write); }},
                                {"_huge", [&, write] { return raw.run(flight, write, Pages::huge); }}}};
-        contest.run((write ? "disk_store_" : "disk_load_") + tail, rounds);
+        contest.run(write ? "disk_store_" + tail : "disk_load_" + tail, rounds);
       }
     }
     const Contest single{[&] { return rig.load(1); },

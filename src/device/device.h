@@ -36,6 +36,8 @@ struct ScatterWork {
   uint64_t after = 0;               // mark that must have been reached before the cache is touched
   bool guarded = false;             // payload is a mapped file
   bool on_device = false;           // payload is in the file slab
+  /// What digest_pages() says of the payload; empty = the device reads the payload itself.
+  std::span<const uint64_t> page_digests;
   void (*done)(ScatterWork* self, ScatterOutcome outcome) = nullptr;  // once, on a device thread
   void* owner = nullptr;
   ScatterWork* next = nullptr;
@@ -90,6 +92,9 @@ class Device {
     static_cast<void>(work);
     return false;
   }
+  /// Whether page digests spare it work: then whoever reads a payload in pieces makes them while others are
+  /// read.
+  virtual bool takes_page_digests() const { return false; }
   /// Marks the present end of a stream of the engine; work whose `after` is this mark or a later one touches
   /// the cache only when the stream has come so far. Neither host nor device waits. 0: nothing to wait for.
   virtual Result<uint64_t> mark(void* stream) {

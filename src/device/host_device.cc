@@ -113,6 +113,7 @@ class HostDevice final : public Device {
   Slab& slab() override { return slab_; }
   void submit(ScatterWork* work) override { queue(scatters_, work); }
   void submit(GatherWork* work) override { queue(gathers_, work); }
+  bool takes_page_digests() const override { return true; }
   bool run_here(ScatterWork* work) override {
     TD_CHECK(work->done != nullptr);
     std::unique_lock lock(mutex_);

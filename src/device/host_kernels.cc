@@ -51,6 +51,7 @@ void check_scatter(const ScatterWork& work, const GroupShape& from) {
   TD_CHECK(uint64_t{work.first_shard} + work.shards <= from.shards());
   TD_CHECK(work.header->shard_digests.size() == from.shards());
   TD_CHECK(work.payload.size() == work.shards * from.shard_stride());
+  TD_CHECK(work.page_digests.empty() || work.page_digests.size() == work.payload.size() / kPageBytes);
   TD_CHECK(to.block_tokens != 0 && from.tokens % to.block_tokens == 0);
   TD_CHECK(work.blocks.size() == from.tokens / to.block_tokens);
   TD_CHECK(work.cache->layers.size() == to.part.layers());
@@ -64,9 +65,12 @@ void check_scatter(const ScatterWork& work, const GroupShape& from) {
 }
 
 bool shards_match(const ScatterWork& work, uint64_t shard_stride) {
+  const uint64_t pages = shard_stride / kPageBytes;
   for (uint32_t i = 0; i < work.shards; ++i) {
-    const auto shard = work.payload.subspan(i * shard_stride, shard_stride);
-    if (shard_digest(shard) != work.header->shard_digests[work.first_shard + i]) return false;
+    const uint64_t digest = work.page_digests.empty()
+                                ? shard_digest(work.payload.subspan(i * shard_stride, shard_stride))
+                                : shard_digest_of_pages(work.page_digests.subspan(i * pages, pages));
+    if (digest != work.header->shard_digests[work.first_shard + i]) return false;
   }
   return true;
 }

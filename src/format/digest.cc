@@ -22,6 +22,12 @@ uint64_t shard_digest_of_pages(std::span<const uint64_t> page_digests) {
   return XXH3_64bits(page_digests.data(), page_digests.size_bytes());
 }
 
+void digest_pages(std::span<const std::byte> pages, std::span<uint64_t> digests) {
+  TD_CHECK(pages.size() % kPageBytes == 0 && digests.size() >= pages.size() / kPageBytes);
+  for (size_t i = 0; i < pages.size() / kPageBytes; ++i)
+    digests[i] = xxh3(pages.subspan(i * kPageBytes, kPageBytes));
+}
+
 uint64_t shard_digest(std::span<const std::byte> shard) {
   TD_CHECK(shard.size() % kPageBytes == 0);
   XXH3_state_t state;
@@ -30,7 +36,7 @@ uint64_t shard_digest(std::span<const std::byte> shard) {
   uint64_t pages[kBatch];
   while (!shard.empty()) {
     const size_t count = std::min(kBatch, shard.size() / kPageBytes);
-    for (size_t i = 0; i < count; ++i) pages[i] = xxh3(shard.subspan(i * kPageBytes, kPageBytes));
+    digest_pages(shard.first(count * kPageBytes), pages);
     XXH3_64bits_update(&state, pages, count * sizeof(uint64_t));
     shard = shard.subspan(count * kPageBytes);
   }

@@ -11,6 +11,9 @@ namespace tokendepot {
 /// XXH3-64, seed 0, of any bytes.
 uint64_t xxh3(std::span<const std::byte> bytes);
 
+/// Writes the digest of each page of `pages`, whole ones, to the front of `digests`.
+void digest_pages(std::span<const std::byte> pages, std::span<uint64_t> digests);
+
 /// Digest of one shard as it lies in a payload, its zero padding included: whole pages of 4 KiB.
 uint64_t shard_digest(std::span<const std::byte> shard);
 

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "base/errors.h"
+#include "format/digest.h"
 #include "format/shape.h"
 #include "io/mapping.h"
 #include "transfer/tasks.h"
@@ -118,6 +119,7 @@ Status Transfers::submit_load(uint64_t id, LoadPlan plan, bool hold) {
 }
 
 bool Transfers::start_load(LoadTask& task) {
+  task.page_digests.clear();  // of an attempt at another root
   if (!open_place(task)) {
     condemn_missing(task);
     fail_load(task, Reason::absent, false);
@@ -199,11 +201,18 @@ void Transfers::read_staged(LoadTask& task) {
   pattern.owner = &task;
   pattern.done = [](IoOperation* self, int error) {
     auto* load = static_cast<LoadTask*>(self->owner);
-    if (error != 0) load->io_error.store(error, std::memory_order_relaxed);
+    if (error != 0) {
+      load->io_error.store(error, std::memory_order_relaxed);
+    } else {
+      load->transfers->piece_read(*load, *self);
+    }
     if (load->pieces_left.fetch_sub(1, std::memory_order_acq_rel) == 1) load->transfers->pieces_read(*load);
   };
   task.pieces.clear();
   task.io_error = 0;
+  IoEngine& engine = tiers_[task.tier].root->engine();
+  if (engine.completes_in_parallel() && device_.takes_page_digests())
+    task.page_digests.resize(task.run_bytes / kPageBytes);
   const uint64_t at = task.item.where.offset;
   if (task.run_offset == 0) {
     cut_pieces(task.pieces, pattern, task.staging, at, task.header_bytes + task.run_bytes, task.piece_bytes);
@@ -215,10 +224,20 @@ void Transfers::read_staged(LoadTask& task) {
   task.pieces_left = static_cast<uint32_t>(task.pieces.size());
   // The last completion may end the task while the loop still runs: nothing of it is touched after its
   // submit.
-  IoEngine& engine = tiers_[task.tier].root->engine();
   IoOperation* const first = task.pieces.data();
   const size_t count = task.pieces.size();
   for (size_t i = 0; i < count; ++i) engine.submit(first + i);
+}
+
+void Transfers::piece_read(LoadTask& task, const IoOperation& piece) {
+  if (task.page_digests.empty()) return;
+  // The first pieces hold the header, which carries a digest of its own.
+  std::byte* const run = task.staging + task.header_bytes;
+  std::byte* const end = piece.buffer + piece.bytes;
+  std::byte* const begin = std::min(end, std::max(piece.buffer, run));
+  const auto digests =
+      std::span(task.page_digests).subspan(static_cast<size_t>(std::max(begin, run) - run) / kPageBytes);
+  digest_pages({begin, end}, digests);
 }
 
 void Transfers::pieces_read(LoadTask& task) {
@@ -282,6 +301,7 @@ void Transfers::submit_scatter(LoadTask& task, std::span<const std::byte> run, b
   task.scatter.cache = task.cache;
   task.scatter.header = &task.header;
   task.scatter.payload = run;
+  task.scatter.page_digests = task.page_digests;
   task.scatter.first_shard = task.first_shard;
   task.scatter.shards = task.shards;
   task.scatter.blocks = task.item.blocks;

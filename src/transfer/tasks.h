@@ -57,6 +57,7 @@ struct LoadTask {
   std::atomic<uint32_t> pieces_left = 0;
   std::atomic<int> io_error = 0;
   std::atomic<int> gds_error = 0;
+  std::vector<uint64_t> page_digests;  // of the shards wanted; empty where the device makes its own
   ExtentHeader header;
   ScatterWork scatter;
 };

@@ -81,6 +81,7 @@ class Transfers {
   void read_staged(LoadTask& task);
   /// `here`: this thread may do the work itself, if the device lets it.
   void start_scatter(LoadTask& task, std::span<const std::byte> run, bool guarded, bool here = false);
+  void piece_read(LoadTask& task, const IoOperation& piece);
   void pieces_read(LoadTask& task);
   bool check_header(LoadTask& task, std::span<const std::byte> header_bytes);
   void scattered(LoadTask& task, ScatterOutcome outcome);

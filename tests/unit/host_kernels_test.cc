@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "device/stream_copy.h"
+#include "format/digest.h"
 #include "paged_memory.h"
 
 namespace tokendepot::paged_test {
@@ -278,6 +279,36 @@ TEST(HostKernels, AFlippedBitAnywhereWritesNothing) {
     payload[place] ^= flip;
   }
   EXPECT_EQ(scatter(memory.cache, header, payload, blocks, 0, 3), ScatterOutcome::ok);
+}
+
+TEST(HostKernels, PageDigestsMadeByWhoeverReadThePayloadDecideInItsPlace) {
+  std::mt19937 random(13);
+  const auto shape = canonical({0, 3, 0, 3}, 32, 16, 2, 100);
+  const auto payload = reference_payload(shape);
+  const auto header = header_of(shape, payload);
+  auto memory = make_canonical(shape, 6, "LPBTH", 0, random);
+  const auto before = memory.bytes;
+  const auto blocks = pick_blocks(2, 6, random);
+  const uint64_t stride = shape.shard_stride();
+  const auto run = std::span(payload).subspan(stride, 2 * stride);
+  std::vector<uint64_t> digests(run.size() / kPageBytes);
+  digest_pages(run, digests);
+  ScatterWork work;
+  work.cache = &memory.cache;
+  work.header = &header;
+  work.payload = run;
+  work.first_shard = 1;
+  work.shards = 2;
+  work.blocks = blocks;
+  work.page_digests = digests;
+  for (uint64_t& digest : digests) {
+    digest ^= 1;
+    ASSERT_EQ(verify_and_scatter(work), ScatterOutcome::corrupt);
+    digest ^= 1;
+  }
+  ASSERT_TRUE(memory.bytes == before);
+  EXPECT_EQ(verify_and_scatter(work), ScatterOutcome::ok);
+  EXPECT_FALSE(memory.bytes == before);
 }
 
 TEST(HostKernels, DamageOutsideTheRunOfShardsDoesNotMatter) {

@@ -1,8 +1,10 @@
 // Loads and stores in motion: hostile plans, job ids, bounds, deadlines, close, processes side by side.
 #include "transfer/transfers.h"
 
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <set>
@@ -160,6 +162,63 @@ TEST_P(TransfersOn, AnExtentLargerThanTheSlabFailsAndOthersGoOn) {
   const auto mine = prompt_keys(ns_, 9, 2);
   store_all(*depot, mine, 0, 2);
   EXPECT_EQ(load(*depot, plan_of(*depot, mine, 0, 2, 100)).items_ok, 2u);
+}
+
+TEST_P(TransfersOn, AnExtentThatIsReadInPiecesIsVerifiedInEveryOne) {
+  const GroupShape whole = small_shape({0, 64, 0, 4});  // 2 MiB an extent, 512 KiB a shard
+  const GroupShape middle = small_shape({0, 64, 1, 3});
+  Options big = options();
+  big.roots[0].segment_bytes = 4 << 20;
+  HostCache writer_cache(whole, 8);
+  auto depot = open(big);
+  ASSERT_TRUE(depot->attach(writer_cache.paged()));
+  writer_cache.fill(1);
+  const auto keys = prompt_keys(ns_, 1, 1);
+  store_all(*depot, keys, 0, 1);
+  const auto expected = writer_cache.block(2);
+  const auto plan = plan_chunks(*depot, ns_, keys, want_of(whole), 0, 1, 4);
+  ASSERT_TRUE(plan);
+  EXPECT_EQ(load(*depot, *plan).items_ok, 1u);
+  EXPECT_EQ(writer_cache.block(6), expected);
+
+  HostCache part_cache(middle, 8);
+  Options beside = big;
+  beside.roots[0].read_only = true;
+  auto reader = open(beside);
+  ASSERT_TRUE(reader->attach(part_cache.paged()));
+  const ExtentRef where = plan->items[0].where;
+  const std::string file = directory_.path() + "/root/segments/" + segment_name(where.segment);
+  auto flip = [&file](uint64_t at) {
+    const int fd = ::open(file.c_str(), O_RDWR);
+    char byte = 0;
+    ASSERT_EQ(pread(fd, &byte, 1, static_cast<off_t>(at)), 1);
+    byte = static_cast<char>(byte ^ 1);
+    ASSERT_EQ(pwrite(fd, &byte, 1, static_cast<off_t>(at)), 1);
+    ::close(fd);
+  };
+  part_cache.clear();
+  const auto untouched = part_cache.block(0);
+  const uint64_t first = 4096 + (512 << 10);  // heads 1 and 2
+  const uint64_t last = first + (1 << 20) - 1;
+  for (uint64_t at = first; at <= last; at = at + 60'000 > last && at != last ? last : at + 60'000) {
+    flip(where.offset + at);
+    const Completion done = load(*reader, *plan);
+    ASSERT_EQ(done.failures.size(), 1u) << at;
+    EXPECT_EQ(done.failures[0].reason, ItemFailure::Reason::corrupt) << at;
+    ASSERT_EQ(part_cache.block(0), untouched) << at;
+    flip(where.offset + at);
+  }
+  LoadPlan good = *plan;
+  good.items[0].blocks = {0, 1, 2, 3};
+  flip(where.offset + first - 1);  // of a head that is not asked for
+  EXPECT_EQ(load(*reader, good).items_ok, 1u);
+  const auto rows = part_cache.block(2);
+  for (size_t token = 0; token < rows.size() / 128; ++token) {
+    ASSERT_TRUE(std::equal(rows.begin() + static_cast<int64_t>(token * 128),
+                           rows.begin() + static_cast<int64_t>(token * 128 + 128),
+                           expected.begin() + static_cast<int64_t>(token * 256 + 64)))
+        << token;
+  }
 }
 
 // D3: what a short file does not give is not taken from who used the buffer before.

@@ -1,0 +1,178 @@
+// Processes side by side on one root: nothing collides, nothing is lost, a load is exact or a miss.
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "transfers_fixture.h"
+
+namespace tokendepot::testing {
+namespace {
+
+class ProcessesOn : public TransfersOn {};
+
+/// Reported in place of a prompt, plus the exit code, by a process that could not store all of its prompts.
+constexpr uint32_t kGaveUp = 1u << 31;
+
+/// Body of a process that stores prompts [first, last) of `chunks` each, then waits to be killed.
+int store_prompts(const Options& options, uint32_t first, uint32_t last, size_t chunks, int gate,
+                  int report) {
+  char none = 0;
+  if (read(gate, &none, 1) < 0) return 2;
+  auto depot = Depot::open(options);
+  if (!depot) {
+    std::fprintf(stderr, "open failed: %s\n", depot.error().message.c_str());
+    return 3;
+  }
+  const auto ns = (*depot)->register_namespace(R"({"model":"m"})");
+  HostCache cache(small_shape(), kBlocks);
+  if (!ns || !(*depot)->attach(cache.paged())) return 4;
+  uint64_t job = 0;
+  for (uint32_t prompt = first; prompt < last; ++prompt) {
+    cache.fill(prompt);
+    const auto keys = prompt_keys(*ns, prompt, chunks);
+    bool stored = false;
+    for (int attempt = 0; attempt < 300 && !stored; ++attempt) {
+      StorePlan plan;
+      plan.ns = *ns;
+      for (uint32_t i = 0; i < chunks; ++i)
+        plan.items.push_back({keys[i], i, 0, iota_blocks(static_cast<int32_t>(i * 4), 4)});
+      if (!(*depot)->submit_store(job++, plan) || !(*depot)->flush(20s)) return 5;
+      for (const Completion& done : (*depot)->poll()) stored |= done.items_ok == chunks;
+      if (!stored) usleep(10'000);
+    }
+    if (!stored) return 6;
+    if (write(report, &prompt, sizeof prompt) != sizeof prompt) return 7;
+  }
+  pause();
+  return 0;
+}
+
+/// Runs `processes` of them at once and kills them all when each has stored everything.
+void run_processes(const Options& options, const std::vector<std::pair<uint32_t, uint32_t>>& ranges,
+                   size_t chunks) {
+  int gate[2];
+  int report[2];
+  ASSERT_EQ(pipe(gate), 0);
+  ASSERT_EQ(pipe(report), 0);
+  std::vector<pid_t> children;
+  size_t expected = 0;
+  for (const auto& [first, last] : ranges) {
+    expected += last - first;
+    const pid_t child = fork();
+    if (child == 0) {
+      close(gate[1]);
+      close(report[0]);
+      const int code = store_prompts(options, first, last, chunks, gate[0], report[1]);
+      // A process that gives up says so: the others keep the pipe open, its end alone is not seen.
+      const uint32_t gave_up = kGaveUp + static_cast<uint32_t>(code);
+      (void)!write(report[1], &gave_up, sizeof gave_up);
+      _exit(code);
+    }
+    children.push_back(child);
+  }
+  close(gate[0]);
+  close(gate[1]);  // now, all at once
+  close(report[1]);
+  size_t reported = 0;
+  uint32_t prompt = 0;
+  while (reported < expected && read(report[0], &prompt, sizeof prompt) == sizeof prompt && prompt < kGaveUp)
+    ++reported;
+  close(report[0]);
+  for (const pid_t child : children) {
+    kill(child, SIGKILL);
+    int status = 0;
+    waitpid(child, &status, 0);
+    EXPECT_TRUE(WIFSIGNALED(status)) << "a process ended with " << WEXITSTATUS(status);
+  }
+  EXPECT_EQ(reported, expected);
+}
+
+// X3: one root, one second, many processes; killed, started again; nothing collides.
+TEST_P(ProcessesOn, EightProcessesOnOneRootNeverCollide) {
+  const Options roomy = options(256 << 20);
+  for (uint32_t generation = 0; generation < 2; ++generation) {
+    std::vector<std::pair<uint32_t, uint32_t>> ranges;
+    for (uint32_t p = 0; p < 8; ++p)
+      ranges.emplace_back(generation * 1000 + p * 10, generation * 1000 + p * 10 + 5);
+    run_processes(roomy, ranges, 4);
+  }
+  auto depot = open(roomy);
+  ASSERT_TRUE(depot->attach(cache_.paged()));
+  for (uint32_t generation = 0; generation < 2; ++generation) {
+    for (uint32_t p = 0; p < 8; ++p) {
+      for (uint32_t n = 0; n < 5; ++n) {
+        const uint32_t prompt = generation * 1000 + p * 10 + n;
+        const auto keys = prompt_keys(ns_, prompt, 4);
+        HostCache expected(small_shape(), kBlocks);
+        expected.fill(prompt);
+        ASSERT_EQ(depot->longest_prefix(keys, std::vector{want_}), 4u) << prompt;
+        ASSERT_EQ(load(*depot, plan_of(*depot, keys, 0, 4, 0)).items_ok, 4u) << prompt;
+        for (int32_t b = 0; b < 16; ++b) ASSERT_EQ(cache_.block(b), expected.block(b)) << prompt;
+      }
+    }
+  }
+}
+
+TEST_P(ProcessesOn, FourProcessesMayStoreTheSameKeys) {
+  const Options roomy = options(128 << 20);
+  run_processes(roomy, {{0, 8}, {0, 8}, {0, 8}, {0, 8}}, 4);
+  auto depot = open(roomy);
+  ASSERT_TRUE(depot->attach(cache_.paged()));
+  for (uint32_t prompt = 0; prompt < 8; ++prompt) {
+    const auto keys = prompt_keys(ns_, prompt, 4);
+    HostCache expected(small_shape(), kBlocks);
+    expected.fill(prompt);
+    ASSERT_EQ(load(*depot, plan_of(*depot, keys, 0, 4, 0)).items_ok, 4u) << prompt;
+    for (int32_t b = 0; b < 16; ++b) ASSERT_EQ(cache_.block(b), expected.block(b)) << prompt;
+  }
+}
+
+TEST_P(ProcessesOn, UnderEvictionByAnotherProcessALoadIsExactOrAMiss) {
+  const Options small = options(6 << 20);
+  const pid_t child = fork();
+  if (child == 0) {
+    auto depot = Depot::open(small);
+    if (!depot) _exit(3);
+    const auto ns = (*depot)->register_namespace(R"({"model":"m"})");
+    HostCache cache(small_shape(), kBlocks);
+    if (!ns || !(*depot)->attach(cache.paged())) _exit(4);
+    for (uint32_t n = 0;; ++n) {
+      cache.fill(n % 50);
+      const auto keys = prompt_keys(*ns, n % 50, 8);
+      (void)store_chunks(**depot, n, *ns, keys, 0, 8);
+    }
+  }
+  auto reader = open(small);
+  ASSERT_TRUE(reader->attach(cache_.paged()));
+  const auto end = std::chrono::steady_clock::now() + 3s;
+  uint32_t exact = 0;
+  for (uint32_t n = 0; std::chrono::steady_clock::now() < end; ++n) {
+    const uint32_t prompt = n % 50;
+    const auto keys = prompt_keys(ns_, prompt, 8);
+    const size_t have = reader->longest_prefix(keys, std::vector{want_});
+    if (have == 0) continue;
+    const auto plan = plan_chunks(*reader, ns_, keys, want_, 0, have, 0);
+    if (!plan) continue;
+    const Completion done = load(*reader, *plan);
+    std::set<uint32_t> failed;
+    for (const ItemFailure& failure : done.failures) failed.insert(failure.chunk);
+    HostCache expected(small_shape(), kBlocks);
+    expected.fill(prompt);
+    for (uint32_t chunk = 0; chunk < have; ++chunk) {
+      if (failed.contains(chunk)) continue;
+      ++exact;
+      for (uint32_t b = 0; b < 4; ++b) {
+        const auto id = static_cast<int32_t>(chunk * 4 + b);
+        ASSERT_EQ(cache_.block(id), expected.block(id)) << "prompt " << prompt << " chunk " << chunk;
+      }
+    }
+  }
+  kill(child, SIGKILL);
+  waitpid(child, nullptr, 0);
+  EXPECT_GT(exact, 0u);
+}
+INSTANTIATE_TEST_SUITE_P(Roots, ProcessesOn, ::testing::Values("tmpfs", "disk", "uring"),
+                         [](const auto& suite) { return suite.param; });
+
+}  // namespace
+}  // namespace tokendepot::testing

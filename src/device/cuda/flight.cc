@@ -24,20 +24,24 @@ void describe(const Job& job, const DeviceCache& known, Flight& flight) {
   flight.aligned = known.aligned;
   Move& move = flight.move;
   const GroupShape& cache = job.cache->shape;
-  move.planes = known.planes;
-  move.planes_per_layer = known.planes_per_layer;
-  move.block_tokens = cache.block_tokens;
-  move.row_bytes = cache.row_bytes;
-  move.page_bytes = cache.kind == LayoutKind::opaque ? cache.page_bytes : 0;
-  move.cache_layer_begin = cache.part.layer_begin;
-  move.cache_layer_end = cache.part.layer_end;
-  move.cache_head_begin = cache.part.head_begin;
-  move.cache_head_end = cache.part.head_end;
-  move.layer_begin = job.shape.part.layer_begin;
-  move.layers = job.shape.part.layers();
-  move.head_begin = job.shape.part.head_begin;
-  move.tokens = job.shape.tokens;
-  move.first_shard = job.first_shard;
+  Fit& fit = move.fit;
+  fit.planes = known.planes;
+  fit.planes_per_layer = Divisor(known.planes_per_layer);
+  fit.opaque = cache.kind == LayoutKind::opaque;
+  if (fit.opaque) {
+    fit.page_bytes = Divisor(cache.page_bytes);
+  } else {
+    fit.row_bytes = Divisor(cache.row_bytes);
+    fit.block_tokens = Divisor(cache.block_tokens);
+    fit.tokens = Divisor(job.shape.tokens);
+  }
+  fit.cache_layer_begin = cache.part.layer_begin;
+  fit.cache_layer_end = cache.part.layer_end;
+  fit.cache_head_begin = cache.part.head_begin;
+  fit.cache_head_end = cache.part.head_end;
+  fit.layer_begin = job.shape.part.layer_begin;
+  fit.head_begin = job.shape.part.head_begin;
+  fit.first_shard = job.first_shard;
   move.shards = job.shards;
   move.shard_bytes = job.shape.shard_bytes();
   move.shard_stride = job.shape.shard_stride();
@@ -46,9 +50,9 @@ void describe(const Job& job, const DeviceCache& known, Flight& flight) {
   move.counters = flight.counters;
 
   const bool few_blocks = job.blocks.size() <= kFewBlocks;
-  std::memcpy(few_blocks ? move.few_blocks : reinterpret_cast<int32_t*>(flight.note), job.blocks.data(),
+  std::memcpy(few_blocks ? fit.few_blocks : reinterpret_cast<int32_t*>(flight.note), job.blocks.data(),
               job.blocks.size() * 4);
-  move.blocks = few_blocks ? nullptr : reinterpret_cast<const int32_t*>(flight.note);
+  fit.blocks = few_blocks ? nullptr : reinterpret_cast<const int32_t*>(flight.note);
   flight.note_digests = reinterpret_cast<uint64_t*>(flight.note + align_up(job.blocks.size() * 4, 8));
   flight.note_outcome = reinterpret_cast<uint32_t*>(flight.note_digests + job.shards);
   move.shard_digests = flight.note_digests;

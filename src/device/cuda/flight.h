@@ -30,9 +30,9 @@ inline Needs needs_of(uint64_t payload_bytes, uint32_t shards, uint64_t blocks, 
           align_up(blocks * 4, 8) + uint64_t{shards} * 8 + 8};
 }
 
-/// The kernels count the bytes of a shard in 32 bits.
+/// The kernels count the bytes of a shard in 31 bits.
 inline bool fits_kernels(const GroupShape& shape) {
-  return shape.shard_stride() <= UINT32_MAX && shape.shards() <= kMostShards;
+  return shape.shard_stride() <= INT32_MAX && shape.shards() <= kMostShards;
 }
 
 constexpr uint32_t kNoOutcome = 2;  // what a note says until the kernel has ended

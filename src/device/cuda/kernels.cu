@@ -201,60 +201,20 @@ __device__ uint64_t digest_of_words(const volatile uint64_t* words, uint32_t cou
   return avalanche3(result);
 }
 
-/// Where 1 to 16 contiguous bytes of a shard lie in the cache; nullptr when they are not wanted here.
-struct Target {
-  uint8_t* at;
-  uint32_t run;  // bytes that stay contiguous from there
-};
-
-__device__ int32_t block_at(const Move& move, uint32_t i) {
-  return move.blocks != nullptr ? move.blocks[i] : move.few_blocks[i];
-}
-
-__device__ Target locate(const Move& move, uint32_t shard, uint32_t offset) {
-  if (move.page_bytes == 0) {
-    const uint32_t row = offset / move.row_bytes, byte = offset % move.row_bytes;
-    const uint32_t line = row / move.tokens, token = row % move.tokens;
-    const uint32_t layer = move.layer_begin + line / move.planes_per_layer,
-                   plane = line % move.planes_per_layer;
-    const uint32_t head = move.head_begin + move.first_shard + shard;
-    const uint32_t run = move.row_bytes - byte;
-    if (layer < move.cache_layer_begin || layer >= move.cache_layer_end) return {nullptr, run};
-    if (head < move.cache_head_begin || head >= move.cache_head_end) return {nullptr, run};
-    const int32_t block = block_at(move, token / move.block_tokens);
-    if (block < 0) return {nullptr, run};
-    const DevicePlane& p = move.planes[(layer - move.cache_layer_begin) * move.planes_per_layer + plane];
-    return {p.base + block * p.block_stride +
-                static_cast<int64_t>(head - move.cache_head_begin) * p.head_stride +
-                static_cast<int64_t>(token % move.block_tokens) * p.token_stride + byte,
-            run};
-  }
-  const uint32_t page = offset / move.page_bytes, byte = offset % move.page_bytes;
-  const uint32_t layer = move.layer_begin + move.first_shard + shard;
-  const int32_t block = block_at(move, page);
-  const DevicePlane* pieces = move.planes + (layer - move.cache_layer_begin) * move.planes_per_layer;
-  uint32_t i = 0;
-  while (byte >= pieces[i].piece_offset + pieces[i].piece_bytes) ++i;
-  const uint32_t inside = byte - pieces[i].piece_offset;
-  const uint32_t run = pieces[i].piece_bytes - inside;
-  if (block < 0) return {nullptr, run};
-  return {pieces[i].base + block * pieces[i].block_stride + inside, run};
-}
-
 /// `aligned`: rows, strides and bases are multiples of 16, so a vector never straddles a row.
 template <bool aligned>
 __device__ uint4 read_cache(const Move& move, uint32_t shard, uint64_t offset) {
   uint4 value = {0, 0, 0, 0};
   if (offset >= move.shard_bytes) return value;  // padding is zero
   if (aligned) {
-    const Target from = locate(move, shard, static_cast<uint32_t>(offset));
+    const Target from = locate(move.fit, shard, static_cast<uint32_t>(offset));
     return __ldcs(reinterpret_cast<const uint4*>(from.at));
   }
   auto* bytes = reinterpret_cast<uint8_t*>(&value);
   const uint32_t wanted =
       move.shard_bytes - offset < 16 ? static_cast<uint32_t>(move.shard_bytes - offset) : 16;
   for (uint32_t done = 0; done < wanted;) {
-    const Target from = locate(move, shard, static_cast<uint32_t>(offset) + done);
+    const Target from = locate(move.fit, shard, static_cast<uint32_t>(offset) + done);
     const uint32_t run = from.run < wanted - done ? from.run : wanted - done;
     for (uint32_t i = 0; i < run; ++i) bytes[done + i] = from.at[i];
     done += run;
@@ -266,7 +226,7 @@ template <bool aligned>
 __device__ void write_cache(const Move& move, uint32_t shard, uint64_t offset, const uint4& value) {
   if (offset >= move.shard_bytes) return;
   if (aligned) {
-    const Target to = locate(move, shard, static_cast<uint32_t>(offset));
+    const Target to = locate(move.fit, shard, static_cast<uint32_t>(offset));
     if (to.at != nullptr) __stcs(reinterpret_cast<uint4*>(to.at), value);
     return;
   }
@@ -274,7 +234,7 @@ __device__ void write_cache(const Move& move, uint32_t shard, uint64_t offset, c
   const uint32_t wanted =
       move.shard_bytes - offset < 16 ? static_cast<uint32_t>(move.shard_bytes - offset) : 16;
   for (uint32_t done = 0; done < wanted;) {
-    const Target to = locate(move, shard, static_cast<uint32_t>(offset) + done);
+    const Target to = locate(move.fit, shard, static_cast<uint32_t>(offset) + done);
     const uint32_t run = to.run < wanted - done ? to.run : wanted - done;
     for (uint32_t i = 0; to.at != nullptr && i < run; ++i) to.at[i] = bytes[done + i];
     done += run;

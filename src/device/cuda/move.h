@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "device/cuda/locate.h"
+
 namespace tokendepot::cuda {
 
 /// XXH3's default secret (192 bytes) as 64-bit words; uploaded from the xxhash library, so that both always
@@ -14,18 +16,6 @@ struct Secret {
   uint64_t words[24];
 };
 
-/// One strided plane or piece of a layer in device memory. See Plane in tokendepot/layout.h.
-struct DevicePlane {
-  uint8_t* base;
-  int64_t block_stride;
-  int64_t head_stride;
-  int64_t token_stride;
-  uint32_t piece_bytes;
-  uint32_t piece_offset;  // of the piece in its page (opaque)
-};
-
-// What travels with a launch: the device need not fetch it over the link that the payloads use.
-constexpr uint32_t kFewBlocks = 128;
 constexpr uint32_t kFewDigests = 64;
 
 /// Zero between launches: a kernel leaves it as it found it.
@@ -39,21 +29,9 @@ constexpr uint32_t kMostShards = sizeof Counters::pages_done / sizeof(uint32_t);
 
 /// One extent between its payload and the paged cache. All pointers are device memory unless said otherwise.
 struct Move {
-  // The cache.
-  const DevicePlane* planes;  // [layer of the cache's part][plane or piece]; rows of equal length
-  uint32_t planes_per_layer;
-  uint32_t block_tokens;
-  uint32_t row_bytes;   // canonical
-  uint32_t page_bytes;  // opaque; 0 says canonical
-  uint32_t cache_layer_begin, cache_layer_end;
-  uint32_t cache_head_begin, cache_head_end;
-  // The extent.
-  uint32_t layer_begin, layers;
-  uint32_t head_begin;
-  uint32_t tokens;
-  uint32_t first_shard, shards;  // the run that lies in `payload`
+  Fit fit;
+  uint32_t shards;  // the run that lies in `payload`
   uint64_t shard_bytes, shard_stride;
-  const int32_t* blocks;  // -1 = leave out; mapped host memory, or null = few_blocks
   uint8_t* payload;
   // Digests.
   uint64_t* page_digests;   // one a page of the run
@@ -61,7 +39,6 @@ struct Move {
                             // null = few_digests
   Counters* counters;       // of this launch alone
   uint32_t* outcome;        // mapped host memory: verify + scatter leaves 0 = written or 1 = bad here
-  int32_t few_blocks[kFewBlocks];
   uint64_t few_digests[kFewDigests];
 };
 

@@ -298,12 +298,19 @@ TEST_F(RootWriterTest, ADirectRefusalOnAReadOnlyRootFallsBackToThePageCache) {
     Process process(options());
     fill_a_segment(*process.writer);
   }
-  SegmentFiles files(root() + "/segments", false, true, 4);
-  for (const auto& entry : std::filesystem::directory_iterator(root() + "/segments")) {
-    const auto id = segment_of_name(entry.path().filename());
-    ASSERT_TRUE(id);
-    EXPECT_TRUE(files.open(*id));
-  }
+  EXPECT_EQ(exit_code_of_child([&] {
+              if (!forbid_open_flag(O_DIRECT, EINVAL)) return 1;
+              SegmentFiles files(root() + "/segments", false, true, 4);
+              int opened = 0;
+              for (const auto& entry : std::filesystem::directory_iterator(root() + "/segments")) {
+                const auto id = segment_of_name(entry.path().filename());
+                if (!id) return 2;
+                if (!files.open(*id)) return 3;
+                ++opened;
+              }
+              return opened > 0 ? 0 : 4;
+            }),
+            0);
 }
 
 TEST_F(RootWriterTest, EightProcessesMakeOneRootInTheSameInstant) {

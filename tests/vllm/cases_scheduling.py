@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import torch
@@ -16,10 +17,14 @@ from lab import (
     case,
     damage,
     keys_of,
+    lines,
     request,
     same,
     store_prompts,
 )
+
+from tokendepot.engines.vllm.repeats import PROOF
+from tokendepot.engines.vllm.scheduler import SEEN_STORE_S
 
 TOUCHES_THE_CACHE = ("submit_load", "place", "submit_store")
 
@@ -58,6 +63,36 @@ def _churned(lab: Lab, name: str, *, hybrid: bool, blocks: int, fenced: bool, **
     again = engine.run(follow, LENGTH)
     assert engine.loaded() > 0
     return texts + again, follow
+
+
+@case
+def stores_that_are_never_found_again_are_said_and_counted(lab: Lab) -> None:
+    class Blind:
+        def __init__(self, depot) -> None:
+            self._depot = depot
+
+        def __getattr__(self, name: str):
+            return getattr(self._depot, name)
+
+        def longest_prefix(self, keys, wants) -> int:
+            return 0
+
+    engine = lab.engine()
+    same(engine.run(PROMPTS, LENGTH), lab.expected())
+    same(engine.run(PROMPTS, LENGTH), lab.expected())
+    assert "missed_repeats" not in engine.stats, "what is found is no missed repeat"
+    lab.stop(engine)
+    engine = lab.engine(root=str(lab.root / "other"))
+    seeing = engine.half._depot
+    engine.half._depot = Blind(seeing)
+    same(engine.run(PROMPTS, LENGTH), lab.expected())
+    time.sleep(SEEN_STORE_S)
+    assert "missed_repeats" not in engine.stats and not lines.having("began with a chunk")
+    for _ in range(PROOF):
+        engine.run(PROMPTS[:1], 1)
+    assert engine.stats["missed_repeats"] >= PROOF
+    assert len(lines.having("began with a chunk that this engine had stored", "WARNING")) == 1
+    engine.half._depot = seeing
 
 
 @case

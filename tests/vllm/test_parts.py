@@ -28,6 +28,7 @@ from tokendepot.engines.vllm.messages import (
     StepReport,
     StoreOrder,
 )
+from tokendepot.engines.vllm.repeats import PROOF, REMEMBERED, Repeats
 from tokendepot.engines.vllm.settings import RefusedError, read_settings
 from tokendepot.engines.vllm.stats import DepotPromMetrics, DepotStats, EngineCounters
 from vllm.v1.kv_cache_interface import (
@@ -236,6 +237,23 @@ def test_the_device_is_given_to_workers_and_kept_from_the_scheduler() -> None:
         assert _core.parse_options(settings.engine_options("cuda:0"))["device"] == "cuda:0"
     assert _core.parse_options(plain.engine_options("host", store_queue=7 << 30))["store_queue"] == 7 << 30
     assert _core.parse_options(chosen.engine_options("host", store_queue=7 << 30))["store_queue"] == 1 << 30
+
+
+def test_only_prompts_that_were_stored_before_can_be_missed() -> None:
+    repeats = Repeats()
+    repeats.stored(b"a", 10.0)
+    assert not repeats.looked_up(b"b", False, 11.0), "never stored"
+    assert not repeats.looked_up(b"a", False, 9.0), "not to be seen yet"
+    for _ in range(PROOF - 1):
+        assert repeats.looked_up(b"a", False, 11.0)
+    assert repeats.complaint() == ""
+    assert repeats.looked_up(b"a", False, 11.0)
+    assert str(PROOF) in repeats.complaint()
+    assert not repeats.looked_up(b"a", True, 11.0)
+    assert repeats.complaint() == "", "one that is found clears stores and look-ups of the suspicion"
+    for number in range(REMEMBERED):
+        repeats.stored(number.to_bytes(4, "big"), 0.0)
+    assert not repeats.looked_up(b"a", False, 11.0), "the oldest are forgotten"
 
 
 def test_orders_stay_small_and_survive_pickling() -> None:

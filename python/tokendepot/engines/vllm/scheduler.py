@@ -33,6 +33,7 @@ from tokendepot.engines.vllm.messages import (
     StoreOrder,
 )
 from tokendepot.engines.vllm.places import NULL_BLOCK, everything, everywhere, places_of
+from tokendepot.engines.vllm.repeats import Repeats
 from tokendepot.engines.vllm.settings import RefusedError, Settings
 from tokendepot.engines.vllm.tracked import Hold, Load, Promise, Store, Tracked, bar
 from tokendepot.engines.vllm.worth import Worth, starting_values
@@ -68,6 +69,7 @@ class SchedulerHalf:
         self._drop_last_chunk = versions.chunk_drop_needed(vllm_config.speculative_config)
         self._fence = StoreFence(self._groups, self._ranks)
         self._worth = None if settings.min_load_is_fixed else Worth(*starting_values(self._groups, self._depot.stats()))
+        self._repeats = Repeats()
         self._adapters = Adapters(settings.root_paths)
         self._requests: dict[str, Tracked] = {}
         self._pending: list[LoadOrder] = []
@@ -105,7 +107,7 @@ class SchedulerHalf:
     def matched_tokens(self, request: Any, local_tokens: int) -> int | None:
         """Tokens beyond `local_tokens` that the depot can load; None = ask again. No side effect but the note."""
         tracked = self._track(request)
-        tracked.promise, tracked.not_worth = None, 0
+        tracked.promise, tracked.not_worth, tracked.found = None, 0, None
         if self._off or not self._may_load or tracked.failed_loads >= LOAD_ATTEMPTS:
             return 0
         try:
@@ -124,6 +126,7 @@ class SchedulerHalf:
             return None
         keys = chain.keys(0, chunks)
         hit = self._depot.longest_prefix(keys, self._wants)
+        tracked.found = hit > 0
         if hit and self._drop_last_chunk:
             hit = self._depot.longest_prefix(chain.keys(0, hit - 1), self._wants)
         external = hit * self._chunk - local_tokens
@@ -179,6 +182,7 @@ class SchedulerHalf:
             self._count("queried_tokens", request.num_tokens)
             if tracked.not_worth:
                 self._count("not_worth_tokens", tracked.not_worth)
+            self._watch_repeats(tracked)
         if external_tokens <= 0:
             return
         self._fence.allocated(tables, tracked.promise.local_tokens if tracked.promise else 0)
@@ -186,6 +190,14 @@ class SchedulerHalf:
         order = self._order(tracked, tables, promise, external_tokens)
         self._pending.append(order)
         self._count("hit_tokens", external_tokens)
+
+    def _watch_repeats(self, tracked: Tracked) -> None:
+        if tracked.found is None or tracked.chain is None:
+            return
+        if self._repeats.looked_up(tracked.chain.keys(0, 1), tracked.found, time.monotonic()):
+            self._count("missed_repeats", 1)
+            if complaint := self._repeats.complaint():
+                self._say_once("repeats", complaint)
 
     def _order(
         self, tracked: Tracked, tables: list[list[int]], promise: Promise | None, external: int
@@ -343,7 +355,10 @@ class SchedulerHalf:
 
     def _store_order(self, group: Group, items: list[tuple[bytes, int, int, list[int]]]) -> StoreOrder:
         job, self._next_job = self._next_job, self._next_job + 1
-        self._stores[job] = Store([(key, index) for key, _, index, _ in items])
+        self._stores[job] = Store(
+            [(key, index) for key, _, index, _ in items],
+            [(key, index) for key, chunk, index, _ in items if chunk == 0],
+        )
         self._fence.begin(job, (block for *_, blocks in items for block in blocks))
         self._forget_old_stores()
         return StoreOrder(job, group.index, bytes(_core.plan_store(self._namespace, items)))
@@ -433,6 +448,9 @@ class SchedulerHalf:
             for key in store.keys:
                 if key in self._storing:
                     self._storing[key] = until
+            for first in store.firsts:
+                if first in self._storing:  # else a rank failed to store it
+                    self._repeats.stored(first[0], until)
 
     # --- requests ------------------------------------------------------------------------------------------------
 
@@ -530,7 +548,10 @@ class SchedulerHalf:
 
     def _say(self, text: str) -> None:
         """Once for each text: requests repeat, the operator needs it once."""
-        if text not in self._said and len(self._said) < 64:
-            self._said.add(text)
+        self._say_once(text, text)
+
+    def _say_once(self, subject: str, text: str) -> None:
+        if subject not in self._said and len(self._said) < 64:
+            self._said.add(subject)
             versions.log.warning("tokendepot: %s", text)
 

@@ -36,6 +36,10 @@ COUNTERS = {
         "tokendepot_not_worth_loading_tokens",
         "Tokens that the depot holds and that were left to be computed because that is faster.",
     ),
+    "missed_repeats": (
+        "tokendepot_missed_repeats",
+        "Prompts that began with a chunk which this engine had stored, and of which nothing was found.",
+    ),
     "broken_promises": (
         "tokendepot_broken_promises",
         "Loads whose extents had gone between look-up and plan.",

@@ -42,6 +42,7 @@ class Tracked:
     tables: list[list[int]] = field(default_factory=list)  # block ids of each group
     next_chunk: int = 0  # chunks before it need no more thought
     counted: bool = False  # in queried_tokens
+    found: bool | None = None  # whether the last look-up found anything; None = there was none
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Load:
 @dataclass
 class Store:
     keys: list[tuple[bytes, int]]
+    firsts: list[tuple[bytes, int]]  # of the keys, those of first chunks
     ended_by: int = 0
 
 

@@ -178,7 +178,7 @@ def what_is_faster_computed_is_not_loaded_and_counted(lab: Lab) -> None:
     assert rule.load_seconds(128) < 0.1 and rule._last_end > 0, "steps and loads are measured"
     rule.of_load = lambda local, hit, total: True
     same(engine.run(PROMPTS, LENGTH), lab.expected())
-    assert engine.external == len(PROMPTS) and rule._loads.near(128, 0.0) is not None
+    assert engine.external == len(PROMPTS) and rule._loads.near(128) is not None
 
 
 @case

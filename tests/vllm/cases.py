@@ -1,6 +1,6 @@
 """Runs the cases of one vLLM release in this process: cases.py MODEL SCRATCH RESULTS [NAME ...]
 
-RESULTS gets one JSON object a line: {"case": ..., "ok": ..., "detail": ..., "seconds": ...}. test_harness.py runs
+RESULTS gets one JSON object a line: {"case": ..., "ok": ..., "detail": ..., "skipped": ..., "seconds": ...}. test_harness.py runs
 this for every release and turns each line into a test.
 """
 
@@ -19,7 +19,7 @@ import cases_faults  # noqa: F401  (importing a module registers its cases)
 import cases_identity  # noqa: F401
 import cases_scheduling  # noqa: F401
 import cases_text  # noqa: F401
-from lab import CASES, Lab, lines
+from lab import CASES, Lab, Skipped, lines
 
 
 def main() -> int:
@@ -31,10 +31,12 @@ def main() -> int:
     lab = Lab(model, Path(scratch))
     with open(results, "w", encoding="utf-8") as out:
         for name in names or CASES:
-            started, detail = time.monotonic(), ""
+            started, detail, skipped = time.monotonic(), "", ""
             lab.begin()
             try:
                 CASES[name](lab)
+            except Skipped as reason:
+                skipped = str(reason)
             except BaseException:  # whatever it was, it belongs into the report of this case
                 detail = traceback.format_exc() + "\n".join(
                     f"{level} {line}" for level, line in lines.all[-20:]
@@ -46,6 +48,7 @@ def main() -> int:
                         "case": name,
                         "ok": not detail,
                         "detail": detail,
+                        "skipped": skipped,
                         "seconds": round(time.monotonic() - started, 2),
                     }
                 ),

@@ -9,7 +9,6 @@ import torch
 
 from harness import ABORTED
 from lab import (
-    HYBRID_LOADS,
     LENGTH,
     PROMPTS,
     Lab,
@@ -41,7 +40,7 @@ def preemption_with_a_tiny_pool_never_mixes_requests(lab: Lab) -> None:
         engine = lab.engine(hybrid=hybrid, root=root)
         follow = [prompt + text + [9] * 70 for prompt, text in zip(PROMPTS, expected, strict=True)]
         same(engine.run(follow, LENGTH), lab.expected(hybrid, prompts=follow))
-        assert engine.loaded() > 0 or (hybrid and not HYBRID_LOADS)
+        assert engine.loaded() > 0
 
 
 def _churned(lab: Lab, name: str, *, hybrid: bool, blocks: int, fenced: bool, **options):
@@ -224,7 +223,7 @@ def chunked_prefill_and_preemption_leave_no_hole(lab: Lab) -> None:
 
 @case
 def abort_during_a_load_frees_the_blocks_when_it_ends(lab: Lab) -> None:
-    for hybrid in (False, True) if HYBRID_LOADS else (False,):
+    for hybrid in (False, True):
         root = str(lab.root / str(hybrid))
         store_prompts(lab, hybrid=hybrid, root=root)
         engine = lab.engine(hybrid=hybrid, root=root)

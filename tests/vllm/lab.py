@@ -7,7 +7,12 @@ import logging
 import os
 import random
 import shutil
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +20,6 @@ from tokendepot import _core
 
 from harness import Engine, Options
 
-HYBRID_LOADS = True
 _random = random.Random(3)
 SHARED = [_random.randrange(3, 250) for _ in range(150)]
 PROMPTS = [SHARED + [_random.randrange(3, 250) for _ in range(11 + 29 * n)] for n in range(3)] + [
@@ -87,6 +91,10 @@ lines = Lines()
 CASES = {}
 
 
+class Skipped(Exception):
+    """This machine does not allow what the case needs; the text says what that is."""
+
+
 def case(function):
     CASES[function.__name__] = function
     return function
@@ -104,14 +112,58 @@ def damage(root, chosen=lambda extent: True, at: float = 0.6) -> int:
     for extent in _core.list_extents(str(root)):
         if chosen(extent):
             path = segment_path(root, extent)
-            with open(path, "r+b") as file:
-                file.seek(extent["offset"] + extent["bytes"] - int(extent["bytes"] * (1 - at)))
-                byte = file.read(1)
-                file.seek(-1, os.SEEK_CUR)
-                file.write(bytes([byte[0] ^ 0x5A]))
+            flip_byte(path, extent["offset"] + extent["bytes"] - int(extent["bytes"] * (1 - at)))
             count += 1
     assert count
     return count
+
+
+def flip_byte(path: Path, at: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 0x5A]))
+
+
+@contextmanager
+def engine_lines() -> Iterator[list[str]]:
+    """The lines that the engine's native code writes to stderr meanwhile; filled at the end."""
+    said: list[str] = []
+    sys.stderr.flush()
+    before = os.dup(2)
+    with tempfile.TemporaryFile("w+", errors="replace") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            said += file.read().splitlines()
+            print("\n".join(said), file=sys.stderr)
+
+
+@contextmanager
+def small_file_system(path: Path, mebibytes: int) -> Iterator[None]:
+    path.mkdir(parents=True)
+    _mount("-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(path))
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def make_read_only(path: Path) -> None:
+    _mount("-o", "remount,ro", str(path))
+
+
+def _mount(*arguments: str) -> None:
+    try:
+        subprocess.run(["mount", *arguments], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", "") or str(error)
+        raise Skipped(f"file systems cannot be mounted here: {reason.strip()}") from error
 
 
 def segment_path(root, extent) -> Path:
@@ -160,4 +212,5 @@ def store_prompts(lab: Lab, **options) -> None:
         same(engine.run(PROMPTS, LENGTH), lab.expected(options.get("hybrid", False)))
         if engine.stats.get("failures:store:dropped", 0) == dropped:
             break
+    assert engine.stats.get("store_extents", 0) > 0, "nothing was stored"
     lab.stop(engine)

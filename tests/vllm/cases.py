@@ -1,7 +1,7 @@
 """Runs the cases of one vLLM release in this process: cases.py MODEL SCRATCH RESULTS [NAME ...]
 
-RESULTS gets one JSON object a line: {"case": ..., "ok": ..., "detail": ..., "skipped": ..., "seconds": ...}. test_harness.py runs
-this for every release and turns each line into a test.
+RESULTS gets one JSON object a line: {"case": ..., "ok": ..., "detail": ..., "skipped": ..., "seconds": ...}.
+test_harness.py runs this for every release and turns each line into a test.
 """
 
 from __future__ import annotations

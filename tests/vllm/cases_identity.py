@@ -151,7 +151,20 @@ def kv_type_is_part_of_the_identity_by_its_resolved_name(lab: Lab) -> None:
 
 @case
 def refusals_name_key_value_and_what_is_allowed(lab: Lab) -> None:
+    occupied = lab.root.parent / f"{lab.root.name}-occupied"
+    occupied.mkdir()
+    (occupied / "thesis.txt").write_text("not the depot's")
+    system = os.statvfs(lab.root.parent)
+    too_large = system.f_blocks * system.f_frsize + (1 << 40)
     refused = (
+        (
+            {"roots": [f"{lab.root}?capacity={too_large}"]},
+            (str(lab.root), f"capacity={too_large}", "larger than its file system", " bytes of "),
+        ),
+        (
+            {"roots": [f"{occupied}?capacity=64MiB"]},
+            (str(occupied), "thesis.txt", "holds something else", "expected an empty"),
+        ),
         ({"chunk_token": 64}, ("chunk_token", "chunk_tokens")),
         ({"chunk_tokens": 72}, ("chunk_tokens is 72", "block size 16")),
         ({"chunk_tokens": True}, ("chunk_tokens", "true", "whole number")),
@@ -176,6 +189,7 @@ def refusals_name_key_value_and_what_is_allowed(lab: Lab) -> None:
             assert all(word in str(error) for word in words)
         else:
             raise AssertionError(f"{extra} was accepted")
+    assert [path.name for path in occupied.iterdir()] == ["thesis.txt"], "what is there is not touched"
     same(engine.run(PROMPTS, LENGTH), lab.expected())
     try:
         lab.engine(extra={"on_error": "ignore"})

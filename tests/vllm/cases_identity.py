@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from tokendepot.engines.vllm import versions
 from vllm.lora.request import LoRARequest
 
 from harness import VERSION, Engine
@@ -197,6 +198,25 @@ def refusals_name_key_value_and_what_is_allowed(lab: Lab) -> None:
         assert "on_error" in str(error) and "ignore" in str(error)
     else:
         raise AssertionError("on_error accepts anything")
+
+
+@case
+def a_vllm_too_old_runs_without_the_depot(lab: Lab) -> None:
+    running, versions.VLLM = versions.VLLM, (0, 19)
+    try:
+        engine = lab.engine()
+        try:
+            lab.engine(extra={"on_error": "fail"})
+        except ValueError as error:
+            assert "is not supported: tokendepot needs 0.20 or newer" in str(error)
+        else:
+            raise AssertionError("an unsupported vLLM was accepted")
+    finally:
+        versions.VLLM = running
+    said = lines.having("not used", "ERROR")
+    assert len(said) == 2 and said[0] == said[1], said  # one line in each of the two processes
+    same(engine.run(PROMPTS, LENGTH), lab.expected())
+    assert not lab.root.exists()
 
 
 @case

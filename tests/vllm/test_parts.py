@@ -13,7 +13,7 @@ import pytest
 import torch
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from tokendepot import _core
-from tokendepot.engines.vllm import identity
+from tokendepot.engines.vllm import identity, versions
 from tokendepot.engines.vllm.fence import StoreFence
 from tokendepot.engines.vllm.groups import Placement, describe_groups
 from tokendepot.engines.vllm.identity import (
@@ -29,6 +29,7 @@ from tokendepot.engines.vllm.messages import (
     StoreOrder,
 )
 from tokendepot.engines.vllm.repeats import PROOF, REMEMBERED, Repeats
+from tokendepot.engines.vllm.scheduler import SchedulerHalf
 from tokendepot.engines.vllm.settings import RefusedError, read_settings
 from tokendepot.engines.vllm.stats import DepotPromMetrics, DepotStats, EngineCounters
 from vllm.v1.kv_cache_interface import (
@@ -134,6 +135,110 @@ def test_what_is_not_understood_is_refused_in_one_sentence() -> None:
         with pytest.raises(RefusedError, match=text) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_a_vllm_below_the_range_is_refused_and_one_above_is_only_warned_of(monkeypatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(versions.log, "warning", lambda text, *values: warnings.append(text % values))
+    for version, refused, warned in (
+        ("0.19.4", True, False),
+        ("0.20.0", False, False),
+        ("0.33.7+cpu", False, False),
+        ("0.34.0", False, True),
+        ("1.0.0rc1", False, True),
+        ("dev", False, False),
+    ):
+        monkeypatch.setattr(versions.vllm, "__version__", version)
+        monkeypatch.setattr(versions, "VLLM", versions.parse(version))
+        warnings.clear()
+        problem = versions.refusal()
+        expected = f"vLLM {version} is not supported: tokendepot needs 0.20 or newer" if refused else None
+        assert problem == expected, version
+        versions.warn_if_untested()
+        assert len(warnings) == warned, version
+        assert all(f"vLLM {version} is newer than the newest tested release (0.33)" in text for text in warnings)
+
+
+def speculation(method: str, model: str, reads_target: bool) -> SimpleNamespace:
+    return SimpleNamespace(method=method, model=model, use_eagle=lambda: reads_target)
+
+
+def scheduler_half(tmp_path, speculative) -> SchedulerHalf:
+    config = configuration()
+    config.speculative_config = speculative
+    config.kv_transfer_config = SimpleNamespace(
+        is_kv_consumer=True, is_kv_producer=True, kv_load_failure_policy="recompute"
+    )
+    config.cache_config.cache_dtype, config.cache_config.enable_prefix_caching = "auto", True
+    config.model_config.dtype = torch.bfloat16
+    config.model_config.quantization = None
+    spec = full()
+    groups = [
+        SimpleNamespace(kv_cache_spec=spec, layer_names=[f"model.layers.{number}.attn" for number in range(4)])
+    ]
+    settings = read_settings(
+        {
+            "roots": [f"{tmp_path}/depot?capacity=64MiB"],
+            "free_space_reserve": 0,
+            "slab": "16MiB",
+            "chunk_tokens": 64,
+            "layout": "canonical",
+            "min_load_tokens": 64,
+            "model_digest": "tests",
+        }
+    )
+    return SchedulerHalf(settings, config, SimpleNamespace(kv_cache_groups=groups))
+
+
+def hit_of(half: SchedulerHalf, chunks_held: int, tokens: int) -> int | None:
+    """What is promised of a prompt of whose prefix the depot holds that many chunks."""
+    depot = half._depot
+    half._depot = SimpleNamespace(longest_prefix=lambda keys, wants: min(len(keys) // 32, chunks_held))
+    try:
+        ids = list(range(tokens))
+        request = SimpleNamespace(
+            request_id=f"r{chunks_held}-{tokens}",
+            num_tokens=tokens,
+            all_token_ids=ids,
+            mm_features=[],
+            lora_request=None,
+            cache_salt=None,
+        )
+        return half.matched_tokens(request, 0)
+    finally:
+        half._depot = depot
+
+
+def test_where_a_draft_model_reads_the_cache_the_last_chunk_of_a_hit_is_computed(tmp_path) -> None:
+    """A chunk's last cell then depends on the token behind the chunk, which its key does not hold."""
+    assert not versions.chunk_drop_needed(None)
+    assert not versions.chunk_drop_needed(SimpleNamespace(method="older, without the question"))
+    for speculative, dropped in (
+        (None, 0),
+        (speculation("ngram", "", False), 0),
+        (speculation("eagle", "draft", True), 1),
+    ):
+        half = scheduler_half(tmp_path, speculative)
+        for held, tokens in ((0, 300), (1, 300), (3, 300), (9, 300), (9, 257), (9, 256)):
+            hit = min(held, (tokens - 1) // 64)
+            assert hit_of(half, held, tokens) == max(0, hit - dropped) * 64, (speculative, held, tokens)
+        half.close()
+
+
+def test_draft_models_have_namespaces_of_their_own(tmp_path) -> None:
+    def namespace(speculative) -> bytes:
+        half = scheduler_half(tmp_path, speculative)
+        half.close()
+        return bytes(half._namespace)
+
+    plain = namespace(None)
+    assert namespace(speculation("ngram", "", False)) == plain, "drafts that leave no trace in the cache"
+    drafted = [
+        namespace(speculation(method, model, True))
+        for method, model in (("eagle", "one"), ("eagle", "two"), ("mtp", "one"))
+    ]
+    assert len({plain, *drafted}) == 4
+    assert namespace(speculation("eagle", "one", True)) == drafted[0]
 
 
 def test_kv_type_names_resolve_auto_and_aliases() -> None:

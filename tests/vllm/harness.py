@@ -376,7 +376,7 @@ class Engine:
         for new in so.scheduled_new_reqs:
             tokens = list(getattr(new, "prefill_token_ids", None) or new.prompt_token_ids)
             self.sequences[new.req_id] = Sequence(tokens, [list(ids) for ids in new.block_ids])
-            self._start(new.req_id, new.num_computed_tokens)
+            self.starts[new.req_id] = new.num_computed_tokens
         cached = so.scheduled_cached_reqs
         for index, request_id in enumerate(cached.req_ids):
             sequence, ids = self.sequences[request_id], cached.new_block_ids[index]
@@ -385,7 +385,7 @@ class Engine:
             elif ids is not None:
                 for table, more in zip(sequence.tables, ids, strict=True):
                     table.extend(more)
-            self._start(request_id, cached.num_computed_tokens[index])
+            self.starts[request_id] = cached.num_computed_tokens[index]
         names, sampled = [], []
         work = []
         for request_id, count in so.num_scheduled_tokens.items():
@@ -414,9 +414,6 @@ class Engine:
             sequence.tokens = sequence.tokens + accepted
             sampled.append(accepted)
         return names, sampled
-
-    def _start(self, request_id: str, computed: int) -> None:
-        self.starts[request_id] = computed
 
     # --- one engine step --------------------------------------------------------------------------------------------
 

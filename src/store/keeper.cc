@@ -83,11 +83,11 @@ void Keeper::make_space_ready() {
       std::ranges::find(tiers_, target, [](const Tier& t) { return t.writer; }) - tiers_.begin());
   const auto ready = target->prepare_spare([this, tier](uint32_t slot) { demote(tier, slot); });
   if (ready) {
-    last_complaint_.clear();
+    last_complaint_.reset();
     if (space_ready_) space_ready_();
-  } else if (ready.error().kind != ErrorKind::busy && ready.error().message != last_complaint_) {
-    last_complaint_ = ready.error().message;
-    log(LogLevel::warning, "no space for stores: {}", last_complaint_);
+  } else if (ready.error().kind != ErrorKind::busy && ready.error().kind != last_complaint_) {
+    last_complaint_ = ready.error().kind;
+    log(LogLevel::warning, "no space for stores: {}", ready.error().message);
   }
 }
 

@@ -11,6 +11,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -61,7 +62,7 @@ class Keeper {
   std::condition_variable wake_slow_;
   bool woken_ = false;
   std::atomic<bool> stop_ = false;
-  std::string last_complaint_;
+  std::optional<ErrorKind> last_complaint_;  // the message may name another file each time
   std::thread fast_;
   std::thread slow_;
 };

@@ -13,28 +13,12 @@
 #include <string>
 #include <vector>
 
+#include "temporary_directory.h"
 #include "tokendepot/depot.h"
 
 namespace tokendepot::testing {
 
 using namespace std::chrono_literals;
-
-/// A directory of its own, removed at the end.
-class TemporaryDirectory {
- public:
-  explicit TemporaryDirectory(const std::string& base) {
-    std::string pattern = base + "/tokendepot-test-XXXXXX";
-    if (mkdtemp(pattern.data()) == nullptr) std::abort();
-    path_ = pattern;
-  }
-  ~TemporaryDirectory() { std::filesystem::remove_all(path_); }
-  TemporaryDirectory(const TemporaryDirectory&) = delete;
-  TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
-  const std::string& path() const { return path_; }
-
- private:
-  std::string path_;
-};
 
 /// Blocks-first NHD cache, K and V in separate halves of a block: (blocks, 2, block_tokens, heads, row).
 class HostCache {

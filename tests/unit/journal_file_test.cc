@@ -13,8 +13,6 @@
 namespace tokendepot {
 namespace {
 
-using testing::TemporaryDirectory;
-
 class JournalFileTest : public ::testing::Test {
  protected:
   JournalFileTest() : directory_("/tmp") {}

@@ -12,7 +12,7 @@ using ::testing::HasSubstr;
 using ::testing::Not;
 
 TEST(OpenDevice, ADepotOnAGpuThatIsNotHereIsRefusedInOneSentence) {
-  const testing::TemporaryDirectory directory("/tmp");
+  const TemporaryDirectory directory("/tmp");
   Options options;
   options.roots = {{.path = directory.path() + "/depot", .capacity_bytes = 32ull << 20}};
   options.free_space_reserve = 0;
@@ -26,7 +26,7 @@ TEST(OpenDevice, ADepotOnAGpuThatIsNotHereIsRefusedInOneSentence) {
 }
 
 TEST(OpenDevice, AnOptionThatNamesNoDeviceIsRefused) {
-  const testing::TemporaryDirectory directory("/tmp");
+  const TemporaryDirectory directory("/tmp");
   Options options;
   options.roots = {{.path = directory.path(), .capacity_bytes = 32ull << 20}};
   options.device = "gpu";
@@ -37,7 +37,7 @@ TEST(OpenDevice, AnOptionThatNamesNoDeviceIsRefused) {
 }
 
 TEST(OpenDevice, TheHostDeviceTakesAnyMarkAndSaysWhatItIs) {
-  const testing::TemporaryDirectory directory("/tmp");
+  const TemporaryDirectory directory("/tmp");
   Options options;
   options.roots = {{.path = directory.path(), .capacity_bytes = 32ull << 20}};
   options.free_space_reserve = 0;

@@ -373,20 +373,13 @@ TEST_F(RootWriterTest, WithoutPermissionToWriteTheRootIsServedReadOnly) {
 /// A small file system of its own, where the test may mount.
 class FullDisk : public RootWriterTest {
  protected:
-  ~FullDisk() override {
-    if (mounted_) umount2(directory_.path().c_str(), MNT_DETACH);
-  }
-  bool mount(const char* size) {
-    mounted_ = ::mount("tmpfs", directory_.path().c_str(), "tmpfs", 0, size) == 0;
-    return mounted_;
-  }
+  bool mount(const char* size) { return directory_.mount_tmpfs(size); }
   void fill_up() {
     std::ofstream other(directory_.path() + "/another-tenant", std::ios::binary | std::ios::app);
     const std::vector<char> block(4096, 'x');
     while (other.write(block.data(), 4096).flush()) {
     }
   }
-  bool mounted_ = false;
 };
 
 TEST_F(FullDisk, TheCapacityIsRefusedOrHonoured) {

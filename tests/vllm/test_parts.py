@@ -156,7 +156,8 @@ def test_a_vllm_below_the_range_is_refused_and_one_above_is_only_warned_of(monke
         assert problem == expected, version
         versions.warn_if_untested()
         assert len(warnings) == warned, version
-        assert all(f"vLLM {version} is newer than the newest tested release (0.33)" in text for text in warnings)
+        said = f"vLLM {version} is newer than the newest tested release (0.33)"
+        assert all(said in text for text in warnings)
 
 
 def speculation(method: str, model: str, reads_target: bool) -> SimpleNamespace:
@@ -172,10 +173,8 @@ def scheduler_half(tmp_path, speculative) -> SchedulerHalf:
     config.cache_config.cache_dtype, config.cache_config.enable_prefix_caching = "auto", True
     config.model_config.dtype = torch.bfloat16
     config.model_config.quantization = None
-    spec = full()
-    groups = [
-        SimpleNamespace(kv_cache_spec=spec, layer_names=[f"model.layers.{number}.attn" for number in range(4)])
-    ]
+    names = [f"model.layers.{number}.attn" for number in range(4)]
+    groups = [SimpleNamespace(kv_cache_spec=full(), layer_names=names)]
     settings = read_settings(
         {
             "roots": [f"{tmp_path}/depot?capacity=64MiB"],

@@ -389,12 +389,7 @@ DepotStats OpenDepot::stats() const {
     stats.catalog_bytes = catalog_->memory_bytes();
   }
   stats.lookups = lookups_;
-  const DeviceStats device = device_->stats();
-  stats.device.name = device.name;
-  stats.device.slab_bytes = device.slab_bytes;
-  stats.device.pinned_bytes = device.pinned_bytes;
-  stats.device.registered_bytes = device.registered_bytes;
-  stats.device.threads = device.threads;
+  stats.device = device_->stats();
   for (const Tier& tier : tiers_) {
     stats.journal_records += tier.replay->records();
     stats.bad_records += tier.replay->bad_records();

@@ -8,12 +8,12 @@
 #include <cstdint>
 #include <memory>
 #include <span>
-#include <string>
 
 #include "format/extent.h"
 #include "io/mapping.h"
 #include "tokendepot/error.h"
 #include "tokendepot/layout.h"
+#include "tokendepot/stats.h"
 
 namespace tokendepot {
 
@@ -69,19 +69,12 @@ class Slab {
   virtual std::byte* base() const = 0;
 };
 
-struct DeviceStats {
-  std::string name;           // as in Options::device
-  uint64_t slab_bytes = 0;    // of the device's own memory
-  uint64_t pinned_bytes = 0;  // page-locked host memory, registered segments not counted
-  uint64_t registered_bytes = 0;
-  uint32_t threads = 0;
-};
-
 class Device {
  public:
   /// Finishes all queued work first.
   virtual ~Device() = default;
-  virtual DeviceStats stats() const = 0;
+  /// All but mapped_bytes, which the roots know.
+  virtual DeviceUse stats() const = 0;
   virtual Slab& slab() = 0;
   virtual void submit(ScatterWork* work) = 0;
   virtual void submit(GatherWork* work) = 0;

@@ -104,8 +104,8 @@ class HostDevice final : public Device {
     wake_.wait(lock, [this] { return running_ == 0; });
   }
 
-  DeviceStats stats() const override {
-    DeviceStats stats;
+  DeviceUse stats() const override {
+    DeviceUse stats;
     stats.name = "host";
     stats.threads = thread_count_;
     return stats;

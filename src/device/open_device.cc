@@ -31,7 +31,7 @@ Result<std::unique_ptr<Device>> open_device(const DeviceOptions& options) {
                                             options.slab_bytes, options.threads)
                          : make_host_device(options.threads, options.slab_bytes);
   if (!device) return device;
-  const DeviceStats stats = (*device)->stats();
+  const DeviceUse stats = (*device)->stats();
   constexpr uint64_t kMiB = 1ull << 20;
   if (name->cuda_ordinal) {
     log(LogLevel::info, "device {}: slab of {} MiB there, {} MiB of host memory pinned, {} threads",

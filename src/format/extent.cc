@@ -111,6 +111,17 @@ GroupShape ExtentHeader::shape() const {
           .page_bytes = page_bytes};
 }
 
+void ExtentHeader::set_shape(const GroupShape& shape) {
+  group = shape.group;
+  kind = shape.kind;
+  part = shape.part;
+  tokens = shape.tokens;
+  block_tokens = shape.block_tokens;
+  planes = shape.planes;
+  row_bytes = shape.row_bytes;
+  page_bytes = shape.page_bytes;
+}
+
 uint64_t extent_header_bytes(uint32_t shards) {
   return align_up(kShardDigestsAt + uint64_t{8} * shards);
 }

@@ -35,6 +35,7 @@ struct ExtentHeader {
   std::vector<uint64_t> shard_digests;  // one per shard
 
   GroupShape shape() const;  // the GroupShape that wrote it
+  void set_shape(const GroupShape& shape);
 };
 
 /// Bytes of the header for this many shards: a multiple of 4 KiB. The payload starts right behind it.

@@ -100,14 +100,7 @@ Transfers::Start Transfers::start_store(StoreTask& task) {
   header.ns = task.ns;
   header.segment = task.place.where.segment;
   header.offset = task.place.where.offset;
-  header.group = shape.group;
-  header.kind = shape.kind;
-  header.part = shape.part;
-  header.tokens = shape.tokens;
-  header.block_tokens = shape.block_tokens;
-  header.planes = shape.planes;
-  header.row_bytes = shape.row_bytes;
-  header.page_bytes = shape.page_bytes;
+  header.set_shape(shape);
   header.stored_at_ns = clock_.wall_ns();
   header.shard_digests.resize(shape.shards());
   std::byte* const extent =

@@ -73,13 +73,7 @@ CacheForm random_form(std::mt19937_64& random) {
 
 ExtentHeader header_of(const GroupShape& shape, const std::vector<uint64_t>& digests) {
   ExtentHeader header;
-  header.kind = shape.kind;
-  header.part = shape.part;
-  header.tokens = shape.tokens;
-  header.block_tokens = shape.block_tokens;
-  header.planes = shape.planes;
-  header.row_bytes = shape.row_bytes;
-  header.page_bytes = shape.page_bytes;
+  header.set_shape(shape);
   header.shard_digests = digests;
   return header;
 }

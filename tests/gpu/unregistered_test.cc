@@ -48,13 +48,7 @@ class PayloadTest : public ::testing::Test {
   }
   ExtentHeader header_of_extent() const {
     ExtentHeader header;
-    const GroupShape& shape = form_.shape;
-    header.kind = shape.kind;
-    header.part = shape.part;
-    header.tokens = shape.tokens;
-    header.block_tokens = shape.block_tokens;
-    header.planes = shape.planes;
-    header.row_bytes = shape.row_bytes;
+    header.set_shape(form_.shape);
     header.shard_digests = digests_;
     return header;
   }

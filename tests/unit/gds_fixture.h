@@ -22,8 +22,8 @@ class GpuLikeDevice final : public Device {
   explicit GpuLikeDevice(uint64_t file_slab_bytes, std::string name = "cuda:0")
       : name_(std::move(name)), host_(make_host_device(2, 8 << 20)), file_slab_(file_slab_bytes) {}
 
-  DeviceStats stats() const override {
-    DeviceStats stats = host_->stats();
+  DeviceUse stats() const override {
+    DeviceUse stats = host_->stats();
     stats.name = name_;
     return stats;
   }

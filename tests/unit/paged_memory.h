@@ -175,14 +175,7 @@ inline void reference_scatter(const GroupShape& extent, const PagedCache& cache,
 
 inline ExtentHeader header_of(const GroupShape& shape, std::span<const std::byte> payload) {
   ExtentHeader header;
-  header.group = shape.group;
-  header.kind = shape.kind;
-  header.part = shape.part;
-  header.tokens = shape.tokens;
-  header.block_tokens = shape.block_tokens;
-  header.planes = shape.planes;
-  header.row_bytes = shape.row_bytes;
-  header.page_bytes = shape.page_bytes;
+  header.set_shape(shape);
   for (uint32_t i = 0; i < shape.shards(); ++i) {
     header.shard_digests.push_back(
         shard_digest(payload.subspan(i * shape.shard_stride(), shape.shard_stride())));

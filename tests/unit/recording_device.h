@@ -26,7 +26,7 @@ class RecordingDevice final : public Device {
     uint64_t heat = 0;
   };
 
-  DeviceStats stats() const override { return host_->stats(); }
+  DeviceUse stats() const override { return host_->stats(); }
   Slab& slab() override { return host_->slab(); }
   void submit(ScatterWork* work) override {
     note(scatter_marks_, work->after);

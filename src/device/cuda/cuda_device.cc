@@ -95,8 +95,8 @@ class CudaDevice final : public Device {
     return {};
   }
 
-  DeviceStats stats() const override {
-    DeviceStats stats;
+  DeviceUse stats() const override {
+    DeviceUse stats;
     stats.name = fmt::format("cuda:{}", ordinal_);
     stats.slab_bytes = slab_bytes_;
     stats.pinned_bytes =

@@ -1,7 +1,8 @@
 """One vLLM engine with one system: engine.py '<order as JSON>'. Rows go to order["out"] as they are measured.
 
 A row is one prompt: "cold" (nothing known), "hit" (the prompt and a new tail, from the system), "gpu" (the prompt and
-another tail, from the GPU's own prefix cache, the floor). In the phase "restart" there is no "cold". The engine without
+another tail, from the GPU's own prefix cache, the floor). In the phase "restart" there is no "cold". The phase "decode"
+has no rows, see decoding.py. The engine without
 a connector has "whole" instead of "hit": a GPU hit of whole chunks. An answer depends on how many tokens were computed
 together, so an answer is compared with that of a GPU hit of as many tokens, "gpu" or "whole".
 """
@@ -13,8 +14,9 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import decoding
 import workload
 
 WARM_UP_LONG, WARM_UP_SHORT = 16_384, 2_500
@@ -40,26 +42,29 @@ class Engine:
         )
         if not order["eager"]:
             arguments["compilation_config"] = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}
+        if order["phase"] == "decode":
+            arguments["num_gpu_blocks_override"] = decoding.KV_TOKENS // 16
+            arguments["max_model_len"] = decoding.CONTEXT + 1024
         if order["transfer"]:
             arguments["kv_transfer_config"] = order["transfer"]
         began = time.perf_counter()
-        self._llm = LLM(**arguments)
+        self.llm = LLM(**arguments)
         self.start_s = time.perf_counter() - began
-        self._llm.apply_model(workload.spread_weights)
+        self.llm.apply_model(workload.spread_weights)
         self._sampling = SamplingParams(
             max_tokens=1, temperature=0, detokenize=False, ignore_eos=True, logprobs=2
         )
 
     def ask(self, ids: list[int]) -> dict[str, Any]:
         began = time.perf_counter()
-        answer = self._llm.generate([{"prompt_token_ids": ids}], self._sampling, use_tqdm=False)[0]
+        answer = self.llm.generate([{"prompt_token_ids": ids}], self._sampling, use_tqdm=False)[0]
         seconds = time.perf_counter() - began
         first = answer.outputs[0]
         return {"s": seconds, "token": first.token_ids[0], "cached": answer.num_cached_tokens}
 
     def empty_gpu_cache(self) -> None:
         for _ in range(200):
-            if self._llm.reset_prefix_cache():
+            if self.llm.reset_prefix_cache():
                 return
             time.sleep(0.05)
         raise RuntimeError("the engine's prefix cache cannot be emptied")
@@ -107,6 +112,8 @@ def main() -> None:
     order = json.loads(sys.argv[1])
     out = Path(order["out"])
     engine = Engine(order)
+    if order["phase"] == "decode":
+        decode(engine, order)
     result = {**order, "import_s": engine.import_s, "start_s": engine.start_s, "rows": []}
     ends = time.monotonic() + order["budget_s"]
     engine.ask(workload.prompt(WARM_UP_LONG, 99))
@@ -124,6 +131,23 @@ def main() -> None:
             measure(engine, order, context, repetition, result["rows"])
             out.write_text(json.dumps(result))
     out.write_text(json.dumps(result))
+    leave()
+
+
+def decode(engine: Engine, order: dict[str, Any]) -> NoReturn:
+    from vllm import SamplingParams
+
+    seen = 0
+
+    def keep(tokens: int) -> None:
+        nonlocal seen
+        seen = wait_until_kept(order, tokens, seen)
+
+    decoding.run(engine, order, SamplingParams, keep)
+    leave()
+
+
+def leave() -> NoReturn:
     sys.stdout.flush()
     os._exit(0)  # as hard as a kill: what is found after the restart must have been kept by then
 

@@ -6,6 +6,7 @@ KIT is an unpacked folder with vLLM for an offline host (site/ and vllm_env.sh);
 was installed (bench/ttft_gpu/install). Each engine runs in a process of its own; results of earlier runs in --out
 are kept and shown with the new ones, so that several short runs make one table. Systems: base (no connector), depot,
 offload (vLLM's CPU offload), fs (its file-system tier), lmcache (multi-process mode). Places: shm, disk, loop.
+--decode --systems depot measures what loads cost requests that decode meanwhile.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--utilization", type=float, default=0.9)
     parser.add_argument("--compiled", action="store_true", help="with CUDA graphs; about 30 s more for each engine")
     parser.add_argument("--v1-runner", action="store_true")
+    parser.add_argument("--decode", action="store_true", help="instead: what loads of the depot cost a decoding engine")
     parser.add_argument("--json", type=Path, help="also write the summary here")
     chosen = parser.parse_args()
     for option, allowed in (("systems", SYSTEMS), ("places", PLACES)):
@@ -137,7 +139,7 @@ class Run:
             ended = "nothing: stopped at the deadline"
         end_session(process)
         said = log.read_text(errors="replace").splitlines()
-        wanted = [line for line in said if line.startswith("ROW ") or "tokendepot" in line or "Error" in line]
+        wanted = [line for line in said if line.startswith(("ROW ", "RESULT ", "# ")) or "tokendepot" in line or "Error" in line]
         print("\n".join(line[:240] for line in wanted[-60:]), flush=True)
         print(f"# {name}: ended with {ended} after {time.monotonic() - began:.0f} s", flush=True)
         if ended != 0:
@@ -155,7 +157,9 @@ class Run:
 
         try:
             serve()
-            if self.engine(system, place, "cold") and SYSTEMS[system].restarts and place is not None:
+            if self.options.decode:
+                self.engine(system, place, "decode")
+            elif self.engine(system, place, "cold") and SYSTEMS[system].restarts and place is not None:
                 place.forget_page_cache()
                 serve()
                 self.engine(system, place, "restart")

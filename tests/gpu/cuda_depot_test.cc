@@ -1,5 +1,10 @@
 // A whole depot whose paged cache is in GPU memory: cells survive a restart, marks order, segments are
 // registered while they are read.
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+
+#include <algorithm>
 #include <atomic>
 #include <thread>
 
@@ -102,6 +107,50 @@ TEST_P(CudaDepotOn, LoadsAreRightBeforeDuringAndAfterRegistration) {
     EXPECT_GT(use.registered_bytes, 0u);
   } else {
     EXPECT_EQ(use.mapped_bytes, 0u);
+  }
+}
+
+TEST_P(CudaDepotOn, ABadExtentIsFoundAmongItsNeighboursWhichAreWritten) {
+  const auto depot = open(options());
+  ASSERT_NE(depot, nullptr);
+  store(*depot);
+  clear();
+  ASSERT_EQ(load(*depot, 0, kChunks).items_ok, kChunks);  // segments are mapped, and registered from now on
+  const auto settled = [&] {
+    const DeviceUse use = depot->stats().device;
+    return use.registered_bytes >= use.mapped_bytes;
+  };
+  for (int i = 0; i < 5000 && !settled(); ++i) usleep(1000);
+  const std::vector<size_t> bad{3, 20, 21, kChunks - 1};
+  for (const size_t chunk : bad) {
+    const auto plan = plan_chunks(*depot, ns_, keys_, want_, chunk, chunk + 1, 0);
+    ASSERT_TRUE(plan);
+    const ExtentRef where = plan->items.at(0).where;
+    const std::string file = directory_->path() + fmt::format("/root/segments/{:016x}-{:08x}.seg",
+                                                              where.segment.writer, where.segment.sequence);
+    const int fd = ::open(file.c_str(), O_RDWR | O_CLOEXEC);
+    ASSERT_GE(fd, 0) << file;
+    const auto at = static_cast<off_t>(where.offset + 4096 + chunk * 512);
+    uint8_t byte = 0;
+    ASSERT_EQ(pread(fd, &byte, 1, at), 1);
+    byte ^= 0x10;
+    ASSERT_EQ(pwrite(fd, &byte, 1, at), 1);
+    close(fd);
+  }
+  clear();
+  const Completion ended = load(*depot, 0, kChunks);
+  std::vector<size_t> failed;
+  for (const ItemFailure& failure : ended.failures) {
+    EXPECT_EQ(failure.reason, ItemFailure::Reason::corrupt);
+    failed.push_back(failure.chunk);
+  }
+  EXPECT_THAT(failed, ::testing::UnorderedElementsAreArray(bad));
+  const auto now = memory_->download();
+  const std::vector<uint8_t> untouched(form_.page_bytes() * form_.shape.part.layers(), 0xEE);
+  for (uint64_t block = 0; block < kChunks * kBlocksPerChunk; ++block) {
+    const bool is_bad = std::ranges::find(bad, block / kBlocksPerChunk) != bad.end();
+    ASSERT_EQ(block_of(now, kChunks * kBlocksPerChunk + block), is_bad ? untouched : block_of(cells_, block))
+        << block;
   }
 }
 

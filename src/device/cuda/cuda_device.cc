@@ -43,6 +43,7 @@ namespace tokendepot {
 namespace {
 
 using cuda::check;
+using cuda::digest_bytes;
 using cuda::Flight;
 using cuda::kNoteBytes;
 using cuda::Needs;
@@ -59,6 +60,11 @@ constexpr uint32_t kMostStoresInFlight = kMostInFlight / 2;  // they may wait fo
 // The engine may be waiting for a store, and however many loads there are, they use the link's other way.
 constexpr uint32_t kStoresBesideLoads = 1;
 constexpr uint64_t kGpuPageBytes = 64 << 10;  // what the driver pins for storage
+// Small loads whose payloads are neighbours share one copy: the link moves pieces of 1 MiB at 0.86 of what it
+// moves large ones at, and a prompt's extents lie one behind the other, with a header page between them.
+constexpr size_t kMostConvoy = 8;
+constexpr uint64_t kMostConvoyBytes = 8 << 20;
+constexpr uint64_t kMostGap = 64 << 10;
 
 class CudaDevice final : public Device {
  public:
@@ -305,91 +311,187 @@ class CudaDevice final : public Device {
   bool take_next(std::unique_lock<std::mutex>& lock) {
     if (free_.empty()) return false;
     const uint32_t stores = scatters_.empty() ? kMostStoresInFlight : kStoresBesideLoads;
-    if (!gathers_.empty() && stores_in_flight_ < stores && take_off(lock, gathers_)) return true;
-    return !scatters_.empty() && take_off(lock, scatters_);
+    if (!gathers_.empty() && stores_in_flight_ < stores && take_store(lock)) return true;
+    return !scatters_.empty() && take_loads(lock);
   }
 
   /// False: no room in the device's slab; try again when a flight has ended.
-  template <typename Work>
-  bool take_off(std::unique_lock<std::mutex>& lock, std::deque<Work*>& queue) {
-    constexpr bool kStore = std::is_same_v<Work, GatherWork>;
-    Work* const work = queue.front();
-    queue.pop_front();
-    Flight& flight = *free_.back();
-    free_.pop_back();
-    if (kStore) ++stores_in_flight_;
+  bool take_store(std::unique_lock<std::mutex>& lock) {
+    GatherWork* const work = gathers_.front();
+    gathers_.pop_front();
+    Flight& flight = take_flight_locked();
+    flight.gather = work;
+    ++stores_in_flight_;
+    convoy_.assign(1, &flight);
     lock.unlock();
-    if constexpr (kStore) {
-      flight.gather = work;
-    } else {
-      flight.scatter = work;
-    }
-    const Start start = prepare(flight);
-    if (start == Start::ready) launch(flight);
-    if (start == Start::never) end(flight, ScatterOutcome::failed);
+    const Start start = prepare();
+    if (start == Start::ready) launch_store(flight);
     lock.lock();
     if (start != Start::later) return true;
     give_back_locked(flight);
-    queue.push_front(work);
+    gathers_.push_front(work);
     return false;
   }
 
-  enum class Start : uint8_t { ready, later, never };
+  /// The first load and its neighbours. False as above.
+  bool take_loads(std::unique_lock<std::mutex>& lock) {
+    take_convoy_locked(kMostConvoy);
+    lock.unlock();
+    Start start = prepare();
+    lock.lock();
+    if (start == Start::alone) {
+      leave_convoy_locked(1);
+      lock.unlock();
+      start = prepare();
+      lock.lock();
+    }
+    if (start == Start::later) {
+      leave_convoy_locked(0);
+      return false;
+    }
+    lock.unlock();
+    if (start == Start::ready) launch_loads();
+    lock.lock();
+    return true;
+  }
 
-  Start prepare(Flight& flight) {
+  void take_convoy_locked(size_t most) {
+    convoy_.clear();
+    const std::byte* begin = nullptr;
+    const std::byte* end = nullptr;
+    while (convoy_.size() < most && !free_.empty() && !scatters_.empty()) {
+      ScatterWork* const work = scatters_.front();
+      const std::span<const std::byte> payload = work->payload;
+      if (convoy_.empty()) {
+        begin = payload.data();
+      } else if (work->on_device || convoy_.front()->scatter->on_device || payload.data() < end ||
+                 payload.data() - end > static_cast<ptrdiff_t>(kMostGap) ||
+                 static_cast<uint64_t>(payload.data() + payload.size() - begin) > most_convoy_bytes()) {
+        return;
+      }
+      end = payload.data() + payload.size();
+      scatters_.pop_front();
+      Flight& flight = take_flight_locked();
+      flight.scatter = work;
+      convoy_.push_back(&flight);
+    }
+  }
+
+  /// All but the first `keep` go back to the head of the queue.
+  void leave_convoy_locked(size_t keep) {
+    while (convoy_.size() > keep) {
+      Flight& flight = *convoy_.back();
+      convoy_.pop_back();
+      scatters_.push_front(flight.scatter);
+      give_back_locked(flight);
+    }
+  }
+
+  uint64_t most_convoy_bytes() const { return std::min(kMostConvoyBytes, regions_->size() / 8); }
+
+  Flight& take_flight_locked() {
+    Flight& flight = *free_.back();
+    free_.pop_back();
+    return flight;
+  }
+
+  enum class Start : uint8_t {
+    ready,
+    later,  // no room in the slab now
+    alone,  // the convoy's payloads cannot be copied as one
+    ended   // nothing is left to launch
+  };
+
+  /// Of the convoy: ends what never can be done, and finds room and the way for the rest.
+  Start prepare() {
+    std::erase_if(convoy_, [this](Flight* flight) {
+      if (find_cache(*flight)) return false;
+      end(*flight, ScatterOutcome::failed);
+      return true;
+    });
+    if (convoy_.empty()) return Start::ended;
+    Flight& first = *convoy_.front();
+    Flight& last = *convoy_.back();
+    const std::span<std::byte> begin = job_of(first).payload, back = job_of(last).payload;
+    const bool on_device = job_of(first).on_device;
+    const std::span<std::byte> span(begin.data(), back.data() + back.size());
+    uint64_t bytes = on_device ? 0 : span.size();
+    for (const Flight* flight : convoy_) bytes += digest_bytes(*flight);
+    first.pieces.clear();
+    if (on_device) {
+      first.reached = true;
+    } else if (is_in_slab(span)) {
+      first.reached = true;
+      first.pieces.assign(1, span);
+    } else {
+      first.reached = registry_->cut(span.data(), span.size(), first.pieces);
+      if (!first.reached) first.pieces.clear();
+      if (!first.reached && convoy_.size() > 1) return Start::alone;
+    }
+    std::byte* const region = regions_->allocate(bytes);
+    if (region == nullptr) return Start::later;
+    const bool load = first.scatter != nullptr;
+    const uint32_t lane = load ? next_load_++ % kLoadLanes : kLoadLanes + next_store_++ % kStoreLanes;
+    std::byte* digests = on_device ? region : region + span.size();
+    for (Flight* flight : convoy_) {
+      const cuda::Job job = job_of(*flight);
+      flight->payload = job.payload;
+      flight->reached = first.reached;
+      flight->lane = lane;
+      flight->stream = streams_[lane];
+      flight->lands_with = &last;
+      describe(job, *flight->cache,
+               on_device ? job.payload.data() : region + (job.payload.data() - span.data()), digests,
+               *flight);
+      digests += digest_bytes(*flight);
+    }
+    last.region = region;
+    return Start::ready;
+  }
+
+  bool find_cache(Flight& flight) {
     const cuda::Job job = job_of(flight);
     const Needs needs = needs_of(job.payload.size(), job.shards, job.blocks.size(), job.on_device);
     if (needs.region_bytes > regions_->size() || needs.note_bytes > kNoteBytes ||
         !cuda::fits_kernels(job.shape))
-      return Start::never;
-    const cuda::DeviceCache* known = nullptr;
-    if (const cudaError_t status = caches_->find_or_add(*job.cache, setup_stream_, &known);
-        status != cudaSuccess) {
-      complain(status);
-      return Start::never;
-    }
-    flight.region = regions_->allocate(needs.region_bytes);
-    if (flight.region == nullptr) return Start::later;
-    flight.payload = job.payload;
-    flight.pieces.clear();
-    if (job.on_device) {
-      flight.reached = true;
-    } else if (is_in_slab(flight.payload)) {
-      flight.reached = true;
-      flight.pieces.assign(1, flight.payload);
-    } else {
-      flight.reached = registry_->cut(flight.payload.data(), flight.payload.size(), flight.pieces);
-      if (!flight.reached) flight.pieces.clear();
-    }
-    flight.lane =
-        flight.scatter != nullptr ? next_load_++ % kLoadLanes : kLoadLanes + next_store_++ % kStoreLanes;
-    flight.stream = streams_[flight.lane];
-    describe(job, *known, flight);
-    return Start::ready;
+      return false;
+    const cudaError_t status = caches_->find_or_add(*job.cache, setup_stream_, &flight.cache);
+    if (status != cudaSuccess) complain(status);
+    return status == cudaSuccess;
   }
 
-  void launch(Flight& flight) {
-    if (flight.scatter != nullptr && !flight.reached) {
+  void launch_store(Flight& flight) {
+    const cudaError_t status = queue_gather(flight);
+    if (status != cudaSuccess) return give_up(flight, status);
+    flying_[flight.lane].push_back(&flight);
+  }
+
+  void launch_loads() {
+    Flight& first = *convoy_.front();
+    if (!first.reached) {
       const std::lock_guard lock(mutex_);
-      copies_in_.push_back(&flight);
+      copies_in_.push_back(&first);
       wake_copiers_.notify_one();
       return;
     }
     cudaError_t status = cudaSuccess;
-    if (flight.scatter != nullptr) {
-      uint64_t at = 0;
-      for (const std::span<std::byte> piece : flight.pieces) {
-        if (status == cudaSuccess)
-          status = cudaMemcpyAsync(flight.device + at, piece.data(), piece.size(), cudaMemcpyHostToDevice,
-                                   flight.stream);
-        at += piece.size();
-      }
-      if (status == cudaSuccess) status = queue_scatter(flight);
-    } else {
-      status = queue_gather(flight);
+    std::byte* to = first.device;
+    for (const std::span<std::byte> piece : first.pieces) {
+      if (status == cudaSuccess)
+        status = cudaMemcpyAsync(to, piece.data(), piece.size(), cudaMemcpyHostToDevice, first.stream);
+      to += piece.size();
     }
-    if (status != cudaSuccess) return give_up(flight, status);
-    flying_[flight.lane].push_back(&flight);
+    for (Flight* flight : convoy_) {
+      if (status == cudaSuccess) status = queue_scatter(*flight);
+    }
+    if (status == cudaSuccess) status = cudaEventRecord(convoy_.back()->done, first.stream);
+    for (Flight* flight : convoy_) {
+      if (status != cudaSuccess) {
+        give_up(*flight, status);
+      } else {
+        flying_[flight->lane].push_back(flight);
+      }
+    }
   }
 
   cudaError_t queue_scatter(const Flight& flight) {
@@ -397,7 +499,6 @@ class CudaDevice final : public Device {
     cudaError_t status = marks_->wait(flight.stream, flight.scatter->after);
     if (status == cudaSuccess)
       status = launch_scatter(flight.move, secret_, kLoadBlocks, flight.aligned, flight.stream);
-    if (status == cudaSuccess) status = cudaEventRecord(flight.done, flight.stream);
     return status;
   }
 
@@ -421,7 +522,7 @@ class CudaDevice final : public Device {
     for (std::deque<Flight*>& lane : flying_) {
       while (!lane.empty()) {
         Flight& flight = *lane.front();
-        const cudaError_t status = cudaEventQuery(flight.done);
+        const cudaError_t status = cudaEventQuery(flight.lands_with->done);
         if (status == cudaErrorNotReady) break;  // those behind it come later
         lane.pop_front();
         any = true;
@@ -484,7 +585,8 @@ class CudaDevice final : public Device {
         bounce.to_device(flight.device, flight.payload, flight.scatter->guarded, flight.stream);
     if (copied == Copied::gone) return end(flight, ScatterOutcome::gone);
     if (copied == Copied::failed) return give_up(flight, cudaGetLastError());
-    const cudaError_t status = queue_scatter(flight);
+    cudaError_t status = queue_scatter(flight);
+    if (status == cudaSuccess) status = cudaEventRecord(flight.done, flight.stream);
     if (status != cudaSuccess) return give_up(flight, status);
     const std::lock_guard lock(mutex_);
     copied_.push_back(&flight);
@@ -563,6 +665,7 @@ class CudaDevice final : public Device {
 
   // The device's thread only.
   std::array<Flight, kMostInFlight> flights_{};
+  std::vector<Flight*> convoy_;  // being started: neighbours, in the order of their payloads
   std::array<std::deque<Flight*>, kLoadLanes + kStoreLanes>
       flying_;  // their events tell when they have landed
   std::unique_ptr<cuda::Caches> caches_ = std::make_unique<cuda::Caches>();

@@ -18,9 +18,9 @@ Job job_of(const Flight& flight) {
           store.on_device};
 }
 
-void describe(const Job& job, const DeviceCache& known, Flight& flight) {
-  flight.device = job.on_device ? job.payload.data() : flight.region;
-  std::byte* const digests = job.on_device ? flight.region : flight.region + job.payload.size();
+void describe(const Job& job, const DeviceCache& known, std::byte* payload, std::byte* digests,
+              Flight& flight) {
+  flight.device = payload;
   flight.aligned = known.aligned;
   Move& move = flight.move;
   const GroupShape& cache = job.cache->shape;

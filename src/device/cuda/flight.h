@@ -41,12 +41,14 @@ struct Flight {
   ScatterWork* scatter = nullptr;  // one of the two
   GatherWork* gather = nullptr;
   std::span<std::byte> payload;
+  const DeviceCache* cache = nullptr;
   std::vector<std::span<std::byte>>
-      pieces;                   // of a payload in host memory that the device reaches; else empty
-  bool reached = false;         // the device needs no copier to reach the payload
-  std::byte* region = nullptr;  // of the slab: digests, and the payload unless it is there already
-  std::byte* device = nullptr;  // where the kernel finds the payload
-  std::byte* note = nullptr;    // block ids and digests, in memory that both sides see
+      pieces;                    // what is copied, in host memory that the device reaches; else empty
+  bool reached = false;          // the device needs no copier to reach the payload
+  std::byte* region = nullptr;   // of the slab, given back with this flight; its neighbours use it, too
+  std::byte* device = nullptr;   // where the kernel finds the payload
+  Flight* lands_with = nullptr;  // the last of those that share a copy, maybe this one: its `done` tells
+  std::byte* note = nullptr;     // block ids and digests, in memory that both sides see
   uint64_t* note_digests = nullptr;
   uint32_t* note_outcome = nullptr;
   Counters* counters = nullptr;  // in device memory
@@ -68,8 +70,14 @@ struct Job {
 };
 Job job_of(const Flight& flight);
 
-/// Writes down what the kernel does: in `move`, and in the note what does not fit there. The region is
-/// allocated, and kept until the kernel has ended.
-void describe(const Job& job, const DeviceCache& known, Flight& flight);
+/// Device memory for the digests of the pages.
+inline uint64_t digest_bytes(const Flight& flight) {
+  return align_up(job_of(flight).payload.size() / kPageBytes * 8, 256);
+}
+
+/// Writes down what the kernel does: in `move`, and in the note what does not fit there. `payload` and
+/// `digests` are device memory, kept until the kernel has ended.
+void describe(const Job& job, const DeviceCache& known, std::byte* payload, std::byte* digests,
+              Flight& flight);
 
 }  // namespace tokendepot::cuda

@@ -114,31 +114,14 @@ class GpuPath {
     settle(rig);
     const double seconds = options_.seconds / rounds_;
     for (const bool store : {false, true}) {
-      std::vector<double> slowdown, beside, alone_rate;
-      double alone_ms = 0;
-      for (int round = 0; round < rounds_; ++round) {
-        alone_ms = matmul->milliseconds(seconds);
-        alone_rate.push_back((store ? rig.store(kFlight, seconds) : rig.load(kFlight, seconds)).gb_per_s);
-        std::atomic<bool> over = false;
-        Rig::Run run;
-        std::thread traffic([&] {
-          while (!over) {
-            const Rig::Run latest = store ? rig.store(kFlight, seconds) : rig.load(kFlight, seconds);
-            // The last one may have gone on alone after the product's end.
-            if (!over || run.gb_per_s == 0) run = latest;
-          }
-        });
-        usleep(options_.toy ? 0 : 100'000);
-        const double ms = matmul->milliseconds(seconds);
-        over = true;
-        traffic.join();
-        slowdown.push_back((ms / alone_ms - 1) * 100);
-        beside.push_back(run.gb_per_s);
-      }
       const std::string way = store ? "store" : "load";
-      report_.note("matmul alone: " + number(matmul->tflops(alone_ms)) + " TFLOP/s of bf16");
-      report_.add("gpu_matmul_slowdown_" + way + "_percent", median(slowdown), "%", 5);
-      report_.add("gpu_" + way + "_beside_matmul", median(beside), "GB/s", median(alone_rate));
+      const auto depot = [&] { return store ? rig.store(kFlight, seconds) : rig.load(kFlight, seconds); };
+      const auto copies = [&] {
+        const auto rate = link_.copy_large(store ? Link::Way::to_host : Link::Way::to_device, seconds);
+        return Rig::Run{rate.gb_per_s, rate.cpu_s_per_gb, 0};
+      };
+      measure_beside(*matmul, "copies_" + way, copies);
+      measure_beside(*matmul, way, depot);
     }
   }
 
@@ -177,6 +160,35 @@ class GpuPath {
   bool write(const std::string& path) const { return report_.write(path); }
 
  private:
+  /// The matrix product beside traffic, which `move` makes for a round's time and tells the rate of.
+  void measure_beside(Matmul& matmul, const std::string& what, const std::function<Rig::Run()>& move) {
+    const double seconds = options_.seconds / rounds_;
+    std::vector<double> slowdown, beside, alone_rate;
+    double alone_ms = 0;
+    for (int round = 0; round < rounds_; ++round) {
+      alone_ms = matmul.milliseconds(seconds);
+      alone_rate.push_back(move().gb_per_s);
+      std::atomic<bool> over = false;
+      Rig::Run run;
+      std::thread traffic([&] {
+        while (!over) {
+          const Rig::Run latest = move();
+          // The last one may have gone on alone after the product's end.
+          if (!over || run.gb_per_s == 0) run = latest;
+        }
+      });
+      usleep(options_.toy ? 0 : 100'000);
+      const double ms = matmul.milliseconds(seconds);
+      over = true;
+      traffic.join();
+      slowdown.push_back((ms / alone_ms - 1) * 100);
+      beside.push_back(run.gb_per_s);
+    }
+    report_.note("matmul alone: " + number(matmul.tflops(alone_ms)) + " TFLOP/s of bf16");
+    report_.add("gpu_matmul_slowdown_" + what + "_percent", median(slowdown), "%", 5);
+    report_.add("gpu_" + what + "_beside_matmul", median(beside), "GB/s", median(alone_rate));
+  }
+
   /// Where roots of this kind lie, or why there is no such place.
   Result<std::string> place_of(const RootKind& kind) {
     if (kind.place == Place::memory) return options_.memory;

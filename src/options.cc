@@ -26,6 +26,8 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr size_t kMaxConfigBytes = 1 << 20;
+// Until segments are registered, and where they cannot be, these are what keeps a link busy.
+constexpr uint32_t kCudaDeviceThreads = 8;
 constexpr uint64_t kMaxSize = std::numeric_limits<int64_t>::max();
 // Room for what the depot appends to a root's path: the longest is manifests/<64 hex>.json with a temporary
 // suffix.
@@ -402,6 +404,7 @@ Result<Options> parse_options(std::string_view json) {
     if (!device.is_string() || !parse_device(device.get_ref<const std::string&>()))
       return refuse("device", device, kDeviceAllowed);
     options.device = device.get<std::string>();
+    if (options.device != "host") options.device_threads = kCudaDeviceThreads;
   }
   const std::array<std::pair<const char*, uint64_t*>, 4> sizes{
       {{"slab", &options.slab_bytes},

@@ -43,9 +43,10 @@ struct Options {
   std::string device = "host";                // where the paged caches are: "host" or "cuda:N"
   uint64_t device_slab_bytes = 512ull << 20;  // CUDA: device memory for extents in flight
   uint64_t slab_bytes = 256ull << 20;         // staging memory on the host; pinned for a CUDA device
-  uint32_t device_threads = 2;                // gather, verify and scatter; CUDA: copy what is not registered
-  uint32_t io_depth = 16;                     // operations in flight per root
-  uint64_t store_queue_bytes = 512ull << 20;  // stores queued beyond this are dropped and counted
+  // Gather, verify and scatter; CUDA: copy what is not registered, there parse_options() chooses 8.
+  uint32_t device_threads = 2;
+  uint32_t io_depth = 16;                      // operations in flight per root
+  uint64_t store_queue_bytes = 512ull << 20;   // stores queued beyond this are dropped and counted
   uint64_t free_space_reserve = 256ull << 20;  // left free on each root's file system
   uint32_t poll_ms = 100;                      // how often other writers' journals are read
 };

@@ -85,6 +85,12 @@ TEST(ParseOptions, EveryKeyReachesItsOption) {
   EXPECT_EQ(options->device_slab_bytes, 1ull << 30);
 }
 
+TEST(ParseOptions, AGpuGetsMoreThreadsThanAHostUnlessTheirNumberIsNamed) {
+  EXPECT_EQ(parse_options(with_root(R"("device":"host")"))->device_threads, 2u);
+  EXPECT_EQ(parse_options(with_root(R"("device":"cuda:0")"))->device_threads, 8u);
+  EXPECT_EQ(parse_options(with_root(R"("device_threads":3,"device":"cuda:0")"))->device_threads, 3u);
+}
+
 TEST(ParseOptions, TheEffectiveOptionsReadBackAsThemselves) {
   const auto options = parse_options(
       R"({"roots":["/a?capacity=1GiB",{"path":"/b?c","capacity":"3TB","segment":"1MiB","io":"threads"}],"slab":4096,"device":"cuda:255"})");

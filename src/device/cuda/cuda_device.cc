@@ -227,6 +227,8 @@ class CudaDevice final : public Device {
     if (auto s = check(cudaDeviceGetStreamPriorityRange(&low, &high), "stream priorities"); !s) return s;
     if (auto s = check(cudaStreamCreateWithFlags(&setup_stream_, cudaStreamNonBlocking), "a stream"); !s)
       return s;
+    if (auto s = check(cudaStreamCreateWithPriority(&copies_, cudaStreamNonBlocking, high), "a stream"); !s)
+      return s;
     for (uint32_t lane = 0; lane < streams_.size(); ++lane) {
       if (auto s = check(cudaStreamCreateWithPriority(&streams_[lane], cudaStreamNonBlocking,
                                                       lane < kLoadLanes ? high : low),
@@ -240,8 +242,9 @@ class CudaDevice final : public Device {
     if (auto s = check(cudaStreamSynchronize(setup_stream_), "counters"); !s) return s;
     for (uint32_t i = 0; i < kMostInFlight; ++i) {
       flights_[i].counters = static_cast<cuda::Counters*>(counters_) + i;
-      if (auto s = check(cudaEventCreateWithFlags(&flights_[i].done, cudaEventDisableTiming), "an event"); !s)
-        return s;
+      for (cudaEvent_t* event : {&flights_[i].copied, &flights_[i].done}) {
+        if (auto s = check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "an event"); !s) return s;
+      }
       flights_[i].note = notes_ + i * kNoteBytes;
       free_.push_back(&flights_[i]);
     }
@@ -264,8 +267,11 @@ class CudaDevice final : public Device {
     marks_.reset();
     caches_.reset();
     for (const Flight& flight : flights_) {
-      if (flight.done != nullptr) cudaEventDestroy(flight.done);
+      for (cudaEvent_t event : {flight.copied, flight.done}) {
+        if (event != nullptr) cudaEventDestroy(event);
+      }
     }
+    if (copies_ != nullptr) cudaStreamDestroy(copies_);
     if (setup_stream_ != nullptr) cudaStreamDestroy(setup_stream_);
     for (cudaStream_t stream : streams_) {
       if (stream != nullptr) cudaStreamDestroy(stream);
@@ -478,8 +484,12 @@ class CudaDevice final : public Device {
     std::byte* to = first.device;
     for (const std::span<std::byte> piece : first.pieces) {
       if (status == cudaSuccess)
-        status = cudaMemcpyAsync(to, piece.data(), piece.size(), cudaMemcpyHostToDevice, first.stream);
+        status = cudaMemcpyAsync(to, piece.data(), piece.size(), cudaMemcpyHostToDevice, copies_);
       to += piece.size();
+    }
+    if (!first.pieces.empty()) {
+      if (status == cudaSuccess) status = cudaEventRecord(first.copied, copies_);
+      if (status == cudaSuccess) status = cudaStreamWaitEvent(first.stream, first.copied);
     }
     for (Flight* flight : convoy_) {
       if (status == cudaSuccess) status = queue_scatter(*flight);
@@ -611,7 +621,8 @@ class CudaDevice final : public Device {
 
   void give_up(Flight& flight, cudaError_t status) {
     complain(status);
-    cudaStreamSynchronize(flight.stream);  // what was queued before it failed still uses the region
+    cudaStreamSynchronize(copies_);  // what was queued before it failed still uses the region
+    cudaStreamSynchronize(flight.stream);
     end(flight, ScatterOutcome::failed);
   }
 
@@ -658,7 +669,9 @@ class CudaDevice final : public Device {
   void* counters_ = nullptr;  // Counters, one a flight
   cuda::Secret secret_{};
   cudaStream_t setup_stream_ = nullptr;  // of what is waited for: nothing of it waits for the engine
-  std::array<cudaStream_t, kLoadLanes + kStoreLanes> streams_{};  // of loads, then of stores
+  // Copies to the device follow each other on a stream of their own: changing streams costs the link.
+  cudaStream_t copies_ = nullptr;
+  std::array<cudaStream_t, kLoadLanes + kStoreLanes> streams_{};  // kernels of loads; then stores
   std::unique_ptr<cuda::Marks> marks_;
   std::unique_ptr<cuda::Registry> registry_;
   std::vector<std::unique_ptr<cuda::Bounce>> bounces_;

@@ -3,32 +3,58 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <optional>
+#include <thread>
 #include <utility>
 
 #include "base/log.h"
 #include "device/cuda/status.h"
 #include "io/io_thread.h"
+#include "tokendepot/layout.h"
 
 namespace tokendepot::cuda {
 namespace {
 
 // Registering takes 43 ms a GiB where the pages are in this process's page table already and 250 where not,
 // and all the while the driver keeps others waiting: an engine that started beside 33 GiB took 6 s longer. So
-// the pages come first, without the driver, and it rests as long as it works.
+// the pages come first, without the driver, and it rests as long as registering takes where nobody else is at
+// the driver. Not as long as it took: beside a working engine that is mostly waiting, and rests as long as
+// that let stores get ahead of it.
 constexpr uint64_t kChunkBytes = 32ull << 20;
-constexpr int kRests = 1;
-// The kernel maps the neighbours of a touched page with it: 90 ms a GiB, where MADV_POPULATE_WRITE takes 220.
+constexpr auto kRest = std::chrono::microseconds(1400);
+// The kernel maps the neighbours of a touched page with it: 90 ms a GiB for one thread, where
+// MADV_POPULATE_WRITE takes 220.
 constexpr uint64_t kFaultAroundBytes = 64 << 10;
+constexpr uint64_t kTouchers = 4;
 
-void bring_pages(std::span<const std::byte> chunk) {
-  auto touch = [chunk] {
-    for (uint64_t at = 0; at < chunk.size(); at += kFaultAroundBytes)
-      static_cast<void>(*static_cast<const volatile std::byte*>(chunk.data() + at));
+void touch(std::span<const std::byte> part) {
+  auto read = [part] {
+    for (uint64_t at = 0; at < part.size(); at += kFaultAroundBytes)
+      static_cast<void>(*static_cast<const volatile std::byte*>(part.data() + at));
   };
   // A file cut short has no page there: what it means for the payloads is found out when they are used.
-  static_cast<void>(guard_mapping(chunk, touch));
+  static_cast<void>(guard_mapping(part, read));
+}
+
+void bring_pages(std::span<const std::byte> chunk) {
+  const uint64_t each = align_up(chunk.size() / kTouchers, kFaultAroundBytes);
+  std::array<std::span<const std::byte>, kTouchers> parts;
+  for (uint64_t i = 0; i < kTouchers; ++i) {
+    const uint64_t begin = std::min(i * each, chunk.size());
+    parts[i] = chunk.subspan(begin, std::min(each, chunk.size() - begin));
+  }
+  std::array<std::thread, kTouchers> threads;
+  for (uint64_t i = 1; i < kTouchers; ++i) {
+    threads[i] = start_io_thread([](void* part) { touch(*static_cast<std::span<const std::byte>*>(part)); },
+                                 &parts[i]);
+    if (!threads[i].joinable()) touch(parts[i]);
+  }
+  touch(parts[0]);
+  for (std::thread& thread : threads) {
+    if (thread.joinable()) thread.join();
+  }
 }
 
 }  // namespace
@@ -133,10 +159,9 @@ void Registry::register_chunk(std::unique_lock<std::mutex>& lock) {
   const bool possible = adopted.writable || read_only_possible_;
   lock.unlock();
   if (possible) bring_pages({begin, bytes});
-  const auto began = std::chrono::steady_clock::now();
   const cudaError_t status = possible ? cudaHostRegister(begin, bytes, flags) : cudaErrorNotSupported;
   if (status != cudaSuccess) cudaGetLastError();
-  std::this_thread::sleep_for((std::chrono::steady_clock::now() - began) * kRests);
+  std::this_thread::sleep_for(kRest);
   if (status != cudaSuccess) {
     log(std::exchange(complained_, true) ? LogLevel::debug : LogLevel::warning,
         "cuda:{}: a segment mapped {} cannot be registered ({}): what lies in it is copied through pinned "

@@ -52,18 +52,18 @@ using cuda::needs_of;
 // Thread blocks of 512: verify at 440 GB/s, scatter at 160 (design.md section 8).
 constexpr uint32_t kLoadBlocks = 16;
 constexpr uint32_t kStoreBlocks = 16;
-constexpr uint32_t kMostInFlight = 32;
+constexpr uint32_t kMostInFlight = 64;
 constexpr uint32_t kLoadLanes = 4;
 constexpr uint32_t kStoreLanes = 3;
 constexpr auto kLook = std::chrono::microseconds(15);  // how often flights are asked whether they have landed
-constexpr uint32_t kMostStoresInFlight = kMostInFlight / 2;  // they may wait for a step of the engine
+constexpr uint32_t kMostStoresInFlight = 16;           // they may wait for a step of the engine
 // The engine may be waiting for a store, and however many loads there are, they use the link's other way.
 constexpr uint32_t kStoresBesideLoads = 1;
 constexpr uint64_t kGpuPageBytes = 64 << 10;  // what the driver pins for storage
-// Small loads whose payloads are neighbours share one copy: the link moves pieces of 1 MiB at 0.86 of what it
-// moves large ones at, and a prompt's extents lie one behind the other, with a header page between them.
-constexpr size_t kMostConvoy = 8;
-constexpr uint64_t kMostConvoyBytes = 8 << 20;
+// Loads whose payloads are neighbours share one copy: each copy that a kernel waits for leaves the link idle
+// for 15 us, and a prompt's extents lie one behind the other, with a header page between them.
+constexpr size_t kMostConvoy = 16;
+constexpr uint64_t kMostConvoyBytes = 32 << 20;
 constexpr uint64_t kMostGap = 64 << 10;
 
 class CudaDevice final : public Device {
@@ -227,8 +227,6 @@ class CudaDevice final : public Device {
     if (auto s = check(cudaDeviceGetStreamPriorityRange(&low, &high), "stream priorities"); !s) return s;
     if (auto s = check(cudaStreamCreateWithFlags(&setup_stream_, cudaStreamNonBlocking), "a stream"); !s)
       return s;
-    if (auto s = check(cudaStreamCreateWithPriority(&copies_, cudaStreamNonBlocking, high), "a stream"); !s)
-      return s;
     for (uint32_t lane = 0; lane < streams_.size(); ++lane) {
       if (auto s = check(cudaStreamCreateWithPriority(&streams_[lane], cudaStreamNonBlocking,
                                                       lane < kLoadLanes ? high : low),
@@ -242,9 +240,8 @@ class CudaDevice final : public Device {
     if (auto s = check(cudaStreamSynchronize(setup_stream_), "counters"); !s) return s;
     for (uint32_t i = 0; i < kMostInFlight; ++i) {
       flights_[i].counters = static_cast<cuda::Counters*>(counters_) + i;
-      for (cudaEvent_t* event : {&flights_[i].copied, &flights_[i].done}) {
-        if (auto s = check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "an event"); !s) return s;
-      }
+      if (auto s = check(cudaEventCreateWithFlags(&flights_[i].done, cudaEventDisableTiming), "an event"); !s)
+        return s;
       flights_[i].note = notes_ + i * kNoteBytes;
       free_.push_back(&flights_[i]);
     }
@@ -267,11 +264,8 @@ class CudaDevice final : public Device {
     marks_.reset();
     caches_.reset();
     for (const Flight& flight : flights_) {
-      for (cudaEvent_t event : {flight.copied, flight.done}) {
-        if (event != nullptr) cudaEventDestroy(event);
-      }
+      if (flight.done != nullptr) cudaEventDestroy(flight.done);
     }
-    if (copies_ != nullptr) cudaStreamDestroy(copies_);
     if (setup_stream_ != nullptr) cudaStreamDestroy(setup_stream_);
     for (cudaStream_t stream : streams_) {
       if (stream != nullptr) cudaStreamDestroy(stream);
@@ -484,12 +478,8 @@ class CudaDevice final : public Device {
     std::byte* to = first.device;
     for (const std::span<std::byte> piece : first.pieces) {
       if (status == cudaSuccess)
-        status = cudaMemcpyAsync(to, piece.data(), piece.size(), cudaMemcpyHostToDevice, copies_);
+        status = cudaMemcpyAsync(to, piece.data(), piece.size(), cudaMemcpyHostToDevice, first.stream);
       to += piece.size();
-    }
-    if (!first.pieces.empty()) {
-      if (status == cudaSuccess) status = cudaEventRecord(first.copied, copies_);
-      if (status == cudaSuccess) status = cudaStreamWaitEvent(first.stream, first.copied);
     }
     for (Flight* flight : convoy_) {
       if (status == cudaSuccess) status = queue_scatter(*flight);
@@ -621,8 +611,7 @@ class CudaDevice final : public Device {
 
   void give_up(Flight& flight, cudaError_t status) {
     complain(status);
-    cudaStreamSynchronize(copies_);  // what was queued before it failed still uses the region
-    cudaStreamSynchronize(flight.stream);
+    cudaStreamSynchronize(flight.stream);  // what was queued before it failed still uses the region
     end(flight, ScatterOutcome::failed);
   }
 
@@ -669,9 +658,7 @@ class CudaDevice final : public Device {
   void* counters_ = nullptr;  // Counters, one a flight
   cuda::Secret secret_{};
   cudaStream_t setup_stream_ = nullptr;  // of what is waited for: nothing of it waits for the engine
-  // Copies to the device follow each other on a stream of their own: changing streams costs the link.
-  cudaStream_t copies_ = nullptr;
-  std::array<cudaStream_t, kLoadLanes + kStoreLanes> streams_{};  // kernels of loads; then stores
+  std::array<cudaStream_t, kLoadLanes + kStoreLanes> streams_{};  // of loads, then of stores
   std::unique_ptr<cuda::Marks> marks_;
   std::unique_ptr<cuda::Registry> registry_;
   std::vector<std::unique_ptr<cuda::Bounce>> bounces_;

@@ -54,7 +54,6 @@ struct Flight {
   Counters* counters = nullptr;  // in device memory
   cudaStream_t stream = nullptr;
   uint32_t lane = 0;  // the number of the stream
-  cudaEvent_t copied = nullptr;
   cudaEvent_t done = nullptr;
   Move move{};
   bool aligned = false;

@@ -19,11 +19,11 @@ namespace {
 
 // Registering takes 43 ms a GiB where the pages are in this process's page table already and 250 where not,
 // and all the while the driver keeps others waiting: an engine that started beside 33 GiB took 6 s longer. So
-// the pages come first, without the driver, and it rests as long as registering takes where nobody else is at
-// the driver. Not as long as it took: beside a working engine that is mostly waiting, and rests as long as
-// that let stores get ahead of it.
+// the pages come first, without the driver, and it rests twice as long as registering takes where nobody else
+// is at the driver. Not as long as it took: beside a working engine that is mostly waiting, and rests as long
+// as that let stores get ahead of it.
 constexpr uint64_t kChunkBytes = 32ull << 20;
-constexpr auto kRest = std::chrono::microseconds(1400);
+constexpr auto kRest = std::chrono::microseconds(2800);
 // The kernel maps the neighbours of a touched page with it: 90 ms a GiB for one thread, where
 // MADV_POPULATE_WRITE takes 220.
 constexpr uint64_t kFaultAroundBytes = 64 << 10;

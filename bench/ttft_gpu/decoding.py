@@ -19,8 +19,8 @@ import workload
 
 DECODERS, DECODER_PROMPT = 16, 256
 CONTEXT, CONTEXTS = 64 * workload.CHUNK, 10  # tokens of a visitor's context; different contexts
-ROUNDS, ROUND_S = 4, 2.5
-DECODER_TOKENS = 6000  # more than are decoded while this runs
+ROUNDS, ROUND_S = 3, 1.5
+DECODER_TOKENS = 4000  # more than are decoded while this runs
 KV_TOKENS = DECODERS * (DECODER_PROMPT + DECODER_TOKENS) + int(1.5 * CONTEXT)
 
 

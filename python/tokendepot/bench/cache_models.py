@@ -1,0 +1,226 @@
+"""Caches in memory that a trace is played against: the depot's own policy, LRU and FIFO by block, and one without a bound.
+
+A model takes the blocks of one prompt after the other (`serve`) and answers how many of the leading ones it had. Sizes
+are blocks or bytes of blocks; nothing is stored but numbers. Models are not thread-safe.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from .traces import Trace
+
+PAGE_BYTES = 4096
+MIB = 1 << 20
+# What "segment": "auto" means to the engine (src/store/root.cc, default_segment_bytes).
+SEGMENTS_PER_ROOT, SMALLEST_SEGMENT, LARGEST_SEGMENT = 32, 1 * MIB, 256 * MIB
+SEGMENTS_AT_LEAST = 3
+
+
+class CapacityError(ValueError):
+    """A capacity that cannot be used, in one sentence for the user."""
+
+
+class Cache(Protocol):
+    """`stored` counts blocks written by stores, `copied` those copied to a tier below, `evicted` those that went from a tier."""
+
+    stored: int
+    copied: int
+    evicted: int
+
+    def serve(self, blocks: Sequence[int]) -> Sequence[int]:
+        """Looks a prompt up, uses what leads it and keeps the rest; returns the hits of each tier, in blocks."""
+
+
+class BlockCache:
+    """Keeps single blocks; evicts the least recently used one, or (`fifo`) the oldest. `capacity` None keeps all.
+
+    Every block of a prompt is used, in the prompt's order, also behind the first miss: what engines do.
+    """
+
+    def __init__(self, capacity: int | None, fifo: bool = False) -> None:
+        if capacity is not None and capacity < 1:
+            raise CapacityError(f"capacity of {capacity} blocks: expected 1 or more")
+        self.stored = self.copied = self.evicted = 0
+        self._capacity = capacity
+        self._fifo = fifo
+        self._kept: OrderedDict[int, None] = OrderedDict()
+
+    def serve(self, blocks: Sequence[int]) -> Sequence[int]:
+        kept = self._kept
+        hits = 0
+        leading = True
+        for block in blocks:
+            if block in kept:
+                hits += leading
+                if not self._fifo:
+                    kept.move_to_end(block)
+                continue
+            leading = False
+            kept[block] = None
+            self.stored += 1
+            if self._capacity is not None and len(kept) > self._capacity:
+                kept.popitem(last=False)
+                self.evicted += 1
+        return (hits,)
+
+
+@dataclass
+class _Segment:
+    last_used: int
+    blocks: list[int] = field(default_factory=list)
+    tiers: set[int] = field(default_factory=set)
+    left: set[int] = field(default_factory=set)  # tiers that evicted it: it does not come back there
+
+
+def extent_bytes_on_medium(payload_bytes: int) -> int:
+    """Header page and payload in whole pages: what an extent of one shard takes of a segment (docs/format.md, "Extent")."""
+    return PAGE_BYTES + -(-payload_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def automatic_segment_bytes(capacity_bytes: int, extent_bytes: int) -> int:
+    """The size of segments that a root of this capacity has unless it is told another."""
+    usual = min(max(capacity_bytes // SEGMENTS_PER_ROOT // MIB * MIB, SMALLEST_SEGMENT), LARGEST_SEGMENT)
+    return max(usual, extent_bytes)
+
+
+class SegmentCache:
+    """What the depot does with one writer: extents fill segments; the coldest sealed segment goes when the next needs room.
+
+    The same steps as `RootWriter` and `Keeper` (src/store): one segment is being filled and one is ready beside it, so a
+    root of n segments keeps n - 2 sealed ones. A segment is as warm as the last load from it or store into it. Sealed
+    segments are copied to the root below, here at once. A block that is stored, but behind a miss, is neither stored
+    again nor used. Nothing is copied upwards.
+    """
+
+    def __init__(self, capacities: Sequence[int], extent_bytes: int, segment_bytes: int | None = None) -> None:
+        """capacities: bytes of each root, fastest first. segment_bytes: None = what the engine takes by itself."""
+        segment = segment_bytes or automatic_segment_bytes(capacities[0], extent_bytes)
+        if segment < extent_bytes:
+            raise CapacityError(f"segments of {segment} bytes: expected room for a block of {extent_bytes} bytes")
+        self._segments = [capacity // segment for capacity in capacities]
+        for tier, count in enumerate(self._segments):
+            least = 1 if tier else SEGMENTS_AT_LEAST
+            if count < least:
+                raise CapacityError(
+                    f"capacity of {capacities[tier]} bytes: expected at least {least * segment}, room for {least} "
+                    f"segment{'s' * (least > 1)} of {segment} bytes"
+                )
+        self._per_segment = segment // extent_bytes
+        self.stored = self.copied = self.evicted = 0
+        self.evicted_segments = 0
+        self._now = 0
+        self._place: dict[int, _Segment] = {}
+        self._current: _Segment | None = None
+        self._sealed: list[set[int]] = [set() for _ in capacities]  # ids of segments in each tier
+        self._by_id: dict[int, _Segment] = {}
+
+    def serve(self, blocks: Sequence[int]) -> Sequence[int]:
+        hits = [0] * len(self._segments)
+        leading = 0
+        for block in blocks:
+            segment = self._place.get(block)
+            if segment is None:
+                break
+            self._now += 1
+            segment.last_used = self._now
+            hits[min(segment.tiers)] += 1
+            leading += 1
+        for block in blocks[leading:]:
+            if block not in self._place:
+                self._store(block)
+        return hits
+
+    def _store(self, block: int) -> None:
+        if self._current is None or len(self._current.blocks) == self._per_segment:
+            self._next_segment()
+        self._now += 1
+        self._current.last_used = self._now
+        self._current.blocks.append(block)
+        self._place[block] = self._current
+        self.stored += 1
+
+    def _next_segment(self) -> None:
+        full = self._current
+        self._current = _Segment(self._now, tiers={0})
+        if full is None:
+            return
+        self._by_id[id(full)] = full
+        self._sealed[0].add(id(full))
+        self._copy_down(0, full)
+        # Beside the sealed ones there are the one being filled and the one that is made ready now.
+        if len(self._sealed[0]) + 2 > self._segments[0]:
+            self._evict(0)
+
+    def _copy_down(self, tier: int, segment: _Segment) -> None:
+        below = tier + 1
+        if below == len(self._segments) or below in segment.tiers or below in segment.left:
+            return
+        if len(self._sealed[below]) + 1 > self._segments[below]:
+            self._evict(below)
+        segment.tiers.add(below)
+        self._sealed[below].add(id(segment))
+        self.copied += len(segment.blocks)
+
+    def _evict(self, tier: int) -> None:
+        coldest = min((self._by_id[name] for name in self._sealed[tier]), key=lambda segment: segment.last_used)
+        self._copy_down(tier, coldest)
+        self._sealed[tier].remove(id(coldest))
+        coldest.tiers.remove(tier)
+        coldest.left.add(tier)
+        self.evicted += len(coldest.blocks)
+        self.evicted_segments += 1
+        if not coldest.tiers:
+            del self._by_id[id(coldest)]
+            for block in coldest.blocks:
+                del self._place[block]
+
+
+@dataclass
+class Outcome:
+    """What a cache did with a trace, or (requests < all of them) with its beginning. Counts of blocks unless named tokens."""
+
+    requests: int = 0
+    references: int = 0
+    input_tokens: int = 0
+    hits: int = 0
+    hits_by_tier: list[int] = field(default_factory=list)
+    hit_tokens: int = 0
+    stored: int = 0
+    copied: int = 0
+    evicted: int = 0
+    unique_stored: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / self.references if self.references else 0.0
+
+    @property
+    def token_hit_rate(self) -> float:
+        return self.hit_tokens / self.input_tokens if self.input_tokens else 0.0
+
+    @property
+    def writes_per_unique(self) -> float:
+        """Write amplification: blocks written, copies to lower tiers included, for each different block that was stored."""
+        return (self.stored + self.copied) / self.unique_stored if self.unique_stored else 0.0
+
+
+def play(trace: Trace, cache: Cache, outcome: Outcome, advance: Callable[[int], None] = lambda requests: None) -> None:
+    """Plays a trace against a cache. `outcome` is right after every request, also when an exception ends the play."""
+    seen: set[int] = set()
+    for request in trace.requests:
+        tiers = cache.serve(request.blocks)
+        hits = sum(tiers)
+        seen.update(request.blocks)
+        outcome.requests += 1
+        outcome.references += len(request.blocks)
+        outcome.input_tokens += request.input_tokens
+        outcome.hits += hits
+        outcome.hits_by_tier = [a + b for a, b in zip(outcome.hits_by_tier or [0] * len(tiers), tiers, strict=True)]
+        outcome.hit_tokens += trace.tokens_of(request, hits)
+        outcome.stored, outcome.copied, outcome.evicted = cache.stored, cache.copied, cache.evicted
+        outcome.unique_stored = len(seen)
+        advance(1)

@@ -6,22 +6,16 @@ are blocks or bytes of blocks; nothing is stored but numbers. Models are not thr
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from .extents import SizeError, automatic_segment_bytes
 from .traces import Trace
 
-PAGE_BYTES = 4096
-MIB = 1 << 20
-# What "segment": "auto" means to the engine (src/store/root.cc, default_segment_bytes).
-SEGMENTS_PER_ROOT, SMALLEST_SEGMENT, LARGEST_SEGMENT = 32, 1 * MIB, 256 * MIB
 SEGMENTS_AT_LEAST = 3
-
-
-class CapacityError(ValueError):
-    """A capacity that cannot be used, in one sentence for the user."""
 
 
 class Cache(Protocol):
@@ -43,7 +37,7 @@ class BlockCache:
 
     def __init__(self, capacity: int | None, fifo: bool = False) -> None:
         if capacity is not None and capacity < 1:
-            raise CapacityError(f"capacity of {capacity} blocks: expected 1 or more")
+            raise SizeError(f"capacity of {capacity} blocks: expected 1 or more")
         self.stored = self.copied = self.evicted = 0
         self._capacity = capacity
         self._fifo = fifo
@@ -70,21 +64,11 @@ class BlockCache:
 
 @dataclass
 class _Segment:
+    number: int
     last_used: int
     blocks: list[int] = field(default_factory=list)
     tiers: set[int] = field(default_factory=set)
     left: set[int] = field(default_factory=set)  # tiers that evicted it: it does not come back there
-
-
-def extent_bytes_on_medium(payload_bytes: int) -> int:
-    """Header page and payload in whole pages: what an extent of one shard takes of a segment (docs/format.md, "Extent")."""
-    return PAGE_BYTES + -(-payload_bytes // PAGE_BYTES) * PAGE_BYTES
-
-
-def automatic_segment_bytes(capacity_bytes: int, extent_bytes: int) -> int:
-    """The size of segments that a root of this capacity has unless it is told another."""
-    usual = min(max(capacity_bytes // SEGMENTS_PER_ROOT // MIB * MIB, SMALLEST_SEGMENT), LARGEST_SEGMENT)
-    return max(usual, extent_bytes)
 
 
 class SegmentCache:
@@ -100,12 +84,12 @@ class SegmentCache:
         """capacities: bytes of each root, fastest first. segment_bytes: None = what the engine takes by itself."""
         segment = segment_bytes or automatic_segment_bytes(capacities[0], extent_bytes)
         if segment < extent_bytes:
-            raise CapacityError(f"segments of {segment} bytes: expected room for a block of {extent_bytes} bytes")
+            raise SizeError(f"segments of {segment} bytes: expected room for a block of {extent_bytes} bytes")
         self._segments = [capacity // segment for capacity in capacities]
         for tier, count in enumerate(self._segments):
             least = 1 if tier else SEGMENTS_AT_LEAST
             if count < least:
-                raise CapacityError(
+                raise SizeError(
                     f"capacity of {capacities[tier]} bytes: expected at least {least * segment}, room for {least} "
                     f"segment{'s' * (least > 1)} of {segment} bytes"
                 )
@@ -115,8 +99,10 @@ class SegmentCache:
         self._now = 0
         self._place: dict[int, _Segment] = {}
         self._current: _Segment | None = None
-        self._sealed: list[set[int]] = [set() for _ in capacities]  # ids of segments in each tier
-        self._by_id: dict[int, _Segment] = {}
+        self._made = 0
+        # The sealed segments of each tier as a heap of (last used, number, segment). Segments get warmer behind the
+        # heap's back: what comes up with an old time goes back with its new one.
+        self._sealed: list[list[tuple[int, int, _Segment]]] = [[] for _ in capacities]
 
     def serve(self, blocks: Sequence[int]) -> Sequence[int]:
         hits = [0] * len(self._segments)
@@ -145,15 +131,18 @@ class SegmentCache:
 
     def _next_segment(self) -> None:
         full = self._current
-        self._current = _Segment(self._now, tiers={0})
+        self._made += 1
+        self._current = _Segment(self._made, self._now, tiers={0})
         if full is None:
             return
-        self._by_id[id(full)] = full
-        self._sealed[0].add(id(full))
+        self._seal(0, full)
         self._copy_down(0, full)
         # Beside the sealed ones there are the one being filled and the one that is made ready now.
         if len(self._sealed[0]) + 2 > self._segments[0]:
             self._evict(0)
+
+    def _seal(self, tier: int, segment: _Segment) -> None:
+        heapq.heappush(self._sealed[tier], (segment.last_used, segment.number, segment))
 
     def _copy_down(self, tier: int, segment: _Segment) -> None:
         below = tier + 1
@@ -162,19 +151,21 @@ class SegmentCache:
         if len(self._sealed[below]) + 1 > self._segments[below]:
             self._evict(below)
         segment.tiers.add(below)
-        self._sealed[below].add(id(segment))
+        self._seal(below, segment)
         self.copied += len(segment.blocks)
 
     def _evict(self, tier: int) -> None:
-        coldest = min((self._by_id[name] for name in self._sealed[tier]), key=lambda segment: segment.last_used)
+        sealed = self._sealed[tier]
+        while sealed[0][0] != sealed[0][2].last_used:
+            stale = sealed[0][2]
+            heapq.heapreplace(sealed, (stale.last_used, stale.number, stale))
+        coldest = heapq.heappop(sealed)[2]
         self._copy_down(tier, coldest)
-        self._sealed[tier].remove(id(coldest))
         coldest.tiers.remove(tier)
         coldest.left.add(tier)
         self.evicted += len(coldest.blocks)
         self.evicted_segments += 1
         if not coldest.tiers:
-            del self._by_id[id(coldest)]
             for block in coldest.blocks:
                 del self._place[block]
 

@@ -20,13 +20,11 @@ from typing import Any
 import numpy as np
 
 from .. import _core
-from .cache_models import Outcome, extent_bytes_on_medium
-from .shapes import Shape, element_bytes
+from .cache_models import Outcome
+from .extents import ENGINE_BLOCK_TOKENS, Geometry
 from .traces import Request, Trace
 
-PAGE_BYTES = 4096
 PAGED_CACHE_BYTES = 64 << 20  # the engine's side: as many chunks as fit are loaded or stored at once
-ENGINE_BLOCK_TOKENS = 16
 POLL_S = 0.0002
 JOB_PATIENCE_S = 60.0
 RESERVE_BYTES = 256 << 20  # what the engine leaves free on a file system by default
@@ -34,42 +32,6 @@ RESERVE_BYTES = 256 << 20  # what the engine leaves free on a file system by def
 
 class ReplayError(Exception):
     """A replay that cannot be done, or came to a wrong end, in one sentence for the user."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a chunk lies in the paged cache: [layer][plane][block][token][head][row], as engines keep it."""
-
-    layers: int
-    planes: int
-    heads: int
-    tokens: int
-    row_bytes: int
-
-    @property
-    def payload_bytes(self) -> int:
-        shard = self.layers * self.planes * self.tokens * self.row_bytes
-        return self.heads * (-(-shard // PAGE_BYTES) * PAGE_BYTES)
-
-    @property
-    def extent_bytes(self) -> int:
-        return extent_bytes_on_medium(self.payload_bytes)
-
-    @staticmethod
-    def of_model(shape: Shape, dtype: str, chunk_tokens: int, layers: int) -> Geometry:
-        """`layers` of a model's layers: fewer make chunks smaller and leave their pieces as they are."""
-        return Geometry(layers, shape.planes, shape.kv_heads, chunk_tokens, shape.head_dim * element_bytes(dtype))
-
-    @staticmethod
-    def of_bytes(chunk_bytes: int) -> Geometry:
-        """One layer and head of ENGINE_BLOCK_TOKENS tokens that make up so many bytes.
-
-        Raises:
-            ReplayError: not a multiple of 4096.
-        """
-        if chunk_bytes < PAGE_BYTES or chunk_bytes % PAGE_BYTES:
-            raise ReplayError(f"block of {chunk_bytes} bytes: expected a multiple of {PAGE_BYTES}")
-        return Geometry(1, 2, 1, ENGINE_BLOCK_TOKENS, chunk_bytes // (2 * ENGINE_BLOCK_TOKENS))
 
 
 @dataclass
@@ -102,24 +64,23 @@ class RealDepot:
     """
 
     def __init__(
-        self, paths: Sequence[str], capacities: Sequence[int], segment_bytes: int | None, geometry: Geometry, keep: bool
+        self, roots: Sequence[tuple[str, int]], segment_bytes: int | None, geometry: Geometry, keep: bool
     ) -> None:
+        """roots: (directory, capacity in bytes), fastest first. keep: the directories stay as they are at the end."""
         self._geometry = geometry
         self._keep = keep
-        self._paths = [os.path.abspath(path) for path in paths]
-        self._made = [path for path in self._paths if not os.path.isdir(path)]
-        for path, capacity in zip(self._paths, capacities, strict=True):
+        self._roots = [(os.path.abspath(path), capacity) for path, capacity in roots]
+        self._made = {path for path, _ in self._roots if not os.path.isdir(path)}
+        for path, capacity in self._roots:
             _check_is_free(path, capacity)
-        self._slots = max(4, PAGED_CACHE_BYTES // geometry.payload_bytes)
+        self._slots = max(4, PAGED_CACHE_BYTES // geometry.extent_bytes)
         self._block_tokens = math.gcd(geometry.tokens, ENGINE_BLOCK_TOKENS)
         self._blocks_per_chunk = geometry.tokens // self._block_tokens
         self._cache = self._paged_cache()
-        roots = [
-            {"path": path, "capacity": capacity, **({"segment": segment_bytes} if segment_bytes else {})}
-            for path, capacity in zip(self._paths, capacities, strict=True)
-        ]
+        segment = {"segment": segment_bytes} if segment_bytes else {}
+        described = [{"path": path, "capacity": capacity, **segment} for path, capacity in self._roots]
         staging = 4 * self._slots * geometry.extent_bytes
-        self._depot = _core.Depot.open(json.dumps({"roots": roots, "slab": staging, "store_queue": staging}))
+        self._depot = _core.Depot.open(json.dumps({"roots": described, "slab": staging, "store_queue": staging}))
         try:
             manifest = {"model": "replay of a trace", "geometry": vars(geometry)}
             self._namespace = self._depot.register_namespace(json.dumps(manifest))
@@ -136,12 +97,15 @@ class RealDepot:
         self._depot.close()
         if self._keep:
             return
-        for path in self._paths:
+        for path, _ in self._roots:
             if path in self._made:
                 shutil.rmtree(path, ignore_errors=True)
                 continue
             for entry in os.scandir(path):
-                shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
+                if entry.is_dir():
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    os.unlink(entry.path)
 
     def play(
         self, trace: Trace, outcome: RealOutcome, speed: float | None, advance: Callable[[int], None]

@@ -17,13 +17,15 @@ import json
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import chain
+from typing import Any, BinaryIO
 
 GZIP_MAGIC = b"\x1f\x8b"
 TIME_UNITS = {"ms": 1e-3, "s": 1.0}
 BLOCK_TOKENS_CHOICES = tuple(2**power for power in range(13))
+LINES_PER_REPORT = 1000
 BROKEN_KEPT = 100  # descriptions of broken lines that are kept; all are counted
 
 
@@ -98,6 +100,7 @@ class _Reader:
     strict: bool
     time_unit: str | None
     session_every_s: float
+    advance: Callable[[int], None]
     raw: list[_Raw] = field(default_factory=list)
     broken: list[tuple[str, str]] = field(default_factory=list)
     broken_count: int = 0
@@ -117,26 +120,27 @@ class _Reader:
     def take_file(self, path: str) -> None:
         try:
             with open(path, "rb") as file:
-                packed = file.read(2) == GZIP_MAGIC
-            with gzip.open(path, "rb") if packed else open(path, "rb") as file:
-                first = file.readline()
+                packed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+                file.seek(0)
+                lines = gzip.GzipFile(fileobj=file) if packed else file
+                first = lines.readline()
                 if _is_piece_of_a_document(first):
-                    self._take_document(path, first + file.read())
+                    self._take_document(path, first + lines.read())
                 else:
-                    self._take_lines(path, first, file)
+                    self._take_lines(path, first, lines, file)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise TraceError(f"trace '{path}': expected whole gzip data: {error}") from None
         except OSError as error:
             raise TraceError(f"trace '{path}': cannot be read: {error.strerror or error}") from None
 
-    def _take_lines(self, path: str, first: bytes, rest: Iterator[bytes]) -> None:
-        number = 1
-        line = first
-        while line:
+    def _take_lines(self, path: str, first: bytes, rest: Iterator[bytes], file: BinaryIO) -> None:
+        told = 0
+        for number, line in enumerate(chain((first,), rest), 1):
             if line.strip():
                 self._take_json(f"trace '{path}', line {number}", line)
-            line = next(rest, b"")
-            number += 1
+            if number % LINES_PER_REPORT == 0:
+                self.advance(file.tell() - told)
+                told = file.tell()
 
     def _take_document(self, path: str, text: bytes) -> None:
         where = f"trace '{path}'"
@@ -230,6 +234,7 @@ def read_trace(
     session_every_s: float = 0.0,
     limit: int | None = None,
     strict: bool = False,
+    advance: Callable[[int], None] = lambda file_bytes: None,
 ) -> Trace:
     """Reads one trace from one or more files.
 
@@ -240,13 +245,14 @@ def read_trace(
         session_every_s: seconds between the starts of agent sessions, which carry only times of their own.
         limit: keeps the first so many requests; None keeps all.
         strict: the first broken line ends the reading instead of being skipped and counted.
+        advance: is told now and then how many more bytes of the files are read.
 
     Raises:
         TraceError: a file cannot be read, or nothing in it is a request, or (strict) a line is broken.
     """
     if not paths:
         raise TraceError("expected at least one trace")
-    reader = _Reader(strict, time_unit, session_every_s)
+    reader = _Reader(strict, time_unit, session_every_s, advance)
     for path in paths:
         reader.take_file(path)
     name = ", ".join(paths)

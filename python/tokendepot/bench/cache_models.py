@@ -19,7 +19,7 @@ SEGMENTS_AT_LEAST = 3
 
 
 class Cache(Protocol):
-    """`stored` counts blocks written by stores, `copied` those copied to a tier below, `evicted` those that went from a tier."""
+    """`stored` counts blocks written by stores, `copied` those copied to a tier below, `evicted` those that no tier has left."""
 
     stored: int
     copied: int
@@ -95,7 +95,6 @@ class SegmentCache:
                 )
         self._per_segment = segment // extent_bytes
         self.stored = self.copied = self.evicted = 0
-        self.evicted_segments = 0
         self._now = 0
         self._place: dict[int, _Segment] = {}
         self._current: _Segment | None = None
@@ -163,9 +162,8 @@ class SegmentCache:
         self._copy_down(tier, coldest)
         coldest.tiers.remove(tier)
         coldest.left.add(tier)
-        self.evicted += len(coldest.blocks)
-        self.evicted_segments += 1
         if not coldest.tiers:
+            self.evicted += len(coldest.blocks)
             for block in coldest.blocks:
                 del self._place[block]
 

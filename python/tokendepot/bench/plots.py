@@ -67,7 +67,7 @@ def _hits_by_capacity(axes: Axes, plan: Plan) -> None:
     axes.set_xlabel("capacity")
     axes.set_ylabel("prompt tokens found, share of all")
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left", fontsize=9)
+    axes.legend(loc="center left", fontsize=9)
 
 
 def _name(tiers: Tiers) -> str:
@@ -92,4 +92,4 @@ def _hits_by_tier(axes: Axes, plan: Plan) -> None:
     axes.set_xlabel("blocks found, share of all (depot)")
     axes.set_ylabel("memory + NVMe")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=3, fontsize=8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.1), ncols=3, fontsize=8)

@@ -21,7 +21,7 @@ import numpy as np
 
 from .. import _core
 from .cache_models import Outcome
-from .extents import ENGINE_BLOCK_TOKENS, Geometry
+from .extents import ENGINE_BLOCK_TOKENS, Geometry, automatic_segment_bytes
 from .traces import Request, Trace
 
 PAGED_CACHE_BYTES = 64 << 20  # the engine's side: as many chunks as fit are loaded or stored at once
@@ -80,8 +80,12 @@ class RealDepot:
         segment = {"segment": segment_bytes} if segment_bytes else {}
         described = [{"path": path, "capacity": capacity, **segment} for path, capacity in self._roots]
         staging = 4 * self._slots * geometry.extent_bytes
-        self._depot = _core.Depot.open(json.dumps({"roots": described, "slab": staging, "store_queue": staging}))
+        cut = segment_bytes or automatic_segment_bytes(self._roots[0][1], geometry.extent_bytes)
+        self._chunks_per_segment = cut // geometry.extent_bytes
+        self._job = 0
+        self._depot = None
         try:
+            self._depot = _core.Depot.open(json.dumps({"roots": described, "slab": staging, "store_queue": staging}))
             manifest = {"model": "replay of a trace", "geometry": vars(geometry)}
             self._namespace = self._depot.register_namespace(json.dumps(manifest))
             part = (0, geometry.layers, 0, geometry.heads)
@@ -90,18 +94,18 @@ class RealDepot:
         except BaseException:
             self.close()
             raise
-        self._job = 0
 
     def close(self) -> None:
         """Ends the engine, and unless they are to be kept removes what it has written."""
-        self._depot.close()
+        if self._depot is not None:
+            self._depot.close()
         if self._keep:
             return
         for path, _ in self._roots:
             if path in self._made:
                 shutil.rmtree(path, ignore_errors=True)
                 continue
-            for entry in os.scandir(path):
+            for entry in os.scandir(path) if os.path.isdir(path) else ():
                 if entry.is_dir():
                     shutil.rmtree(entry.path, ignore_errors=True)
                 else:
@@ -139,6 +143,9 @@ class RealDepot:
         finally:
             outcome.stats = self._depot.stats()
             outcome.stored = outcome.stats["store"]["extents"]
+            outcome.evicted = outcome.stored - outcome.stats["entries"]
+            demoted = sum(root["demoted_segments"] for root in outcome.stats["roots"])
+            outcome.copied = demoted * self._chunks_per_segment  # only full segments are copied
 
     # --- one prompt ---
 

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 GZIP_MAGIC = b"\x1f\x8b"
 TIME_UNITS = {"ms": 1e-3, "s": 1.0}
 BLOCK_TOKENS_CHOICES = tuple(2**power for power in range(13))
+BLOCK_TOKENS_QUORUM = 0.75  # of prompts that must fit a block size that is not stated
 LINES_PER_REPORT = 1000
 BROKEN_KEPT = 100  # descriptions of broken lines that are kept; all are counted
 
@@ -240,7 +241,7 @@ def read_trace(
 
     Args:
         paths: files of the formats above, plain or gzip.
-        block_tokens: tokens of a block; None takes what the trace says, or finds the power of two that fits most prompts.
+        block_tokens: tokens of a block; None takes what the trace says, or the power of two that fits its prompts.
         time_unit: "ms" or "s"; None takes the format's own.
         session_every_s: seconds between the starts of agent sessions, which carry only times of their own.
         limit: keeps the first so many requests; None keeps all.
@@ -337,7 +338,7 @@ def _block_tokens(name: str, reader: _Reader) -> int:
         votes.update(size for size in BLOCK_TOKENS_CHOICES if count and count in (tokens // size, -(-tokens // size)))
     # Of sizes that fit as many prompts the smallest: a prompt of one block fits every size above its length.
     best = max(votes, key=lambda size: (votes[size], -size), default=0)
-    if votes[best] * 2 < len(reader.raw):
+    if votes[best] < BLOCK_TOKENS_QUORUM * sum(1 for request in reader.raw if request.ids):
         raise TraceError(f"trace '{name}': the tokens of a block cannot be told from its lengths; expected --block-tokens")
     return best
 

@@ -175,6 +175,8 @@ def test_a_block_size_that_cannot_be_told_is_asked_for(tmp_path):
     assert read_trace(paths, block_tokens=100).block_tokens == 100
     with pytest.raises(TraceError, match="no request fits blocks of 7 tokens"):
         read_trace(paths, block_tokens=7)
+    with pytest.raises(TraceError, match="expected --block-tokens"):
+        read_trace(written(tmp_path, line(0, 9, [])))
 
 
 # --- chunks ----------------------------------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ JOB_PATIENCE_S = 60.0
 RESERVE_BYTES = 256 << 20  # what the engine leaves free on a file system by default
 
 
-class ReplayError(Exception):
-    """A replay that cannot be done, or came to a wrong end, in one sentence for the user."""
+class PlayError(Exception):
+    """A trace cannot be played against a depot, or came to a wrong end, in one sentence for the user."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ class RealDepot:
     """An empty depot in directories of its own, which are emptied at the end.
 
     Raises:
-        ReplayError: a directory is not empty, or its file system has no room.
+        PlayError: a directory is not empty, or its file system has no room.
         DepotError: the engine refuses a root.
     """
 
@@ -119,7 +119,7 @@ class RealDepot:
         speed: 1 = at the trace's times, 2 = twice as fast; None = each prompt when the one before is done.
 
         Raises:
-            ReplayError: a load brought bytes of another block, or a job was not reported in a minute.
+            PlayError: a load brought bytes of another block, or a job was not reported in a minute.
         """
         seen: set[int] = set()
         began = time.monotonic()
@@ -184,7 +184,7 @@ class RealDepot:
             bad = {chunk for _, chunk, _, _ in done["failures"]}
             for slot, chunk in enumerate(range(begin, end)):
                 if chunk not in bad and not np.array_equal(self._stamps_of(slot), self._expected(blocks[chunk])):
-                    raise ReplayError(f"block {blocks[chunk]}: expected its own bytes, a load brought others")
+                    raise PlayError(f"block {blocks[chunk]}: expected its own bytes, a load brought others")
             if bad:
                 return min(bad)
         outcome.load_s.append(seconds)
@@ -208,7 +208,7 @@ class RealDepot:
                     outcome.failures[reason] = outcome.failures.get(reason, 0) + 1
                 return done
             time.sleep(POLL_S)
-        raise ReplayError(f"job {self._job}: expected its end within {JOB_PATIENCE_S:.0f} s")
+        raise PlayError(f"job {self._job}: expected its end within {JOB_PATIENCE_S:.0f} s")
 
     # --- bytes ---
 
@@ -254,13 +254,13 @@ def _check_is_free(path: str, capacity: int) -> None:
     parent = path if os.path.isdir(path) else os.path.dirname(path)
     try:
         if os.path.isdir(path) and any(True for _ in os.scandir(path)):
-            raise ReplayError(f"root '{path}': expected a directory that is empty or not there yet")
+            raise PlayError(f"root '{path}': expected a directory that is empty or not there yet")
         system = os.statvfs(parent)
     except OSError as error:
-        raise ReplayError(f"root '{path}': expected a directory that can be made: {error.strerror}") from None
+        raise PlayError(f"root '{path}': expected a directory that can be made: {error.strerror}") from None
     free = system.f_bavail * system.f_frsize
     if capacity + RESERVE_BYTES > free:
-        raise ReplayError(
+        raise PlayError(
             f"root '{path}': expected {capacity + RESERVE_BYTES:,} bytes free for this capacity, found {free:,}; "
             "fewer --requests, --layers or smaller --block-bytes need less"
         )

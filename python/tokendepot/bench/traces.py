@@ -338,7 +338,7 @@ def _block_tokens(name: str, reader: _Reader) -> int:
         votes.update(size for size in BLOCK_TOKENS_CHOICES if count and count in (tokens // size, -(-tokens // size)))
     # Of sizes that fit as many prompts the smallest: a prompt of one block fits every size above its length.
     best = max(votes, key=lambda size: (votes[size], -size), default=0)
-    if votes[best] < BLOCK_TOKENS_QUORUM * sum(1 for request in reader.raw if request.ids):
+    if not best or votes[best] < BLOCK_TOKENS_QUORUM * sum(1 for request in reader.raw if request.ids):
         raise TraceError(f"trace '{name}': the tokens of a block cannot be told from its lengths; expected --block-tokens")
     return best
 

@@ -167,7 +167,7 @@ def replay(
                 play(trace, cache, outcomes[name], advance)
     except KeyboardInterrupt:
         interrupted = True
-    report = replay_tables.Replay(trace, outcomes, geometry, capacities, interrupted)
+    report = replay_tables.PlayReport(trace, outcomes, geometry, capacities, interrupted)
     if as_json:
         print(json.dumps(report.as_dict(), indent=2))
     else:
@@ -214,7 +214,7 @@ def _play_really(
     outcomes: dict[str, Outcome],
 ) -> None:
     try:
-        from ..bench.real_depot import RealDepot, RealOutcome, ReplayError
+        from ..bench.real_depot import PlayError, RealDepot, RealOutcome
     except ImportError as error:
         raise _missing(error) from None
 
@@ -226,7 +226,7 @@ def _play_really(
                 depot.play(trace, outcome, speed, advance)
         finally:
             depot.close()
-    except ReplayError as error:
+    except PlayError as error:
         raise _refuse(None, error) from None
 
 
@@ -298,7 +298,10 @@ def plan(
     else:
         report.say(assumed)
     if plot is not None:
-        plots.draw_plan(planner.plan, f"{', '.join(map(os.path.basename, traces))}, KV of {model}, {dtype}", plot)
+        try:
+            plots.draw_plan(planner.plan, f"{', '.join(map(os.path.basename, traces))}, KV of {model}, {dtype}", plot)
+        except OSError as error:
+            raise _refuse("--plot", f"'{plot}': cannot be written: {error.strerror}") from None
     if interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -309,11 +312,8 @@ def _check_can_write(path: str) -> None:
     ending = os.path.splitext(path)[1].removeprefix(".").lower()
     if ending not in IMAGE_TYPES:
         raise _refuse("--plot", f"'{path}': expected a name that ends in one of {', '.join(IMAGE_TYPES)}")
-    try:
-        with open(path, "ab"):
-            pass
-    except OSError as error:
-        raise _refuse("--plot", f"'{path}': cannot be written: {error.strerror}") from None
+    if os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK | os.X_OK):
+        raise _refuse("--plot", f"'{path}': expected a file in a directory that can be written")
 
 
 def _work_out(planner: Planner, memories: list[int], nvmes: list[int]) -> bool:

@@ -59,7 +59,7 @@ def _milliseconds(seconds: Sequence[float], percent: float) -> float:
 
 
 @dataclass(frozen=True)
-class Replay:
+class PlayReport:
     """What caches did with a trace, by their names; "no bound" is what the others are compared with."""
 
     trace: Trace
@@ -142,7 +142,7 @@ def _measured(outcome: RealOutcome) -> dict[str, Any]:
         "lookup_ms": {f"p{p}": _milliseconds(outcome.lookup_s, p) for p in (50, 99, 100)} if outcome.lookup_s else None,
         "late_s": outcome.late_s,
         "failures": outcome.failures,
-        "roots": [{key: root[key] for key in ("path", "transport", "reason")} for root in outcome.stats["roots"]],
+        "roots": [{key: root[key] for key in ("path", "transport", "reason", "read_bytes_per_second")} for root in outcome.stats["roots"]],
         "bytes_by_path": {"load": load["by_path"], "store": store["by_path"]},
     }
 
@@ -151,6 +151,9 @@ def _say_measured(outcome: RealOutcome) -> None:
     found = _measured(outcome)
     ways = ", ".join(f"{show.clean(root['path'])} ({root['transport']})" for root in found["roots"])
     show.say(f"real depot in {ways}; every loaded row was its block's own")
+    for root in found["roots"]:
+        if root["read_bytes_per_second"]:
+            show.say(f"  {show.clean(root['path'])} read {root['read_bytes_per_second'] / 1e9:.2f} GB/s when it was opened")
     for what, each in (("load", found["load_ms"]), ("lookup", found["lookup_ms"])):
         if each is not None:
             rate = f", {found['load_gb_per_s']:.2f} GB/s" if what == "load" and found["load_gb_per_s"] else ""
@@ -185,7 +188,9 @@ class PlanReport:
         plan = self.plan
         _say_trace(self.trace)
         show.say(
-            f"A cache without a bound finds {plan.ideal_tokens:.1%} of the tokens ({plan.ideal_blocks:.1%} of the blocks) "
+            f"A cache without a bound finds {plan.ideal_tokens:.1%} of the tokens ({plan.ideal_blocks:.1%} of the blocks)"
+        )
+        show.say(
             f"and holds {show.size(plan.unique_bytes)}."
         )
         show.say()

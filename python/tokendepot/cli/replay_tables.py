@@ -116,7 +116,7 @@ class PlayReport:
                     show.size(outcome.evicted * size),
                 )
             )
-        columns = ("cache", ">tokens", ">blocks", ">of ideal", ">read", ">written", ">a unique", ">evicted")
+        columns = ("cache", ">tokens", ">blocks", ">of ideal", ">read", ">written", ">per unique", ">evicted")
         show.table("Found", columns, rows, wide=0)
         if REAL in self.outcomes:
             _say_measured(self.outcomes[REAL])

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from tokendepot.bench.cache_models import BlockCache, Outcome, SegmentCache, play
-from tokendepot.bench.extents import extent_bytes
+from tokendepot.bench.extents import SizeError, extent_bytes
 from tokendepot.bench.plan import SEARCH_PRECISION, Planner, Prefill, Prices
 from tokendepot.bench.shapes import Shape, ShapeError, bytes_per_token, prefill_flops, shape_of
 from tokendepot.bench.traces import Request, Trace, read_trace
@@ -116,6 +116,11 @@ def test_peak_bandwidth_is_that_of_the_busiest_window():
     wider = planner_of(trace, window_s=4.0).plan.targets[-1]
     assert wider.read == pytest.approx((6 * gigabyte / 4,) * 2)
     assert wider.write == pytest.approx((4 * gigabyte / 4,) * 2)
+
+
+def test_a_window_much_shorter_than_the_trace_is_refused_in_words():
+    with pytest.raises(SizeError, match=r"window of 1 s: expected at least 1e\+03 s for a trace of 1e\+10 s"):
+        planner_of(trace_of([1], [1], every_s=1e10))
 
 
 # --- prefill ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 from tokendepot.bench import real_depot
 from tokendepot.bench.cache_models import Outcome, SegmentCache, play
 from tokendepot.bench.extents import Geometry
-from tokendepot.bench.real_depot import RealDepot, RealOutcome, PlayError
+from tokendepot.bench.real_depot import RealDepot, RealOutcome, RootError, WrongBytesError
 from tokendepot.bench.shapes import shape_of
 from tokendepot.bench.traces import Request, Trace, read_trace
 
@@ -86,7 +86,7 @@ def test_a_trace_is_played_at_its_own_times(memory_root):
 def test_bytes_of_another_block_are_an_error(memory_root, monkeypatch):
     trace = Trace("made up", "mooncake", 16, [Request(0.0, 16, 1, (0,)), Request(0.0, 16, 1, (1,))], 2)
     monkeypatch.setattr(RealDepot, "_key_of", lambda self, block: b"k" * 32)
-    with pytest.raises(PlayError, match="block 1: expected its own bytes"):
+    with pytest.raises(WrongBytesError, match="block 1: expected its own bytes"):
         both(trace, [(memory_root, 16 << 20)])
 
 
@@ -96,15 +96,15 @@ def test_directories_are_left_as_they_were_found(memory_root):
     both(trace, [(memory_root, 16 << 20)])
     assert list(memory_root.iterdir()) == []
     (memory_root / "mine").write_text("x")
-    with pytest.raises(PlayError, match="expected a directory that is empty or not there yet"):
+    with pytest.raises(RootError, match="expected a directory that is empty or not there yet"):
         both(trace, [(memory_root, 16 << 20)])
     assert (memory_root / "mine").read_text() == "x"
 
 
 def test_roots_without_room_are_refused_in_words(tmp_path):
     trace = Trace("made up", "mooncake", 16, [Request(0.0, 16, 1, (0,))], 1)
-    with pytest.raises(PlayError, match=r"bytes free for this capacity, found [\d,]+; fewer --requests"):
+    with pytest.raises(RootError, match=r"bytes free for this capacity, found [\d,]+; fewer --requests"):
         both(trace, [(tmp_path / "root", 1 << 60)])
-    with pytest.raises(PlayError, match="expected a directory that can be made: No such file or directory"):
+    with pytest.raises(RootError, match="expected a directory that can be made: No such file or directory"):
         both(trace, [(tmp_path / "a/b/c", 16 << 20)])
     assert list(tmp_path.iterdir()) == []

@@ -194,3 +194,39 @@ def test_an_interrupted_replay_prints_what_is_done_and_leaves_nothing_behind(mem
     assert found["interrupted"] is True
     assert 0 < found["caches"]["depot (real)"]["requests"] < 3993
     assert not memory_root.exists()
+
+
+def test_an_interrupted_plan_prints_what_is_done():
+    process = subprocess.Popen(
+        [*COMMAND, "plan", CONVERSATION, "--tp", "8", "--chunk-tokens", "256", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    for line in process.stderr:
+        if line.startswith("planning"):
+            break
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    found = json.loads(output)
+    assert found["interrupted"] is True
+    assert [target["share"] for target in found["targets"]] == [0.9, 0.95, 0.99, 1.0]
+    assert found["tiers"] == []
+
+
+def test_wrong_bytes_and_lost_jobs_have_exit_codes_of_their_own(small, memory_root):
+    play = "tokendepot.bench.real_depot.RealDepot.play"
+    for error, code in (("tokendepot.bench.real_depot.WrongBytesError('bad')", 1), ("TimeoutError('late')", 3)):
+        program = (
+            "import tokendepot.bench.real_depot; from unittest import mock; from tokendepot.cli import main\n"
+            f"with mock.patch('{play}', side_effect={error}): main()"
+        )
+        arguments = ["replay", small, "--root", str(memory_root), "--block-bytes", "4KiB", "--capacity", "16MiB"]
+        result = subprocess.run(
+            [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60, env=ENVIRONMENT
+        )
+        assert result.returncode == code, result.stderr
+        assert result.stderr.splitlines()[-1] in ("tokendepot: bad", "tokendepot: late")
+        assert not memory_root.exists()

@@ -201,3 +201,10 @@ def test_chunks_that_do_not_fit_blocks_are_refused_in_words(tmp_path):
     trace = read_trace(written(tmp_path, line(0, 1000, [4, 5])))
     with pytest.raises(TraceError, match="chunk of 300 tokens: expected a multiple or a divisor of the trace's blocks of 512"):
         in_chunks(trace, 300)
+    with pytest.raises(TraceError, match="chunk of 1024 tokens: expected one that a prompt fills, the longest has 1000 tokens"):
+        in_chunks(trace, 1024)
+
+
+def test_a_trace_without_any_block_is_refused_in_words(tmp_path):
+    with pytest.raises(TraceError, match="expected hash_ids, none of its 1 requests has any"):
+        read_trace(written(tmp_path, line(0, 9, [])), block_tokens=16)

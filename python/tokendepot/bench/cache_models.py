@@ -19,7 +19,7 @@ SEGMENTS_AT_LEAST = 3
 
 
 class Cache(Protocol):
-    """`stored` counts blocks written by stores, `copied` those copied to a tier below, `evicted` those that no tier has left."""
+    """Counts blocks: `stored` by stores, `copied` to a tier below, `evicted` so that no tier has them any more."""
 
     stored: int
     copied: int

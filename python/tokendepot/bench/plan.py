@@ -20,6 +20,7 @@ from .traces import Trace
 
 TARGETS = (0.90, 0.95, 0.99)
 CURVE_POINTS = 16
+WINDOWS_AT_MOST = 10_000_000
 CURVE_BEGIN = 0.005  # of the unique blocks
 SEARCH_STEPS = 6  # halvings of a gap between two points of the curve that SEARCH_PRECISION takes, at most
 SEARCH_PRECISION = 0.02  # of a capacity
@@ -133,12 +134,18 @@ class Planner:
 
     Raises:
         ShapeError: a prefill cannot be priced because the shape's parameters are not known.
+        SizeError: the trace has more windows than WINDOWS_AT_MOST.
     """
 
     def __init__(self, trace: Trace, dtype: str, tp: int, prefill: Prefill, prices: Prices, window_s: float) -> None:
         if prefill.tokens_per_s is None and prefill.shape.parameters is None:
             raise ShapeError(
                 f"model '{prefill.shape.name}': its number of parameters is not known; expected --prefill-rate"
+            )
+        if trace.span_s / window_s > WINDOWS_AT_MOST:
+            raise SizeError(
+                f"window of {window_s:g} s: expected at least {trace.span_s / WINDOWS_AT_MOST:.3g} s "
+                f"for a trace of {trace.span_s:.6g} s"
             )
         self._trace = trace
         self._prefill = prefill

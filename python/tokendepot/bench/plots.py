@@ -19,7 +19,7 @@ LRU, DEPOT, IDEAL = "tab:blue", "tab:orange", "0.35"
 
 
 def draw_plan(plan: Plan, title: str, path: str) -> None:
-    """Hits against capacity, and hits by tier, as one image; its type is the ending of `path`. Raises OSError, ValueError."""
+    """Hits against capacity, and hits by tier, as one image; the ending of `path` is its type. Raises OSError."""
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(13, 5.2), width_ratios=(3, 2), layout="constrained"
     )

@@ -30,8 +30,12 @@ JOB_PATIENCE_S = 60.0
 RESERVE_BYTES = 256 << 20  # what the engine leaves free on a file system by default
 
 
-class PlayError(Exception):
-    """A trace cannot be played against a depot, or came to a wrong end, in one sentence for the user."""
+class RootError(ValueError):
+    """A directory that cannot be a replay's root, in one sentence for the user."""
+
+
+class WrongBytesError(Exception):
+    """A load brought other bytes than were stored: what a depot must never do."""
 
 
 @dataclass
@@ -59,7 +63,7 @@ class RealDepot:
     """An empty depot in directories of its own, which are emptied at the end.
 
     Raises:
-        PlayError: a directory is not empty, or its file system has no room.
+        RootError: a directory is not empty, or its file system has no room.
         DepotError: the engine refuses a root.
     """
 
@@ -79,7 +83,7 @@ class RealDepot:
         self._cache = self._paged_cache()
         segment = {"segment": segment_bytes} if segment_bytes else {}
         described = [{"path": path, "capacity": capacity, **segment} for path, capacity in self._roots]
-        staging = 4 * self._slots * geometry.extent_bytes
+        staging = 2 * self._slots * geometry.extent_bytes
         cut = segment_bytes or automatic_segment_bytes(self._roots[0][1], geometry.extent_bytes)
         self._chunks_per_segment = cut // geometry.extent_bytes
         self._job = 0
@@ -119,7 +123,8 @@ class RealDepot:
         speed: 1 = at the trace's times, 2 = twice as fast; None = each prompt when the one before is done.
 
         Raises:
-            PlayError: a load brought bytes of another block, or a job was not reported in a minute.
+            WrongBytesError: a load brought bytes of another block.
+        TimeoutError: a job was not reported in a minute.
         """
         seen: set[int] = set()
         began = time.monotonic()
@@ -184,7 +189,7 @@ class RealDepot:
             bad = {chunk for _, chunk, _, _ in done["failures"]}
             for slot, chunk in enumerate(range(begin, end)):
                 if chunk not in bad and not np.array_equal(self._stamps_of(slot), self._expected(blocks[chunk])):
-                    raise PlayError(f"block {blocks[chunk]}: expected its own bytes, a load brought others")
+                    raise WrongBytesError(f"block {blocks[chunk]}: expected its own bytes, a load brought others")
             if bad:
                 return min(bad)
         outcome.load_s.append(seconds)
@@ -208,7 +213,7 @@ class RealDepot:
                     outcome.failures[reason] = outcome.failures.get(reason, 0) + 1
                 return done
             time.sleep(POLL_S)
-        raise PlayError(f"job {self._job}: expected its end within {JOB_PATIENCE_S:.0f} s")
+        raise TimeoutError(f"job {self._job}: expected its end within {JOB_PATIENCE_S:.0f} s")
 
     # --- bytes ---
 
@@ -254,13 +259,13 @@ def _check_is_free(path: str, capacity: int) -> None:
     parent = path if os.path.isdir(path) else os.path.dirname(path)
     try:
         if os.path.isdir(path) and any(True for _ in os.scandir(path)):
-            raise PlayError(f"root '{path}': expected a directory that is empty or not there yet")
+            raise RootError(f"root '{path}': expected a directory that is empty or not there yet")
         system = os.statvfs(parent)
     except OSError as error:
-        raise PlayError(f"root '{path}': expected a directory that can be made: {error.strerror}") from None
+        raise RootError(f"root '{path}': expected a directory that can be made: {error.strerror}") from None
     free = system.f_bavail * system.f_frsize
     if capacity + RESERVE_BYTES > free:
-        raise PlayError(
+        raise RootError(
             f"root '{path}': expected {capacity + RESERVE_BYTES:,} bytes free for this capacity, found {free:,}; "
             "fewer --requests, --layers or smaller --block-bytes need less"
         )

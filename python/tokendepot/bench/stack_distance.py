@@ -16,7 +16,7 @@ NEVER = np.iinfo(np.int64).max  # no capacity makes this a hit
 
 
 def needed_capacities(trace: Trace) -> NDArray[np.int64]:
-    """For each block reference of the trace, in order: the smallest LRU capacity, in blocks, at which it is a prefix hit."""
+    """For each reference to a block, in order: the smallest LRU capacity, in blocks, at which it is a prefix hit."""
     lengths = np.fromiter((len(request.blocks) for request in trace.requests), np.int64, len(trace.requests))
     blocks = np.fromiter((block for request in trace.requests for block in request.blocks), np.int64, int(lengths.sum()))
     return _running_max(stack_distances(blocks), lengths)

@@ -277,6 +277,8 @@ def read_trace(
     if limit is not None:
         raw = raw[:limit]
     requests, unique = _numbered(raw)
+    if not unique:
+        raise TraceError(f"trace '{name}': expected hash_ids, none of its {len(requests)} requests has any")
     form = " and ".join(sorted(reader.formats))
     return Trace(name, form, size, requests, unique, reader.broken, reader.broken_count)
 
@@ -310,6 +312,9 @@ def in_chunks(trace: Trace, chunk_tokens: int) -> Trace:
             seen.update(chunks)
             requests.append(replace(request, blocks=chunks))
         unique = len(seen)
+    if not unique:
+        raise TraceError(f"chunk of {chunk_tokens} tokens: expected one that a prompt fills, the longest has "
+                         f"{max(request.input_tokens for request in requests)} tokens")
     return replace(trace, block_tokens=chunk_tokens, requests=requests, unique_blocks=unique)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..bench.shapes import Shape
     from ..bench.traces import Trace
 
-INTERRUPTED = 130
+DAMAGED, NOT_DONE, INTERRUPTED = 1, 3, 130
 INSTALL = "pip install 'tokendepot[bench]'"
 
 Traces = Annotated[list[str], typer.Argument(metavar="TRACE...", help="Files of one trace, plain or gzip.")]
@@ -214,7 +214,7 @@ def _play_really(
     outcomes: dict[str, Outcome],
 ) -> None:
     try:
-        from ..bench.real_depot import PlayError, RealDepot, RealOutcome
+        from ..bench.real_depot import RealDepot, RealOutcome, RootError, WrongBytesError
     except ImportError as error:
         raise _missing(error) from None
 
@@ -226,8 +226,11 @@ def _play_really(
                 depot.play(trace, outcome, speed, advance)
         finally:
             depot.close()
-    except PlayError as error:
-        raise _refuse(None, error) from None
+    except RootError as error:
+        raise _refuse("--root", error) from None
+    except (WrongBytesError, TimeoutError) as error:
+        show.complain(str(error))
+        raise typer.Exit(DAMAGED if isinstance(error, WrongBytesError) else NOT_DONE) from None
 
 
 # --- plan ------------------------------------------------------------------------------------------------------------
@@ -271,6 +274,7 @@ def plan(
             from ..bench import plots
     except ImportError as error:
         raise _missing(error) from None
+    from ..bench.extents import SizeError
     from ..bench.shapes import ShapeError, extent_bytes
     from . import replay_tables
 
@@ -283,7 +287,7 @@ def plan(
     try:
         extent_bytes(shape, trace.block_tokens, tp)
         planner = Planner(trace, dtype, tp, prefill, Prices(gpu_hour, gib_month), window)
-    except ShapeError as error:
+    except (ShapeError, SizeError) as error:
         raise _refuse(None, error) from None
     unique = planner.plan.unique_bytes
     memories, nvmes = (

@@ -224,8 +224,9 @@ class PlanReport:
         show.table("Capacity for a share of the ideal hits", (">share", ">tokens", ">LRU by block", ">depot"), rows, wide=0)
         rows = []
         for target in plan.targets:
-            money = () if plan.dollars_before is None else (f"{target.dollars:.4f}" if target.dollars is not None else "",)
             saved = target.saved_gpu_s_a_day
+            dollars = f"{target.dollars:.4f}" if target.dollars is not None else ""
+            money = () if plan.dollars_before is None else (dollars,)
             rows.append(
                 (
                     f"{target.share:.0%}",

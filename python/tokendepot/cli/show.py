@@ -63,6 +63,11 @@ def say(*parts: str) -> None:
     out.print(Text(" ".join(parts)), soft_wrap=True)
 
 
+def complain(text: str) -> None:
+    """One line on stderr."""
+    err.print(Text(f"tokendepot: {clean(text)}"), soft_wrap=True)
+
+
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], wide: int = -1) -> None:
     """Columns whose name starts with ">" are right-aligned. Column `wide` is the one that gives way to the width."""
     out.print(Text(title, style="bold"))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 DAMAGED, NOT_DONE, INTERRUPTED = 1, 3, 130
 INSTALL = "pip install 'tokendepot[bench]'"
 
-Traces = Annotated[list[str], typer.Argument(metavar="TRACE...", help="Files of one trace, plain or gzip.")]
+Traces = Annotated[list[str], typer.Argument(metavar="TRACE", help="Files of one trace, plain or gzip.")]
 Model = Annotated[str, typer.Option("--model", help="A known model, or the path of a Hugging Face config.json.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Type of KV elements: bf16, fp16, fp32 or fp8.")]
 ChunkTokens = Annotated[
@@ -201,7 +201,7 @@ def _caches(extent_bytes: int, capacities: list[int], segment_bytes: int | None)
             "no bound": BlockCache(None),
         }
     except SizeError as error:
-        raise _refuse("--capacity", error) from None
+        raise _refuse(None, error) from None
 
 
 def _play_really(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 BROKEN_SHOWN = 3
 REAL = "depot (real)"
+ROOT_FACTS = ("path", "transport", "reason", "read_bytes_per_second")
 
 
 def _trace_as_dict(trace: Trace) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def _measured(outcome: RealOutcome) -> dict[str, Any]:
         "lookup_ms": {f"p{p}": _milliseconds(outcome.lookup_s, p) for p in (50, 99, 100)} if outcome.lookup_s else None,
         "late_s": outcome.late_s,
         "failures": outcome.failures,
-        "roots": [{key: root[key] for key in ("path", "transport", "reason", "read_bytes_per_second")} for root in outcome.stats["roots"]],
+        "roots": [{key: root[key] for key in ROOT_FACTS} for root in outcome.stats["roots"]],
         "bytes_by_path": {"load": load["by_path"], "store": store["by_path"]},
     }
 

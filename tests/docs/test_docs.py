@@ -284,3 +284,15 @@ def test_terms_of_the_glossary_are_used_elsewhere_and_explained_once() -> None:
     text = "\n".join(file.read_text(encoding="utf-8") for file in files if file != GLOSSARY)
     unused = [term for term in terms if not re.search(rf"(?<![A-Za-z]){term}(?![a-z])|(?<![A-Za-z]){term}(s|d|ed)\b", text, re.IGNORECASE)]
     assert unused == []
+
+
+@pytest.mark.parametrize("command", ["replay", "plan"])
+def test_the_tables_of_options_are_what_the_command_takes(command: str) -> None:
+    import typer.main
+    from tokendepot.cli.commands import app
+
+    parameters = typer.main.get_command(app).commands[command].params
+    known = {option for parameter in parameters for option in parameter.opts if option.startswith("--")} - {"--help"}
+    bench = TREE / "docs/bench.md"
+    listed = [cells[0].strip("`") for heading in (f"Options of {command}", "Options of both") for cells in rows(section(bench, heading))]
+    assert sorted(listed) == sorted(known)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import _core
-from . import namespaces, show
+from . import namespaces, replay, show
 
 EXIT_CODES = (
     "Exit codes: 0 all well; 1 something in a root is damaged; 2 wrong usage, or a path that is not the root of a "
@@ -304,3 +304,7 @@ def version(as_json: Json = False) -> None:
         _print_json({"tokendepot": _core.version(), "format": _core.FORMAT_VERSION})
     else:
         show.say(f"tokendepot {_core.version()}, format {_core.FORMAT_VERSION}")
+
+
+app.command(epilog=EXIT_CODES)(replay.replay)
+app.command(epilog=EXIT_CODES)(replay.plan)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -54,6 +63,11 @@ def say(*parts: str) -> None:
     out.print(Text(" ".join(parts)), soft_wrap=True)
 
 
+def complain(text: str) -> None:
+    """One line on stderr."""
+    err.print(Text(f"tokendepot: {clean(text)}"), soft_wrap=True)
+
+
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], wide: int = -1) -> None:
     """Columns whose name starts with ">" are right-aligned. Column `wide` is the one that gives way to the width."""
     out.print(Text(title, style="bold"))
@@ -68,17 +82,22 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], wid
     out.print(view)
 
 
-@contextmanager
-def progress_of_bytes(what: str, total: int) -> Iterator:
+def progress_of_bytes(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
     """Yields a function that is told how many more bytes are done. Shows a bar on a terminal, else a line now and then."""
+    return _progress(what, total, size, (DownloadColumn(binary_units=True), TransferSpeedColumn()))
+
+
+def progress_of_count(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """The same for a number of things."""
+    return _progress(what, total, "{:,}".format, (MofNCompleteColumn(),))
+
+
+@contextmanager
+def _progress(
+    what: str, total: int, in_words: Callable[[int], str], columns: tuple[ProgressColumn, ...]
+) -> Iterator[Callable[[int], None]]:
     bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
+        TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn(), console=err, transient=True
     )
     task = bar.add_task(what, total=total)
     began = last_line = time.monotonic()
@@ -97,7 +116,7 @@ def progress_of_bytes(what: str, total: int) -> Iterator:
                 bar.start()
                 shown = True
         elif now - last_line >= LINE_EVERY_S or not shown:
-            err.print(Text(f"{what}: {size(done)} of {size(total)}"))
+            err.print(Text(f"{what}: {in_words(done)} of {in_words(total)}"))
             last_line, shown = now, True
 
     try:

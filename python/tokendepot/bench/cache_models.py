@@ -1,0 +1,215 @@
+"""Caches in memory that a trace is played against: the depot's own policy, LRU and FIFO by block, and one without a bound.
+
+A model takes the blocks of one prompt after the other (`serve`) and answers how many of the leading ones it had. Sizes
+are blocks or bytes of blocks; nothing is stored but numbers. Models are not thread-safe.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from .extents import SizeError, automatic_segment_bytes
+from .traces import Trace
+
+SEGMENTS_AT_LEAST = 3
+
+
+class Cache(Protocol):
+    """Counts blocks: `stored` by stores, `copied` to a tier below, `evicted` so that no tier has them any more."""
+
+    stored: int
+    copied: int
+    evicted: int
+
+    def serve(self, blocks: Sequence[int]) -> Sequence[int]:
+        """Looks a prompt up, uses what leads it and keeps the rest; returns the hits of each tier, in blocks."""
+
+
+class BlockCache:
+    """Keeps single blocks; evicts the least recently used one, or (`fifo`) the oldest. `capacity` None keeps all.
+
+    Every block of a prompt is used, in the prompt's order, also behind the first miss: what engines do.
+    """
+
+    def __init__(self, capacity: int | None, fifo: bool = False) -> None:
+        if capacity is not None and capacity < 1:
+            raise SizeError(f"capacity of {capacity} blocks: expected 1 or more")
+        self.stored = self.copied = self.evicted = 0
+        self._capacity = capacity
+        self._fifo = fifo
+        self._kept: OrderedDict[int, None] = OrderedDict()
+
+    def serve(self, blocks: Sequence[int]) -> Sequence[int]:
+        kept = self._kept
+        hits = 0
+        leading = True
+        for block in blocks:
+            if block in kept:
+                hits += leading
+                if not self._fifo:
+                    kept.move_to_end(block)
+                continue
+            leading = False
+            kept[block] = None
+            self.stored += 1
+            if self._capacity is not None and len(kept) > self._capacity:
+                kept.popitem(last=False)
+                self.evicted += 1
+        return (hits,)
+
+
+@dataclass
+class _Segment:
+    number: int
+    last_used: int
+    blocks: list[int] = field(default_factory=list)
+    tiers: set[int] = field(default_factory=set)
+    left: set[int] = field(default_factory=set)  # tiers that evicted it: it does not come back there
+
+
+class SegmentCache:
+    """What the depot does with one writer: extents fill segments; the coldest sealed segment goes when the next needs room.
+
+    The same steps as `RootWriter` and `Keeper` (src/store): one segment is being filled and one is ready beside it, so a
+    root of n segments keeps n - 2 sealed ones. A segment is as warm as the last load from it or store into it. Sealed
+    segments are copied to the root below, here at once. A block that is stored, but behind a miss, is neither stored
+    again nor used. Nothing is copied upwards.
+    """
+
+    def __init__(self, capacities: Sequence[int], extent_bytes: int, segment_bytes: int | None = None) -> None:
+        """capacities: bytes of each root, fastest first. segment_bytes: None = what the engine takes by itself."""
+        segment = segment_bytes or automatic_segment_bytes(capacities[0], extent_bytes)
+        if segment < extent_bytes:
+            raise SizeError(f"segments of {segment} bytes: expected room for a block of {extent_bytes} bytes")
+        self._segments = [capacity // segment for capacity in capacities]
+        for tier, count in enumerate(self._segments):
+            least = 1 if tier else SEGMENTS_AT_LEAST
+            if count < least:
+                raise SizeError(
+                    f"capacity of {capacities[tier]} bytes: expected at least {least * segment}, room for {least} "
+                    f"segment{'s' * (least > 1)} of {segment} bytes"
+                )
+        self._per_segment = segment // extent_bytes
+        self.stored = self.copied = self.evicted = 0
+        self._now = 0
+        self._place: dict[int, _Segment] = {}
+        self._current: _Segment | None = None
+        self._made = 0
+        # The sealed segments of each tier as a heap of (last used, number, segment). Segments get warmer behind the
+        # heap's back: what comes up with an old time goes back with its new one.
+        self._sealed: list[list[tuple[int, int, _Segment]]] = [[] for _ in capacities]
+
+    def serve(self, blocks: Sequence[int]) -> Sequence[int]:
+        hits = [0] * len(self._segments)
+        leading = 0
+        for block in blocks:
+            segment = self._place.get(block)
+            if segment is None:
+                break
+            self._now += 1
+            segment.last_used = self._now
+            hits[min(segment.tiers)] += 1
+            leading += 1
+        for block in blocks[leading:]:
+            if block not in self._place:
+                self._store(block)
+        return hits
+
+    def _store(self, block: int) -> None:
+        if self._current is None or len(self._current.blocks) == self._per_segment:
+            self._next_segment()
+        self._now += 1
+        self._current.last_used = self._now
+        self._current.blocks.append(block)
+        self._place[block] = self._current
+        self.stored += 1
+
+    def _next_segment(self) -> None:
+        full = self._current
+        self._made += 1
+        self._current = _Segment(self._made, self._now, tiers={0})
+        if full is None:
+            return
+        self._seal(0, full)
+        self._copy_down(0, full)
+        # Beside the sealed ones there are the one being filled and the one that is made ready now.
+        if len(self._sealed[0]) + 2 > self._segments[0]:
+            self._evict(0)
+
+    def _seal(self, tier: int, segment: _Segment) -> None:
+        heapq.heappush(self._sealed[tier], (segment.last_used, segment.number, segment))
+
+    def _copy_down(self, tier: int, segment: _Segment) -> None:
+        below = tier + 1
+        if below == len(self._segments) or below in segment.tiers or below in segment.left:
+            return
+        if len(self._sealed[below]) + 1 > self._segments[below]:
+            self._evict(below)
+        segment.tiers.add(below)
+        self._seal(below, segment)
+        self.copied += len(segment.blocks)
+
+    def _evict(self, tier: int) -> None:
+        sealed = self._sealed[tier]
+        while sealed[0][0] != sealed[0][2].last_used:
+            stale = sealed[0][2]
+            heapq.heapreplace(sealed, (stale.last_used, stale.number, stale))
+        coldest = heapq.heappop(sealed)[2]
+        self._copy_down(tier, coldest)
+        coldest.tiers.remove(tier)
+        coldest.left.add(tier)
+        if not coldest.tiers:
+            self.evicted += len(coldest.blocks)
+            for block in coldest.blocks:
+                del self._place[block]
+
+
+@dataclass
+class Outcome:
+    """What a cache did with a trace, or (requests < all of them) with its beginning. Counts of blocks unless named tokens."""
+
+    requests: int = 0
+    references: int = 0
+    input_tokens: int = 0
+    hits: int = 0
+    hits_by_tier: list[int] = field(default_factory=list)
+    hit_tokens: int = 0
+    stored: int = 0
+    copied: int = 0
+    evicted: int = 0
+    unique_stored: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / self.references if self.references else 0.0
+
+    @property
+    def token_hit_rate(self) -> float:
+        return self.hit_tokens / self.input_tokens if self.input_tokens else 0.0
+
+    @property
+    def writes_per_unique(self) -> float:
+        """Write amplification: blocks written, copies to lower tiers included, for each different block that was stored."""
+        return (self.stored + self.copied) / self.unique_stored if self.unique_stored else 0.0
+
+
+def play(trace: Trace, cache: Cache, outcome: Outcome, advance: Callable[[int], None] = lambda requests: None) -> None:
+    """Plays a trace against a cache. `outcome` is right after every request, also when an exception ends the play."""
+    seen: set[int] = set()
+    for request in trace.requests:
+        tiers = cache.serve(request.blocks)
+        hits = sum(tiers)
+        seen.update(request.blocks)
+        outcome.requests += 1
+        outcome.references += len(request.blocks)
+        outcome.input_tokens += request.input_tokens
+        outcome.hits += hits
+        outcome.hits_by_tier = [a + b for a, b in zip(outcome.hits_by_tier or [0] * len(tiers), tiers, strict=True)]
+        outcome.hit_tokens += trace.tokens_of(request, hits)
+        outcome.stored, outcome.copied, outcome.evicted = cache.stored, cache.copied, cache.evicted
+        outcome.unique_stored = len(seen)
+        advance(1)

@@ -125,10 +125,7 @@ class CudaDevice final : public Device {
     wake_.notify_one();
   }
 
-  Result<uint64_t> mark(void* stream) override {
-    registry_->engine_steps();
-    return marks_->mark(static_cast<cudaStream_t>(stream));
-  }
+  Result<uint64_t> mark(void* stream) override { return marks_->mark(static_cast<cudaStream_t>(stream)); }
 
   Status accept(const PagedCache& cache) override {
     const GroupShape& shape = cache.shape;

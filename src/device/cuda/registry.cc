@@ -19,13 +19,12 @@ namespace {
 
 // Registering takes 43 ms a GiB where the pages are in this process's page table already and 250 where not,
 // and all the while the driver keeps others waiting: an engine that started beside 33 GiB took 6 s longer. So
-// the pages come first, without the driver, and it rests after each chunk: as long as registering it takes
-// where nobody else is at the driver, and longer while the engine makes steps, which otherwise took half as
-// long again; not so long that an engine's stores (2 GB/s) get ahead of it.
+// the pages come first, without the driver, and it rests as long as registering takes where nobody else is at
+// the driver. Not as long as it took: beside a working engine that is mostly waiting, and rests as long as
+// that let stores get ahead of it. Nor longer beside the engine's steps: then the loads after a restart find
+// less registered, which cost them more than the shorter rests cost the steps.
 constexpr uint64_t kChunkBytes = 32ull << 20;
 constexpr auto kRest = std::chrono::microseconds(1400);
-constexpr auto kRestBesideSteps = std::chrono::milliseconds(8);
-constexpr auto kStep = std::chrono::milliseconds(50);  // after which an engine that marks no more is idle
 // The kernel maps the neighbours of a touched page with it: 90 ms a GiB for one thread, where
 // MADV_POPULATE_WRITE takes 220.
 constexpr uint64_t kFaultAroundBytes = 64 << 10;
@@ -87,10 +86,6 @@ void Registry::release(Mapping mapping) {
   std::erase_if(waiting_, [&](const auto& entry) { return entry.second == mapping.data(); });
   released_.push_back(std::move(mapping));
   wake_.notify_one();
-}
-
-void Registry::engine_steps() {
-  last_step_ = std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 bool Registry::cut(std::byte* at, uint64_t bytes, std::vector<std::span<std::byte>>& pieces) const {
@@ -167,9 +162,7 @@ void Registry::register_chunk(std::unique_lock<std::mutex>& lock) {
   if (possible) bring_pages({begin, bytes});
   const cudaError_t status = possible ? cudaHostRegister(begin, bytes, flags) : cudaErrorNotSupported;
   if (status != cudaSuccess) cudaGetLastError();
-  const auto now = std::chrono::steady_clock::now().time_since_epoch();
-  const bool idle = now - std::chrono::nanoseconds(last_step_) > kStep;
-  std::this_thread::sleep_for(idle ? std::chrono::nanoseconds(kRest) : kRestBesideSteps);
+  std::this_thread::sleep_for(kRest);
   if (status != cudaSuccess) {
     log(std::exchange(complained_, true) ? LogLevel::debug : LogLevel::warning,
         "cuda:{}: a segment mapped {} cannot be registered ({}): what lies in it is copied through pinned "

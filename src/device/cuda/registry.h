@@ -1,7 +1,6 @@
 // Mapped segments, registered with the driver in the background: what the device reaches without a copy.
 #pragma once
 
-#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -34,9 +33,6 @@ class Registry {
   void adopt(std::span<std::byte> mapping, bool writable, uint64_t heat);
   void release(Mapping mapping);
 
-  /// The engine is at work: it and the registrations wait for each other in the driver.
-  void engine_steps();
-
   /// Cuts a range at the borders of registrations, which no single copy may cross. False when some of the
   /// range is not registered.
   bool cut(std::byte* at, uint64_t bytes, std::vector<std::span<std::byte>>& pieces) const;
@@ -58,7 +54,6 @@ class Registry {
   bool read_only_possible_ = false;  // the thread's own, as are the next two
   bool complained_ = false;
   bool told_ = false;
-  std::atomic<int64_t> last_step_ = 0;  // nanoseconds of the steady clock
   mutable std::mutex mutex_;
   std::condition_variable wake_;
   bool closing_ = false;

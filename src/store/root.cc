@@ -186,6 +186,13 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
   std::unique_ptr<Root> root(new Root);
   root->options_ = options;
   root->index_ = index;
+  if (options.path.size() > kMaxRootPathBytes) {
+    return fail(
+        ErrorKind::invalid_argument,
+        "root \"{}...\" has a path of {} bytes; expected at most {}, which is PATH_MAX less what the depot "
+        "appends",
+        options.path.substr(0, 64), options.path.size(), kMaxRootPathBytes);
+  }
   const bool missing = access(options.path.c_str(), F_OK) != 0;
   if (missing && !options.read_only) {
     if (auto made = make_directory(options.path); !made) return std::unexpected(made.error());
@@ -202,13 +209,16 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
                 "root \"{}\": capacity={} is larger than its file system ({} bytes of {})", options.path,
                 options.capacity_bytes, system->total_bytes, system->type);
   }
-  root->segment_bytes_ = options.segment_bytes != 0 ? align_up(options.segment_bytes)
-                                                    : default_segment_bytes(options.capacity_bytes);
-  if (root->writable_ && root->segment_bytes_ * 3 > options.capacity_bytes) {
+  const uint64_t wanted =
+      options.segment_bytes != 0 ? options.segment_bytes : default_segment_bytes(options.capacity_bytes);
+  // Compared before anything is added or multiplied: no size may wrap around.
+  if (root->writable_ &&
+      (wanted > options.capacity_bytes / 3 || align_up(wanted) > options.capacity_bytes / 3)) {
     return fail(ErrorKind::invalid_argument,
-                "root \"{}\": capacity={} holds fewer than 3 segments of {} bytes; give at least {} bytes",
-                options.path, options.capacity_bytes, root->segment_bytes(), root->segment_bytes() * 3);
+                "root \"{}\": capacity={} holds fewer than 3 segments of {} bytes; give room for 3 at least",
+                options.path, options.capacity_bytes, wanted);
   }
+  root->segment_bytes_ = align_up(wanted);
   if (auto marked = root->open_marker(); !marked) return std::unexpected(marked.error());
   if (auto chosen = root->choose_transport(*system, depot.io_depth); !chosen)
     return std::unexpected(chosen.error());

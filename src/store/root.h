@@ -5,6 +5,7 @@
 #pragma once
 
 #include <atomic>
+#include <climits>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -22,6 +23,9 @@
 namespace tokendepot {
 
 class Root {
+/// Leaves room for what the depot appends: the longest is manifests/<64 hex>.json with a temporary suffix.
+inline constexpr size_t kMaxRootPathBytes = PATH_MAX - 1 - 128;
+
  public:
   /// Checks the options against the file system, creates marker and directories when the directory is empty
   /// or missing, chooses the transport. `device` and `cufile`, where given, outlive the root.

@@ -264,7 +264,10 @@ Result<File> RootWriter::make_file(const std::string& path, uint64_t bytes,
     if (!used) return std::unexpected(used.error());
     const auto system = file_system_of(root_.path());
     if (!system) return std::unexpected(system.error());
-    if (*used + bytes <= root_.capacity() && system->available_bytes >= bytes + free_space_reserve_) {
+    const bool capacity_is_short = bytes > root_.capacity() || *used > root_.capacity() - bytes;
+    const bool medium_is_short =
+        bytes > system->available_bytes || free_space_reserve_ > system->available_bytes - bytes;
+    if (!capacity_is_short && !medium_is_short) {
       auto file =
           File::open(path, {.write = true, .create = true, .exclusive = true, .direct = root_.direct()});
       if (!file) return file;
@@ -273,7 +276,6 @@ Result<File> RootWriter::make_file(const std::string& path, uint64_t bytes,
       if (auto removed = remove_file(path); !removed) return std::unexpected(removed.error());
       if (allocated.error().kind != ErrorKind::no_space) return std::unexpected(allocated.error());
     }
-    const bool capacity_is_short = *used + bytes > root_.capacity();
     bool recycled = false;
     if (auto evicted = evict_coldest(before_eviction, path, bytes, &recycled, kept); !evicted) {
       if (evicted.error().kind != ErrorKind::no_space) return std::unexpected(evicted.error());

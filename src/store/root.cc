@@ -258,11 +258,25 @@ void Root::map_ahead(const SegmentTable& segments, const std::atomic<bool>& stop
   }
 }
 
-Status Root::keep_manifest(const std::string& digest_hex, const std::string& canonical) const {
-  const std::string file = manifests_dir() + "/" + digest_hex + ".json";
-  const auto bytes = std::as_bytes(std::span(canonical));
-  if (const auto stored = read_file(file, 1 << 20); stored && std::ranges::equal(*stored, bytes)) return {};
-  return write_file_atomically(file, bytes);
+Status Root::keep_manifest(const Manifest& manifest) {
+  const std::string name = to_hex(manifest.digest.bytes) + ".json";
+  const std::string file = manifests_dir() + "/" + name;
+  const auto stored = read_file(file, kMaxManifestBytes);
+  std::string damage;
+  if (stored) {
+    const std::string_view text(reinterpret_cast<const char*>(stored->data()), stored->size());
+    const auto checked = check_manifest(text, manifest.digest);
+    if (checked) return {};
+    damage = checked.error().message;
+  } else if (stored.error().kind != ErrorKind::not_found) {
+    damage = stored.error().message;
+  }
+  const Status written = write_file_atomically(file, std::as_bytes(std::span(manifest.canonical)));
+  if (!written || damage.empty()) return written;
+  ++mended_manifests_;
+  log(LogLevel::warning, "root \"{}\": manifest {} was damaged and is written anew: {}", path(), name,
+      damage);
+  return {};
 }
 
 Result<std::optional<File>> Root::lock_keeper(uint32_t patience_ms) const {

@@ -199,6 +199,11 @@ uint64_t RootWriter::writer_id() const {
   return journal_.writer();
 }
 
+uint64_t RootWriter::spare_bytes() const {
+  std::lock_guard lock(mutex_);
+  return spare_ ? spare_->bytes : 0;
+}
+
 bool RootWriter::wants_spare() const {
   std::lock_guard lock(mutex_);
   return !spare_ || spare_->bytes < root_.segment_bytes() || cramped_;

@@ -66,6 +66,8 @@ class RootWriter {
   /// The last attempt to have space ready failed; it is repeated in the background.
   bool failing() const { return failing_; }
   uint64_t writer_id() const;
+  /// Of the segment that is ready and not begun: no journal speaks of it.
+  uint64_t spare_bytes() const;
   Root& root() { return root_; }
 
  private:

@@ -370,6 +370,28 @@ Status RootWriter::prepare_spare(const std::function<void(uint32_t)>& before_evi
   return {};
 }
 
+void RootWriter::leave_removed_segments() {
+  std::optional<SegmentId> removed;
+  {
+    std::lock_guard lock(mutex_);
+    if (spare_ && spare_->segment->file.was_removed()) {
+      root_.files().drop(spare_->id);
+      spare_.reset();
+    }
+    if (!current_ || segments_.condemned(current_->slot, root_.index()) ||
+        !current_->segment->file.was_removed())
+      return;
+    removed = current_->id;
+  }
+  log(LogLevel::warning, "root \"{}\": {} was removed while it was filled; what it held is not served",
+      root_.path(), segment_name(*removed));
+  Record record;
+  record.type = RecordType::condemn_segment;  // reserve() goes on with the next one
+  record.where.segment = *removed;
+  if (auto written = append(record); !written)
+    log(LogLevel::warning, "root \"{}\": {}", root_.path(), written.error().message);
+}
+
 uint32_t RootWriter::tend_dead_writers() {
   uint32_t tended = 0;
   std::map<uint64_t, std::vector<uint32_t>> unsealed;

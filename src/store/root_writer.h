@@ -49,6 +49,9 @@ class RootWriter {
   /// when given, is asked to save a segment before it goes (demotion).
   Status prepare_spare(const std::function<void(uint32_t slot)>& before_eviction);
   bool wants_spare() const;
+  /// Leaves the segments that are to be filled when somebody took their files away: what went there would be
+  /// lost with them.
+  void leave_removed_segments();
   /// Seals what dead writers left half-filled and makes their unjournaled extents known. Returns journals
   /// tended.
   uint32_t tend_dead_writers();

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <mutex>
 #include <set>
 
 #include "base/log.h"
@@ -254,10 +255,18 @@ TEST_P(UnopenedSegments, AreIoErrorsAndWhatIsOpenIsServedOn) {
               EXPECT_EQ(load(*depot, plan_of(*depot, keys, 0, 1, 100)).items_ok, 1u);
               const LoadPlan all = plan_of(*depot, keys, 0, 2, 100);
               if (!forbid_open_flag(O_NOFOLLOW, EIO)) return 2;
+              std::mutex saying;
               std::string said;
-              set_log_sink([&said](LogLevel, std::string_view line) { said += line; });
+              set_log_sink([&](LogLevel, std::string_view line) {
+                const std::lock_guard lock(saying);
+                said += line;
+              });
               const Completion done = load(*depot, all);
-              for (int i = 0; i < 100 && said.empty(); ++i) usleep(10'000);
+              const auto silent = [&] {
+                const std::lock_guard lock(saying);
+                return said.empty();
+              };
+              for (int i = 0; i < 500 && silent(); ++i) usleep(10'000);
               set_log_sink(nullptr);
               EXPECT_EQ(done.items_ok, 1u);
               EXPECT_EQ(chunks_of(done), std::set<uint32_t>{1});

@@ -157,7 +157,9 @@ class LongNames : public HostileRoot {
                             iota_blocks(0, 4)});
       ASSERT_TRUE((*depot)->submit_load(++job, gone));
       EXPECT_EQ(wait_for(**depot, job).failures.size(), 1u);
-      said += to_json((*depot)->stats());
+      const std::string stats = to_json((*depot)->stats());
+      const std::lock_guard lock(saying);
+      said += stats;
     }
     set_log_sink(nullptr);
     EXPECT_EQ(said.find("s3cret"), std::string::npos) << said;

@@ -205,6 +205,24 @@ def kv_types_of_equal_size_never_meet_and_fp8_is_fp8_e4m3(lab: Lab) -> None:
 
 
 @case
+def opaque_pages_of_equal_size_go_back_to_an_equal_arrangement_only(lab: Lab) -> None:
+    """Trial I3: a page of 16 tokens and all heads has as many bytes as one of 32 tokens and half of them."""
+    arrangements = ({"tp": 1, "block_size": 16}, {"tp": 2, "block_size": 32}, {"pp": 2, "block_size": 16})
+    for arrangement in arrangements:
+        engine = lab.engine(layout="opaque", **arrangement)
+        assert ask(engine, PROMPTS[0]) == 0, arrangement
+        same(engine.run(PROMPTS, LENGTH), lab.expected())
+        assert engine.failures() == 0, engine.stats
+        lab.stop(engine)
+    for arrangement in arrangements:
+        engine = lab.engine(layout="opaque", **arrangement)
+        assert ask(engine, PROMPTS[0]) == 128, arrangement
+        same(engine.run(PROMPTS, LENGTH), lab.expected())
+        assert engine.loaded() > 0 and engine.failures() == 0, engine.stats
+        lab.stop(engine)
+
+
+@case
 def refusals_name_key_value_and_what_is_allowed(lab: Lab) -> None:
     occupied = lab.root.parent / f"{lab.root.name}-occupied"
     occupied.mkdir()

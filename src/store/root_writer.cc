@@ -371,23 +371,28 @@ Status RootWriter::prepare_spare(const std::function<void(uint32_t)>& before_evi
 }
 
 void RootWriter::leave_removed_segments() {
-  std::optional<SegmentId> removed;
+  SegmentLease spare;
+  SegmentLease current;
   {
     std::lock_guard lock(mutex_);
-    if (spare_ && spare_->segment->file.was_removed()) {
-      root_.files().drop(spare_->id);
-      spare_.reset();
-    }
-    if (!current_ || segments_.condemned(current_->slot, root_.index()) ||
-        !current_->segment->file.was_removed())
-      return;
-    removed = current_->id;
+    if (spare_) spare = root_.files().share(spare_->segment);
+    if (current_ && !segments_.condemned(current_->slot, root_.index()))
+      current = root_.files().share(current_->segment);
   }
+  // Outside of the lock, which stores need: a file system may take long to answer.
+  if (spare && spare->file.was_removed()) {
+    std::lock_guard lock(mutex_);
+    if (spare_ && spare_->id == spare->id) {
+      spare_.reset();
+      root_.files().drop(spare->id);
+    }
+  }
+  if (!current || !current->file.was_removed()) return;
   log(LogLevel::warning, "root \"{}\": {} was removed while it was filled; what it held is not served",
-      root_.path(), segment_name(*removed));
+      root_.path(), segment_name(current->id));
   Record record;
   record.type = RecordType::condemn_segment;  // reserve() goes on with the next one
-  record.where.segment = *removed;
+  record.where.segment = current->id;
   if (auto written = append(record); !written)
     log(LogLevel::warning, "root \"{}\": {}", root_.path(), written.error().message);
 }

@@ -105,13 +105,21 @@ Status RootWriter::adopt_or_create() {
         seal.type = RecordType::seal;
         seal.where = {*id, used, 0};
         if (auto sealed = append(seal); !sealed) return sealed;
-      } else if (auto removed = remove_file(root_.segments_dir() + "/" + entry.name); !removed) {
+      } else if (auto removed = remove_file(root_.segments_dir() + "/" + entry.name);
+                 !removed && removed.error().kind != ErrorKind::not_found) {
         return removed;
       }
       continue;
     }
     auto file =
         File::open(root_.segments_dir() + "/" + entry.name, {.write = true, .direct = root_.direct()});
+    if (!file && file.error().kind == ErrorKind::not_found) {  // somebody removed it since it was listed
+      Record gone;
+      gone.type = RecordType::condemn_segment;
+      gone.where.segment = *id;
+      if (auto condemned = append(gone); !condemned) return condemned;
+      continue;
+    }
     if (!file) return std::unexpected(file.error());
     auto segment = root_.files().adopt(*id, std::move(*file));
     if (!segment) return std::unexpected(segment.error());

@@ -94,6 +94,7 @@ class OpenDepot final : public Depot {
   std::unique_ptr<Transfers> transfers_;
   std::unique_ptr<Keeper> keeper_;
   std::atomic<uint64_t> lookups_ = 0;
+  uint64_t open_ns_ = 0;
 };
 
 Status OpenDepot::open_cufile(const Options& options, const std::string& library) {
@@ -142,6 +143,7 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::uniq
   if (options.poll_ms < 1)
     return fail(ErrorKind::invalid_argument, "poll_ms={} is out of range; expected 1 or more",
                 options.poll_ms);
+  const uint64_t began = system_clock().steady_ns();
   auto depot = std::make_unique<OpenDepot>();
   if (!device) {
     auto opened =
@@ -186,6 +188,13 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::uniq
         ErrorKind::busy,
         "the system refused the depot's background threads; check the limit of processes (ulimit -u)");
   }
+  depot->open_ns_ = system_clock().steady_ns() - began;
+  const DepotStats found = depot->stats();
+  uint64_t segments = 0;
+  for (const RootStats& root : found.roots) segments += root.segments;
+  log(LogLevel::info, "ready after {:.3f} s: {}{} segments, {} journal records read",
+      static_cast<double>(found.open_nanoseconds) * 1e-9,
+      options.catalog ? fmt::format("{} extents in ", found.entries) : "", segments, found.journal_records);
   return depot;
 }
 
@@ -220,9 +229,7 @@ Result<NamespaceDigest> OpenDepot::register_namespace(std::string_view manifest_
   if (!manifest) return std::unexpected(manifest.error());
   for (const Tier& tier : tiers_) {
     if (!tier.root->writable()) continue;
-    if (auto kept = tier.root->keep_manifest(to_hex(manifest->digest.bytes), manifest->canonical); !kept) {
-      return std::unexpected(kept.error());
-    }
+    if (auto kept = tier.root->keep_manifest(*manifest); !kept) return std::unexpected(kept.error());
   }
   return manifest->digest;
 }
@@ -389,6 +396,7 @@ DepotStats OpenDepot::stats() const {
     stats.catalog_bytes = catalog_->memory_bytes();
   }
   stats.lookups = lookups_;
+  stats.open_nanoseconds = open_ns_;
   stats.device = device_->stats();
   for (const Tier& tier : tiers_) {
     stats.journal_records += tier.replay->records();
@@ -408,8 +416,10 @@ DepotStats OpenDepot::stats() const {
     if (tier.writer) {
       root.evicted_segments = tier.writer->evicted_segments();
       root.suspended = tier.writer->failing();
+      root.used_bytes += tier.writer->spare_bytes();
     }
     root.gds_errors = tier.root->gds_errors();
+    root.mended_manifests = tier.root->mended_manifests();
     root.demoted_segments = keeper_->demoted(tier.root->index());
   }
   return stats;

@@ -17,6 +17,7 @@
 
 #include "base/errors.h"
 #include "device/open_device.h"
+#include "store/root.h"
 #include "store/segment_table.h"
 #include "tokendepot/depot.h"
 
@@ -29,10 +30,6 @@ constexpr size_t kMaxConfigBytes = 1 << 20;
 // Until segments are registered, and where they cannot be, these are what keeps a link busy.
 constexpr uint32_t kCudaDeviceThreads = 8;
 constexpr uint64_t kMaxSize = std::numeric_limits<int64_t>::max();
-// Room for what the depot appends to a root's path: the longest is manifests/<64 hex>.json with a temporary
-// suffix.
-constexpr size_t kAppendedBytes = 128;
-constexpr size_t kMaxRootPath = PATH_MAX - 1 - kAppendedBytes;
 
 constexpr std::string_view kSizeAllowed =
     "a size greater than 0 in bytes or with one of the units KiB MiB GiB TiB (by 1024) or KB MB GB TB (by "
@@ -216,12 +213,12 @@ Result<std::string> path_of(std::string_view key, const Json& value) {
     path += part;
   }
   if (path.empty()) return refuse(key, value, kAllowed);
-  if (path.size() > kMaxRootPath) {
+  if (path.size() > kMaxRootPathBytes) {
     return refuse(
         key, value,
         fmt::format(
             "a path of at most {} bytes, which is PATH_MAX less what the depot appends (this one has {})",
-            kMaxRootPath, path.size()));
+            kMaxRootPathBytes, path.size()));
   }
   return path;
 }

@@ -40,6 +40,7 @@ Json json_of(const RootStats& r) {
           {"evicted_segments", r.evicted_segments},
           {"demoted_segments", r.demoted_segments},
           {"gds_errors", r.gds_errors},
+          {"mended_manifests", r.mended_manifests},
           {"writable", r.writable},
           {"suspended", r.suspended}};
 }
@@ -63,6 +64,7 @@ std::string to_json(const DepotStats& s) {
                    {"entries", s.entries},
                    {"catalog_bytes", s.catalog_bytes},
                    {"lookups", s.lookups},
+                   {"open_nanoseconds", s.open_nanoseconds},
                    {"journal_records", s.journal_records},
                    {"bad_records", s.bad_records},
                    {"device", json_of(s.device)},

@@ -26,7 +26,6 @@
 namespace tokendepot {
 namespace {
 
-constexpr uint64_t kManifestLimit = 1 << 20;
 constexpr uint64_t kReadPiece = 1 << 20;
 static_assert(kReadPiece % kPageBytes == 0);
 
@@ -220,7 +219,7 @@ std::optional<NamespaceDigest> digest_of_name(const std::string& name) {
 NamespaceInfo read_namespace(const std::string& file, const NamespaceDigest& digest) {
   NamespaceInfo info;
   info.digest_hex = to_hex(digest.bytes);
-  const auto bytes = read_file(file, kManifestLimit);
+  const auto bytes = read_file(file, kMaxManifestBytes);
   if (bytes) {
     const auto manifest =
         check_manifest({reinterpret_cast<const char*>(bytes->data()), bytes->size()}, digest);

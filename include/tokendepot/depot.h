@@ -151,7 +151,8 @@ class Depot {
   /// Queues the items of `plan` that intersect this worker's part. Never blocks on I/O. The job is reported
   /// by poll() exactly once, also when every item failed or none was this worker's; after that report no byte
   /// of the listed blocks is written any more. A failed item's blocks hold undefined bytes. `busy`: job id in
-  /// use.
+  /// use. What is proved bad or gone is condemned for everybody; who promises from a catalog calls forget()
+  /// for every failed item, because nothing can be proved where the kernel failed.
   virtual Status submit_load(uint64_t job, LoadPlan plan) = 0;
 
   /// The same reading and checking into staging memory of this process, without writing to the cache: for

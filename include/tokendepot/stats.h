@@ -41,11 +41,12 @@ struct RootStats {
   std::string reason;     // why this transport was chosen
   uint64_t read_bytes_per_second = 0;  // measured when the root was opened; 0 = not measured
   uint64_t capacity_bytes = 0;
-  uint64_t used_bytes = 0;  // gauge: segment files on the medium
+  uint64_t used_bytes = 0;  // gauge: segment files on the medium, but for those that others have ready
   uint64_t segments = 0;    // gauge
   uint64_t evicted_segments = 0;
   uint64_t demoted_segments = 0;
-  uint64_t gds_errors = 0;  // of cuFile: the extent went the ordinary way, or was not stored
+  uint64_t gds_errors = 0;        // of cuFile: the extent went the ordinary way, or was not stored
+  uint64_t mended_manifests = 0;  // found damaged and written anew
   bool writable = false;
   bool suspended = false;  // gauge: failing, retried in the background
 };
@@ -66,8 +67,9 @@ struct DepotStats {
   uint64_t entries = 0;        // gauge: extents in the catalog
   uint64_t catalog_bytes = 0;  // gauge: memory of the catalog
   uint64_t lookups = 0;
-  uint64_t journal_records = 0;  // replayed or tailed
-  uint64_t bad_records = 0;      // journal records left alone because they do not decode
+  uint64_t open_nanoseconds = 0;  // what open() took; from its return on lookups know all that is stored
+  uint64_t journal_records = 0;   // replayed or tailed
+  uint64_t bad_records = 0;       // journal records left alone because they do not decode
   DeviceUse device;
   std::vector<RootStats> roots;
 };

@@ -12,7 +12,6 @@ namespace {
 
 using Json = nlohmann::json;
 
-constexpr size_t kMaxBytes = 1 << 20;
 constexpr size_t kMaxDepth = 64;
 
 // Builds the document while it is read, and stops at what would make two texts mean one manifest: a key
@@ -91,9 +90,9 @@ class Builder {
 }  // namespace
 
 Result<Manifest> make_manifest(std::string_view json) {
-  if (json.size() > kMaxBytes) {
+  if (json.size() > kMaxManifestBytes) {
     return fail(ErrorKind::invalid_argument, "manifest has {} bytes, at most {} are allowed", json.size(),
-                kMaxBytes);
+                kMaxManifestBytes);
   }
   try {
     Builder builder;

@@ -1,6 +1,7 @@
 // A namespace's manifest: the JSON of what must be equal, in canonical form.
 #pragma once
 
+#include <cstddef>
 #include <string>
 #include <string_view>
 
@@ -8,6 +9,8 @@
 #include "tokendepot/key.h"
 
 namespace tokendepot {
+
+inline constexpr size_t kMaxManifestBytes = 1 << 20;
 
 struct Manifest {
   std::string canonical;   // sorted keys, no blanks, UTF-8, as stored in manifests/<digest>.json

@@ -200,6 +200,14 @@ bool File::is_at_its_path() const {
          here.st_ino == there.st_ino;
 }
 
+bool File::was_removed() const {
+  struct stat here;
+  struct stat there;
+  if (::fstat(fd_, &here) != 0) return false;
+  if (::lstat(path_.c_str(), &there) != 0) return errno == ENOENT;
+  return here.st_dev != there.st_dev || here.st_ino != there.st_ino;
+}
+
 Result<bool> File::try_lock_exclusive() const {
   struct flock lock{};
   lock.l_type = F_WRLCK;

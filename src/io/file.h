@@ -44,6 +44,8 @@ class File {
   Status sync() const;  // fdatasync
   /// Whether path() still names this very file: false after it was renamed, replaced or removed.
   bool is_at_its_path() const;
+  /// Its path certainly leads nowhere, or to another file. False where the file system does not answer.
+  bool was_removed() const;
 
   /// Open-file-description lock over the whole file, never waiting. False = somebody else (another process,
   /// or another open of this process) has it. Freed when the last copy of the descriptor closes, also by kill

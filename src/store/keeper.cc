@@ -78,7 +78,9 @@ void Keeper::poll_journals() {
 
 void Keeper::make_space_ready() {
   RootWriter* target = store_target();
-  if (target == nullptr || !target->wants_spare()) return;
+  if (target == nullptr) return;
+  target->leave_removed_segments();
+  if (!target->wants_spare()) return;
   const auto tier = static_cast<size_t>(
       std::ranges::find(tiers_, target, [](const Tier& t) { return t.writer; }) - tiers_.begin());
   const auto ready = target->prepare_spare([this, tier](uint32_t slot) { demote(tier, slot); });

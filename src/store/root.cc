@@ -186,6 +186,13 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
   std::unique_ptr<Root> root(new Root);
   root->options_ = options;
   root->index_ = index;
+  if (options.path.size() > kMaxRootPathBytes) {
+    return fail(
+        ErrorKind::invalid_argument,
+        "root \"{}...\" has a path of {} bytes; expected at most {}, which is PATH_MAX less what the depot "
+        "appends",
+        options.path.substr(0, 64), options.path.size(), kMaxRootPathBytes);
+  }
   const bool missing = access(options.path.c_str(), F_OK) != 0;
   if (missing && !options.read_only) {
     if (auto made = make_directory(options.path); !made) return std::unexpected(made.error());
@@ -202,13 +209,16 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
                 "root \"{}\": capacity={} is larger than its file system ({} bytes of {})", options.path,
                 options.capacity_bytes, system->total_bytes, system->type);
   }
-  root->segment_bytes_ = options.segment_bytes != 0 ? align_up(options.segment_bytes)
-                                                    : default_segment_bytes(options.capacity_bytes);
-  if (root->writable_ && root->segment_bytes_ * 3 > options.capacity_bytes) {
+  const uint64_t wanted =
+      options.segment_bytes != 0 ? options.segment_bytes : default_segment_bytes(options.capacity_bytes);
+  // Compared before anything is added or multiplied: no size may wrap around.
+  if (root->writable_ &&
+      (wanted > options.capacity_bytes / 3 || align_up(wanted) > options.capacity_bytes / 3)) {
     return fail(ErrorKind::invalid_argument,
-                "root \"{}\": capacity={} holds fewer than 3 segments of {} bytes; give at least {} bytes",
-                options.path, options.capacity_bytes, root->segment_bytes(), root->segment_bytes() * 3);
+                "root \"{}\": capacity={} holds fewer than 3 segments of {} bytes; give room for 3 at least",
+                options.path, options.capacity_bytes, wanted);
   }
+  root->segment_bytes_ = align_up(wanted);
   if (auto marked = root->open_marker(); !marked) return std::unexpected(marked.error());
   if (auto chosen = root->choose_transport(*system, depot.io_depth); !chosen)
     return std::unexpected(chosen.error());
@@ -248,11 +258,25 @@ void Root::map_ahead(const SegmentTable& segments, const std::atomic<bool>& stop
   }
 }
 
-Status Root::keep_manifest(const std::string& digest_hex, const std::string& canonical) const {
-  const std::string file = manifests_dir() + "/" + digest_hex + ".json";
-  const auto bytes = std::as_bytes(std::span(canonical));
-  if (const auto stored = read_file(file, 1 << 20); stored && std::ranges::equal(*stored, bytes)) return {};
-  return write_file_atomically(file, bytes);
+Status Root::keep_manifest(const Manifest& manifest) {
+  const std::string name = to_hex(manifest.digest.bytes) + ".json";
+  const std::string file = manifests_dir() + "/" + name;
+  const auto stored = read_file(file, kMaxManifestBytes);
+  std::string damage;
+  if (stored) {
+    const std::string_view text(reinterpret_cast<const char*>(stored->data()), stored->size());
+    const auto checked = check_manifest(text, manifest.digest);
+    if (checked) return {};
+    damage = checked.error().message;
+  } else if (stored.error().kind != ErrorKind::not_found) {
+    damage = stored.error().message;
+  }
+  const Status written = write_file_atomically(file, std::as_bytes(std::span(manifest.canonical)));
+  if (!written || damage.empty()) return written;
+  ++mended_manifests_;
+  log(LogLevel::warning, "root \"{}\": manifest {} was damaged and is written anew: {}", path(), name,
+      damage);
+  return {};
 }
 
 Result<std::optional<File>> Root::lock_keeper(uint32_t patience_ms) const {

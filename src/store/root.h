@@ -5,12 +5,14 @@
 #pragma once
 
 #include <atomic>
+#include <climits>
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
 
 #include "device/cuda/gds_lane.h"
+#include "format/manifest.h"
 #include "format/marker.h"
 #include "io/engine.h"
 #include "io/file.h"
@@ -20,6 +22,9 @@
 #include "tokendepot/error.h"
 
 namespace tokendepot {
+
+/// Leaves room for what the depot appends: the longest is manifests/<64 hex>.json with a temporary suffix.
+inline constexpr size_t kMaxRootPathBytes = PATH_MAX - 1 - 128;
 
 class Root {
  public:
@@ -59,8 +64,10 @@ class Root {
   /// `invalid_argument` when an extent of this size cannot be kept within the capacity.
   Status fit_extent(uint64_t extent_bytes);
 
-  /// Stores the manifest unless it is there. An equal file is left as it is; a damaged one is replaced.
-  Status keep_manifest(const std::string& digest_hex, const std::string& canonical) const;
+  /// Stores the manifest unless it is there. An equal file is left as it is; a damaged one is told, counted
+  /// and replaced. Thread-safe.
+  Status keep_manifest(const Manifest& manifest);
+  uint64_t mended_manifests() const { return mended_manifests_; }
 
   /// Sole right to create, recycle and remove segments, held by at most one process. Waits up to
   /// `patience_ms`.
@@ -83,6 +90,7 @@ class Root {
   std::string without_gds_;
   std::string reason_;
   uint64_t read_bytes_per_second_ = 0;
+  std::atomic<uint64_t> mended_manifests_ = 0;
   Device* device_ = nullptr;
   std::unique_ptr<IoEngine> engine_;
   std::unique_ptr<GdsLane> gds_;

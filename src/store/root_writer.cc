@@ -105,13 +105,21 @@ Status RootWriter::adopt_or_create() {
         seal.type = RecordType::seal;
         seal.where = {*id, used, 0};
         if (auto sealed = append(seal); !sealed) return sealed;
-      } else if (auto removed = remove_file(root_.segments_dir() + "/" + entry.name); !removed) {
+      } else if (auto removed = remove_file(root_.segments_dir() + "/" + entry.name);
+                 !removed && removed.error().kind != ErrorKind::not_found) {
         return removed;
       }
       continue;
     }
     auto file =
         File::open(root_.segments_dir() + "/" + entry.name, {.write = true, .direct = root_.direct()});
+    if (!file && file.error().kind == ErrorKind::not_found) {  // somebody removed it since it was listed
+      Record gone;
+      gone.type = RecordType::condemn_segment;
+      gone.where.segment = *id;
+      if (auto condemned = append(gone); !condemned) return condemned;
+      continue;
+    }
     if (!file) return std::unexpected(file.error());
     auto segment = root_.files().adopt(*id, std::move(*file));
     if (!segment) return std::unexpected(segment.error());
@@ -199,6 +207,11 @@ uint64_t RootWriter::writer_id() const {
   return journal_.writer();
 }
 
+uint64_t RootWriter::spare_bytes() const {
+  std::lock_guard lock(mutex_);
+  return spare_ ? spare_->bytes : 0;
+}
+
 bool RootWriter::wants_spare() const {
   std::lock_guard lock(mutex_);
   return !spare_ || spare_->bytes < root_.segment_bytes() || cramped_;
@@ -264,7 +277,10 @@ Result<File> RootWriter::make_file(const std::string& path, uint64_t bytes,
     if (!used) return std::unexpected(used.error());
     const auto system = file_system_of(root_.path());
     if (!system) return std::unexpected(system.error());
-    if (*used + bytes <= root_.capacity() && system->available_bytes >= bytes + free_space_reserve_) {
+    const bool capacity_is_short = bytes > root_.capacity() || *used > root_.capacity() - bytes;
+    const bool medium_is_short =
+        bytes > system->available_bytes || free_space_reserve_ > system->available_bytes - bytes;
+    if (!capacity_is_short && !medium_is_short) {
       auto file =
           File::open(path, {.write = true, .create = true, .exclusive = true, .direct = root_.direct()});
       if (!file) return file;
@@ -273,7 +289,6 @@ Result<File> RootWriter::make_file(const std::string& path, uint64_t bytes,
       if (auto removed = remove_file(path); !removed) return std::unexpected(removed.error());
       if (allocated.error().kind != ErrorKind::no_space) return std::unexpected(allocated.error());
     }
-    const bool capacity_is_short = *used + bytes > root_.capacity();
     bool recycled = false;
     if (auto evicted = evict_coldest(before_eviction, path, bytes, &recycled, kept); !evicted) {
       if (evicted.error().kind != ErrorKind::no_space) return std::unexpected(evicted.error());
@@ -361,6 +376,33 @@ Status RootWriter::prepare_spare(const std::function<void(uint32_t)>& before_evi
   }
   spare_ = Current{segments_.slot_of(id), id, std::move(*segment), 0, bytes};
   return {};
+}
+
+void RootWriter::leave_removed_segments() {
+  SegmentLease spare;
+  SegmentLease current;
+  {
+    std::lock_guard lock(mutex_);
+    if (spare_) spare = root_.files().share(spare_->segment);
+    if (current_ && !segments_.condemned(current_->slot, root_.index()))
+      current = root_.files().share(current_->segment);
+  }
+  // Outside of the lock, which stores need: a file system may take long to answer.
+  if (spare && spare->file.was_removed()) {
+    std::lock_guard lock(mutex_);
+    if (spare_ && spare_->id == spare->id) {
+      spare_.reset();
+      root_.files().drop(spare->id);
+    }
+  }
+  if (!current || !current->file.was_removed()) return;
+  log(LogLevel::warning, "root \"{}\": {} was removed while it was filled; what it held is not served",
+      root_.path(), segment_name(current->id));
+  Record record;
+  record.type = RecordType::condemn_segment;  // reserve() goes on with the next one
+  record.where.segment = current->id;
+  if (auto written = append(record); !written)
+    log(LogLevel::warning, "root \"{}\": {}", root_.path(), written.error().message);
 }
 
 uint32_t RootWriter::tend_dead_writers() {

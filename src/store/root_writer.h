@@ -49,6 +49,9 @@ class RootWriter {
   /// when given, is asked to save a segment before it goes (demotion).
   Status prepare_spare(const std::function<void(uint32_t slot)>& before_eviction);
   bool wants_spare() const;
+  /// Leaves the segments that are to be filled when somebody took their files away: what went there would be
+  /// lost with them.
+  void leave_removed_segments();
   /// Seals what dead writers left half-filled and makes their unjournaled extents known. Returns journals
   /// tended.
   uint32_t tend_dead_writers();
@@ -66,6 +69,8 @@ class RootWriter {
   /// The last attempt to have space ready failed; it is repeated in the background.
   bool failing() const { return failing_; }
   uint64_t writer_id() const;
+  /// Of the segment that is ready and not begun: no journal speaks of it.
+  uint64_t spare_bytes() const;
   Root& root() { return root_; }
 
  private:

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <vector>
 
 #include "base/errors.h"
 #include "format/digest.h"
@@ -23,13 +24,18 @@ struct AlignedBuffer {
   std::span<std::byte> first(uint64_t bytes) { return {memory.get(), bytes}; }
 };
 
+/// Reads piece by piece: a shard may be larger than the memory of the machine that recovers it.
 bool payload_is_whole(const File& file, const ExtentHeader& header, uint64_t payload_offset) {
   const GroupShape shape = header.shape();
-  AlignedBuffer shard(shape.shard_stride());
+  AlignedBuffer window(std::min(kWindow, shape.shard_stride()));
+  std::vector<uint64_t> digests(shape.shard_stride() / kPageBytes);
   for (uint32_t i = 0; i < shape.shards(); ++i) {
-    const auto bytes = shard.first(shape.shard_stride());
-    if (!file.read_at(bytes, payload_offset + i * shape.shard_stride())) return false;
-    if (shard_digest(bytes) != header.shard_digests[i]) return false;
+    for (uint64_t at = 0; at < shape.shard_stride(); at += window.size) {
+      const auto piece = window.first(std::min(window.size, shape.shard_stride() - at));
+      if (!file.read_at(piece, payload_offset + i * shape.shard_stride() + at)) return false;
+      digest_pages(piece, std::span(digests).subspan(at / kPageBytes));
+    }
+    if (shard_digest_of_pages(digests) != header.shard_digests[i]) return false;
   }
   return true;
 }

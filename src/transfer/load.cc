@@ -122,7 +122,7 @@ bool Transfers::start_load(LoadTask& task) {
   task.page_digests.clear();  // of an attempt at another root
   if (!open_place(task)) {
     condemn_missing(task);
-    fail_load(task, Reason::absent, false);
+    fail_load(task, task.open_failed ? Reason::io_error : Reason::absent, false);
     return true;
   }
   const bool mapped = tiers_[task.tier].root->mapped();
@@ -161,6 +161,11 @@ bool Transfers::open_place(LoadTask& task) {
     if (!there) {
       if (mask != 0 && (segment || segment.error().kind == ErrorKind::not_found))
         task.missing_in |= 1u << root.index();
+      if (!segment && segment.error().kind == ErrorKind::io) {
+        task.open_failed = true;
+        note_failure(task.job, fmt::format("chunk {} of group {}: {}", task.item.chunk, task.item.group,
+                                           segment.error().message));
+      }
       continue;
     }
     task.segment = std::move(*segment);
@@ -324,8 +329,11 @@ void Transfers::scattered(LoadTask& task, ScatterOutcome outcome) {
   if (outcome == ScatterOutcome::failed) return fail_load(task, Reason::io_error, false);
   // A mapped payload is read twice, to verify and to copy. A segment is renamed before it is written anew, so
   // while it has its name nothing has changed in between.
-  if (task.scatter.guarded && !task.segment->file.is_at_its_path())
-    return fail_load(task, Reason::absent, false);
+  if (task.scatter.guarded && !task.segment->file.is_at_its_path()) {
+    // Recycled, or removed by somebody, who told nobody: unless another root has a copy, it is gone for good.
+    const uint32_t elsewhere = segments_.present_in(task.slot) & ~(1u << tiers_[task.tier].root->index());
+    return fail_load(task, Reason::absent, elsewhere == 0);
+  }
   if (task.suspect != nullptr) task.suspect->note_error(task.complaint);
   if (RootWriter* writer = tiers_[task.tier].writer) {
     writer->touch(task.slot);

@@ -5,8 +5,10 @@
 
 #include <filesystem>
 #include <fstream>
+#include <mutex>
 #include <set>
 
+#include "base/log.h"
 #include "depot_fixture.h"
 #include "forked_child.h"
 
@@ -88,6 +90,124 @@ TEST_F(HostileRoot, NamesAndSaltsOfRequestsAreNeverPaths) {
     std::ifstream file(entry.path(), std::ios::binary);
     const std::string bytes((std::istreambuf_iterator<char>(file)), {});
     EXPECT_EQ(bytes.find("tmp/pwn"), std::string::npos) << "a salt in clear in " << name;
+  }
+}
+
+// I5.
+class LongNames : public HostileRoot {
+ protected:
+  /// Stores 200 chunks under a model path of 240 and a salt of 128 characters, looks all up and loads them,
+  /// and looks for the salt wherever it could have gone.
+  void store_and_load(const Options& options) {
+    const std::string salt = std::string("s3cret-").append(121, '~');
+    const std::string model = std::string(240, 'm');
+    std::string said;
+    std::mutex saying;
+    set_log_sink([&](LogLevel, std::string_view line) {
+      const std::lock_guard lock(saying);
+      said.append(line).append("\n");
+    });
+    {
+      auto depot = Depot::open(options);
+      ASSERT_TRUE(depot) << depot.error().message;
+      const auto ns = (*depot)->register_namespace(fmt::format(R"({{"model":"{}"}})", model));
+      ASSERT_TRUE(ns) << ns.error().message;
+      HostCache cache(small_shape(), kBlocks);
+      ASSERT_TRUE((*depot)->attach(cache.paged()));
+      cache.fill(1);
+      HostCache expected(small_shape(), kBlocks);
+      expected.fill(1);
+      KeyChain chain(*ns, kChunkTokens, salt);
+      std::vector<uint32_t> tokens(200 * kChunkTokens);
+      for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<uint32_t>(i);
+      chain.append(tokens);
+      const auto keys = chain.keys();
+      const std::vector want{want_of(small_shape())};
+      uint64_t job = 0;
+      for (uint32_t i = 0; i < 200; ++i) {
+        StorePlan put;
+        put.ns = *ns;
+        put.items.push_back({keys[i], i, 0, iota_blocks(static_cast<int32_t>(i % 8 * kBlocksPerChunk), 4)});
+        for (int attempt = 0; attempt < 100; ++attempt) {
+          ASSERT_TRUE((*depot)->submit_store(++job, put));
+          if (wait_for(**depot, job).items_ok == 1) break;
+          ASSERT_LT(attempt, 99) << "never stored";
+          usleep(20'000);
+        }
+      }
+      ASSERT_EQ((*depot)->longest_prefix(keys, want), 200u);
+      for (uint32_t i = 0; i < 200; ++i) {
+        const auto plan = plan_chunks(**depot, *ns, keys, want[0], i, i + 1, 40);
+        ASSERT_TRUE(plan) << plan.error().message;
+        ASSERT_TRUE((*depot)->submit_load(++job, *plan));
+        ASSERT_EQ(wait_for(**depot, job).items_ok, 1u) << i;
+        for (int32_t b = 0; b < 4; ++b)
+          ASSERT_EQ(cache.block(40 + b), expected.block(static_cast<int32_t>(i % 8 * kBlocksPerChunk) + b))
+              << i;
+      }
+      LoadPlan gone;  // provokes the log line of a failed load
+      gone.ns = *ns;
+      gone.items.push_back({keys[0],
+                            0,
+                            0,
+                            LayoutKind::canonical,
+                            small_shape().part,
+                            kChunkTokens,
+                            {{1, 1}, 0, 69632},
+                            iota_blocks(0, 4)});
+      ASSERT_TRUE((*depot)->submit_load(++job, gone));
+      EXPECT_EQ(wait_for(**depot, job).failures.size(), 1u);
+      const std::string stats = to_json((*depot)->stats());
+      const std::lock_guard lock(saying);
+      said += stats;
+    }
+    set_log_sink(nullptr);
+    EXPECT_EQ(said.find("s3cret"), std::string::npos) << said;
+    for (const auto& entry : std::filesystem::recursive_directory_iterator(options.roots[0].path)) {
+      EXPECT_EQ(entry.path().string().find("s3cret"), std::string::npos) << entry.path();
+      if (!entry.is_regular_file()) continue;
+      std::ifstream file(entry.path(), std::ios::binary);
+      const std::string bytes((std::istreambuf_iterator<char>(file)), {});
+      EXPECT_EQ(bytes.find("s3cret"), std::string::npos) << "the salt in clear in " << entry.path();
+    }
+  }
+  /// A directory below the test's own whose path has this many bytes.
+  std::string deep_directory(size_t bytes) {
+    std::string path = directory_.path();
+    while (bytes - path.size() > 250) path.append("/").append(200, 'd');
+    path.append("/");
+    path.resize(bytes, 'e');
+    std::filesystem::create_directories(std::filesystem::path(path).parent_path());
+    return path;
+  }
+};
+
+TEST_F(LongNames, AreStoredAndFoundAndTheSaltIsNowhereInClear) {
+  Options roomy = options();
+  roomy.roots[0].capacity_bytes = 32 << 20;
+  store_and_load(roomy);
+}
+
+TEST_F(LongNames, ARootPathNearPathMaxWorksAndOneBeyondTheLimitIsRefusedByIt) {
+  for (const size_t bytes : {3900, 3967}) {
+    SCOPED_TRACE(bytes);
+    const auto parsed = parse_options(
+        fmt::format(R"({{"roots":["{}?capacity=32MiB&segment=1MiB"]}})", deep_directory(bytes)));
+    ASSERT_TRUE(parsed) << parsed.error().message;
+    Options deep = *parsed;
+    deep.slab_bytes = 4 << 20;
+    deep.free_space_reserve = 0;
+    store_and_load(deep);
+    std::filesystem::remove_all(deep.roots[0].path);
+  }
+  for (const size_t bytes : {3968, 4090}) {
+    Options beyond = options();
+    beyond.roots[0].path = deep_directory(bytes);
+    const auto refused = Depot::open(beyond);
+    ASSERT_FALSE(refused) << bytes;
+    EXPECT_EQ(refused.error().kind, ErrorKind::invalid_argument);
+    EXPECT_NE(refused.error().message.find("3967"), std::string::npos) << refused.error().message;
+    EXPECT_FALSE(std::filesystem::exists(beyond.roots[0].path));
   }
 }
 

@@ -400,47 +400,6 @@ TEST_P(TransfersOn, ExtentsThatCannotFitAreRefusedUpFront) {
   EXPECT_FALSE(Depot::open(none));
 }
 
-// D8, scaled down: open waits until the index is whole, so the first lookup is right.
-TEST_P(TransfersOn, TheFirstLookupAfterOpenIsWholeWithManySmallExtents) {
-  const size_t count = std::getenv("TOKENDEPOT_LONG_TESTS") != nullptr ? 200'000 : 20'000;
-  GroupShape tiny;
-  tiny.part = {0, 1, 0, 1};
-  tiny.tokens = kChunkTokens;
-  tiny.block_tokens = kBlockTokens;
-  tiny.planes = 1;
-  tiny.row_bytes = 64;
-  Options roomy = options(count * 16384);
-  roomy.roots[0].segment_bytes = 16 << 20;
-  roomy.store_queue_bytes = 1ull << 40;
-  std::vector<Key> keys;
-  {
-    auto depot = open(roomy);
-    HostCache cache(tiny, 4);
-    PagedCache paged = cache.paged();
-    ASSERT_TRUE(depot->attach(paged));
-    keys = prompt_keys(ns_, 1, count);
-    for (int attempt = 0; attempt < 50; ++attempt) {
-      std::vector<uint8_t> have(count);
-      depot->stored(keys, want_of(tiny), have);
-      StorePlan plan;
-      plan.ns = ns_;
-      for (size_t i = 0; i < count; ++i) {
-        if (have[i] == 0) plan.items.push_back({keys[i], static_cast<uint32_t>(i), 0, iota_blocks(0, 4)});
-      }
-      if (plan.items.empty()) break;
-      ASSERT_TRUE(depot->submit_store(static_cast<uint64_t>(attempt), plan));
-      ASSERT_TRUE(depot->flush(60s));
-      (void)depot->poll();
-    }
-  }
-  const auto begin = std::chrono::steady_clock::now();
-  auto depot = open(roomy);
-  const auto ready = std::chrono::steady_clock::now() - begin;
-  EXPECT_EQ(depot->longest_prefix(keys, std::vector{want_of(tiny)}), count);
-  const auto milliseconds = std::chrono::duration_cast<std::chrono::milliseconds>(ready).count();
-  RecordProperty("ready_ms", static_cast<int>(milliseconds));
-  std::printf("%zu extents: ready after %lld ms\n", count, static_cast<long long>(milliseconds));
-}
 INSTANTIATE_TEST_SUITE_P(Roots, TransfersOn, ::testing::Values("tmpfs", "disk", "uring"),
                          [](const auto& suite) { return suite.param; });
 

@@ -76,6 +76,83 @@ def truncated_segments_are_misses(lab: Lab) -> None:
 
 
 @case
+def four_kinds_of_damage_end_for_requests_that_share_them(lab: Lab) -> None:
+    """Trial D5: every extent in a segment of its own, four of them damaged, two requests that want them at once."""
+    words = [3 + (7 * n * n + n) % 240 for n in range(600)]
+    prompts, capacity = [words, words[:450] + words[:100]], "64MiB&segment=24KiB"
+    writer = lab.engine(capacity=capacity)
+    for _ in range(3):
+        same(writer.run(prompts, LENGTH), lab.expected(prompts=prompts))
+        if ask(writer, words) == 576:
+            break
+    keys = keys_of(writer, words)
+    lab.stop(writer)
+    place = {extent["key"]: segment_path(lab.root, extent) for extent in _core.list_extents(str(lab.root))}
+    paths = [place[keys[chunk]] for chunk in (3, 4, 5, 6)]
+    assert len(set(paths)) == 4, "each in a segment of its own"
+    paths[0].unlink()
+    os.truncate(paths[1], 12 << 10)
+    os.truncate(paths[2], 0)
+    paths[3].unlink()
+    paths[3].mkdir()  # nobody reads this either; root would read a file of mode 000
+    engine = lab.engine(capacity=capacity)
+    assert ask(engine, words) == 192, "an unlinked segment is seen when the depot is opened"
+    same(engine.run(prompts, LENGTH), lab.expected(prompts=prompts))
+    assert engine.failures() <= 2 * 4, engine.stats
+    for _ in range(3):
+        same(engine.run(prompts, LENGTH), lab.expected(prompts=prompts))
+        if ask(engine, words) == 576:
+            break
+    assert engine.failures() <= 2 * 4, engine.stats
+    failed, loaded = engine.failures(), engine.loaded()
+    assert ask(engine, words) == 576, "what was computed again is stored again"
+    same(engine.run(prompts, LENGTH), lab.expected(prompts=prompts))
+    assert engine.failures() == failed and engine.loaded() > loaded
+
+
+@case
+def a_chunk_without_one_of_its_groups_is_no_hit(lab: Lab) -> None:
+    """Trial D7: the last window of a hit is forgotten, damaged after its look-up, or was never stored."""
+    words = [3 + (5 * n * n + n) % 240 for n in range(230)]
+
+    def hit(engine: Engine) -> int:
+        return engine.half._depot.longest_prefix(b"".join(keys_of(engine, words)), engine.half._wants)
+
+    for name in ("before", "between", "never"):
+        root = str(lab.root / name)
+        engine = lab.engine(hybrid=True, root=root)
+        if name == "never":
+            engine.ranks[0].connector._worker_half._storing_groups = {0}
+        for _ in range(3):
+            same(engine.run([words], LENGTH), lab.expected(True, [words]))
+            if name == "never" or hit(engine) == 3:
+                break
+        last = keys_of(engine, words)[2]
+        lab.stop(engine)
+        engine = lab.engine(hybrid=True, root=root)
+        if name == "before":
+            engine.half._depot.forget(last, 1)
+        assert hit(engine) == {"before": 2, "between": 3, "never": 0}[name], name
+        if name == "between":
+            engine.between = _DamageOnce(root, last)
+        same(engine.run([words], LENGTH), lab.expected(True, [words]))
+        assert (engine.failures() > 0) == (name == "between"), (name, engine.stats)
+
+
+class _DamageOnce:
+    """Damages the second group of a chunk when the first load is on its way to the workers."""
+
+    def __init__(self, root: str, key: bytes) -> None:
+        self.root, self.key, self.done = root, key, False
+
+    def __call__(self, so) -> None:
+        orders = so.kv_connector_metadata
+        if not self.done and (orders.loads or orders.holds):
+            self.done = True
+            damage(self.root, lambda extent: extent["group"] == 1 and extent["key"] == self.key)
+
+
+@case
 def a_root_that_vanishes_leaves_the_engine_running(lab: Lab) -> None:
     store_prompts(lab)
     engine = lab.engine()
@@ -185,10 +262,14 @@ def a_flipped_byte_in_a_manifest_is_mended_at_start(lab: Lab) -> None:
     (manifest,) = (lab.root / "manifests").iterdir()
     whole = manifest.read_bytes()
     flip_byte(manifest, 20)
-    engine = lab.engine()
+    with engine_lines() as said:
+        engine = lab.engine()
     assert manifest.read_bytes() == whole
+    complaints = [line for line in said if "was damaged and is written anew" in line]
+    assert len(complaints) == 1 and manifest.name in complaints[0], said
     same(engine.run(PROMPTS, LENGTH), lab.expected())
     assert engine.loaded() > 0 and engine.failures() == 0
+    assert engine.stats["mended_manifests"] == 1 and engine.stats["open_seconds"] > 0
 
 
 @case

@@ -19,6 +19,8 @@ from lab import (
     Lab,
     ask,
     case,
+    damage,
+    engine_lines,
     lines,
     request,
     same,
@@ -38,6 +40,32 @@ def salts_separate_tenants_and_empty_equals_none(lab: Lab) -> None:
             assert ask(engine, prompt, cache_salt=reader) == expected, (writer, reader)
     for path in lab.root.rglob("*"):
         assert "a@b" not in path.name
+
+
+@case
+def a_long_salt_and_model_path_are_stored_and_the_salt_is_nowhere_in_clear(lab: Lab) -> None:
+    """Trial I5."""
+    salt = "s3cret-" + "~" * 121
+    model = lab.scratch / f"model-{lab.number}"
+    while len(str(model)) < 240:
+        model /= "m" * min(100, 239 - len(str(model)))
+    shutil.copytree(lab.model, model)
+    with engine_lines() as said:
+        engine = lab.engine(str(model))
+        for _ in range(2):
+            same(engine.run(PROMPTS, LENGTH, salt=salt), lab.expected())
+        assert ask(engine, PROMPTS[0], cache_salt=salt) == 128 and ask(engine, PROMPTS[0]) == 0
+        assert engine.loaded() > 0 and engine.failures() == 0, engine.stats
+        damage(lab.root)
+        same(engine.run(PROMPTS, LENGTH, salt=salt), lab.expected())  # failures are told, too
+        assert engine.failures() > 0
+        half = engine.ranks[0].connector._worker_half
+        seen = [*said, *(line for _, line in lines.all), str(engine.stats), str(half._depot.stats())]
+        lab.stop(engine)
+    assert not any("s3cret" in text for text in [*seen, *said])
+    for path in lab.root.rglob("*"):
+        assert "s3cret" not in str(path)
+        assert not path.is_file() or b"s3cret" not in path.read_bytes(), path
 
 
 @case
@@ -144,10 +172,54 @@ def weights_are_known_by_content_not_by_time_or_place(lab: Lab) -> None:
 
 
 @case
-def kv_type_is_part_of_the_identity_by_its_resolved_name(lab: Lab) -> None:
-    store_prompts(lab)
-    assert ask(lab.engine(dtype="bfloat16"), PROMPTS[0]) == 0
-    assert ask(lab.engine(), PROMPTS[0]) == 128
+def kv_types_of_equal_size_never_meet_and_fp8_is_fp8_e4m3(lab: Lab) -> None:
+    """Trial I2. In the canonical layout nothing but the namespace tells float16 from bfloat16: every size is equal."""
+    kinds = [
+        {"dtype": dtype, "kv_dtype": kv_dtype}
+        for dtype, kv_dtype in (
+            ("float16", "auto"),
+            ("bfloat16", "auto"),
+            ("float16", "fp8"),
+            ("float16", "fp8_e4m3"),
+            ("float16", "fp8_e5m2"),
+        )
+    ]
+    for kind in kinds:
+        engine = lab.engine(**kind)
+        alias = kind["kv_dtype"] == "fp8_e4m3"
+        assert ask(engine, PROMPTS[0]) == (128 if alias else 0), kind
+        same(engine.run(PROMPTS, LENGTH), lab.expected(**kind))
+        assert not alias or engine.loaded() > 0, "an alias loads what was stored under the other name"
+        assert engine.failures() == 0, engine.stats
+        lab.stop(engine)
+    for kind in kinds:  # the diagonal: without it, misses would prove nothing
+        engine = lab.engine(**kind)
+        assert ask(engine, PROMPTS[0]) == 128, kind
+        same(engine.run(PROMPTS, LENGTH), lab.expected(**kind))
+        assert engine.loaded() > 0 and engine.failures() == 0, engine.stats
+        lab.stop(engine)
+    texts = [lab.expected(**kind) for kind in kinds]
+    assert texts[2] == texts[3] and all(texts.count(text) == 1 for text in (texts[0], texts[1], texts[4])), (
+        "text tells the types apart"
+    )
+
+
+@case
+def opaque_pages_of_equal_size_go_back_to_an_equal_arrangement_only(lab: Lab) -> None:
+    """Trial I3: a page of 16 tokens and all heads has as many bytes as one of 32 tokens and half of them."""
+    arrangements = ({"tp": 1, "block_size": 16}, {"tp": 2, "block_size": 32}, {"pp": 2, "block_size": 16})
+    for arrangement in arrangements:
+        engine = lab.engine(layout="opaque", **arrangement)
+        assert ask(engine, PROMPTS[0]) == 0, arrangement
+        same(engine.run(PROMPTS, LENGTH), lab.expected())
+        assert engine.failures() == 0, engine.stats
+        lab.stop(engine)
+    for arrangement in arrangements:
+        engine = lab.engine(layout="opaque", **arrangement)
+        assert ask(engine, PROMPTS[0]) == 128, arrangement
+        same(engine.run(PROMPTS, LENGTH), lab.expected())
+        assert engine.loaded() > 0 and engine.failures() == 0, engine.stats
+        lab.stop(engine)
 
 
 @case

@@ -50,6 +50,16 @@ else:
     FAMILIES = ("PBHND", "PBNHD", "BPNHD", "BHNC")
 DEFAULT_FAMILY = "BHNC" if VERSION >= (0, 24) else "PBHND"
 STUCK_AFTER_S = 60.0
+# KV type -> (type of the cache's cells, cells are whole numbers below this, which are exact in it). Engines keep fp8 as
+# bytes. A number of its own for each type, so that text tells whose bytes were read.
+KV_TYPES = {
+    "float32": (torch.float32, 65521),
+    "float16": (torch.float16, 2039),
+    "bfloat16": (torch.bfloat16, 251),
+    "fp8": (torch.uint8, 241),
+    "fp8_e4m3": (torch.uint8, 241),
+    "fp8_e5m2": (torch.uint8, 239),
+}
 
 
 class FakeBackend:
@@ -89,12 +99,17 @@ class Options:
     drafts: int = 0
     prefix_caching: bool = True
     role: str = "kv_both"
-    dtype: str = "float32"
+    dtype: str = "float32"  # of the model
+    kv_dtype: str = "auto"  # of the cache, as it is configured
     batched_tokens: int = 128
     extra: dict = field(default_factory=dict)
     capacity: str = "64MiB"
     without_hybrid_manager: bool = False
     late_gathers: int = 0  # steps by which stores read their blocks late, 0 = within their step
+
+    @property
+    def cells(self) -> tuple[torch.dtype, int]:
+        return KV_TYPES[self.dtype if self.kv_dtype == "auto" else self.kv_dtype]
 
 
 _configs: dict = {}
@@ -187,28 +202,33 @@ class Rank:
         slots = (
             len(self.layer_ids) // 2 if o.hybrid else len(self.layer_ids)
         )  # hybrid groups alias each other's memory
-        packed = torch.full((b, slots, h, n, 2 * DIM), -1.0)
+        cell, never = o.cells[0], 255 if o.cells[0] is torch.uint8 else -1
+
+        def blank(*shape: int) -> torch.Tensor:
+            return torch.full(shape, never, dtype=cell)
+
+        packed = blank(b, slots, h, n, 2 * DIM)
         made: dict[int, tuple] = {}
         for place, layer in enumerate(self.layer_ids):
             slot = place % slots
             if slot not in made:
                 if o.family == "PBHND":
-                    t = torch.full((2, b, h, n, DIM), -1.0)
+                    t = blank(2, b, h, n, DIM)
                     view = t.permute(1, 2, 3, 0, 4)
                 elif o.family == "PBNHD":
-                    t = torch.full((2, b, n, h, DIM), -1.0)
+                    t = blank(2, b, n, h, DIM)
                     view = t.permute(1, 3, 2, 0, 4)
                 elif o.family == "BPNHD":
-                    t = torch.full((b, 2, n, h, DIM), -1.0)
+                    t = blank(b, 2, n, h, DIM)
                     view = t.permute(0, 3, 2, 1, 4)
                 elif o.family == "BNHC":
-                    t = torch.full((b, n, h, 2 * DIM), -1.0).permute(0, 2, 1, 3)
+                    t = blank(b, n, h, 2 * DIM).permute(0, 2, 1, 3)
                     view = t.unflatten(3, (2, DIM))
                 elif o.family == "BLHNC":
                     t = packed[:, slot]
                     view = t.unflatten(3, (2, DIM))
                 else:
-                    t = torch.full((b, h, n, 2 * DIM), -1.0)
+                    t = blank(b, h, n, 2 * DIM)
                     view = t.unflatten(3, (2, DIM))
                 made[slot] = (t, view)
             tensors[layer_name(layer)], cells[layer] = made[slot]
@@ -250,6 +270,7 @@ class Engine:
             kv_connector_extra_config=extra,
         )
         self.config.cache_config.block_size = o.block_size
+        self.config.cache_config.cache_dtype = o.kv_dtype
         self.config.cache_config.num_gpu_blocks = o.blocks
         self.config.cache_config.enable_prefix_caching = o.prefix_caching
         self.config.scheduler_config.max_num_batched_tokens = o.batched_tokens
@@ -292,14 +313,14 @@ class Engine:
         layers = list(layers)
         names = [layer_name(layer) for layer in layers]
         full = FullAttentionSpec(
-            block_size=o.block_size, num_kv_heads=heads, head_size=DIM, dtype=torch.float32
+            block_size=o.block_size, num_kv_heads=heads, head_size=DIM, dtype=o.cells[0]
         )
         if o.hybrid:
             window = SlidingWindowSpec(
                 block_size=o.block_size,
                 num_kv_heads=heads,
                 head_size=DIM,
-                dtype=torch.float32,
+                dtype=o.cells[0],
                 sliding_window=WINDOW,
             )
             half = len(names) // 2
@@ -343,8 +364,8 @@ class Engine:
             plane, dim = torch.arange(2)[None, None, :, None], torch.arange(DIM)[None, None, None, :]
             for layer, cells in rank.cells.items():
                 table = torch.tensor(sequence.tables[self.group_of(layer)])
-                content = (value + 31 * layer + 7 * head + 3 * plane + dim) % 65521
-                cells[table[position // size], :, position % size] = content.float()
+                content = (value + 31 * layer + 7 * head + 3 * plane + dim) % self.options.cells[1]
+                cells[table[position // size], :, position % size] = content.to(cells.dtype)
 
     def read(self, sequence: Sequence, length: int, first: int) -> list[int]:
         """The token after each position in [first, length), as a function of all cells visible from it."""

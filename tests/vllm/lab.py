@@ -59,12 +59,13 @@ class Lab:
         engine.close()
         self.engines.remove(engine)
 
-    def expected(self, hybrid: bool = False, prompts=None, length: int = LENGTH):
+    def expected(self, hybrid: bool = False, prompts=None, length: int = LENGTH, **options):
         """What an engine without a depot writes."""
-        key = (hybrid, length, json.dumps(prompts))
+        key = (hybrid, length, json.dumps(prompts), json.dumps(options))
         if key not in self.gold:
             engine = Engine(
-                self.model, Options(root=str(self.scratch / "none"), hybrid=hybrid, extra={"nonsense": 1})
+                self.model,
+                Options(root=str(self.scratch / "none"), hybrid=hybrid, extra={"nonsense": 1}, **options),
             )
             assert engine.half is None
             self.gold[key] = engine.run(prompts or PROMPTS, length)

@@ -80,10 +80,15 @@ class SchedulerHalf:
         self._stores: dict[int, Store] = {}
         self._storing: dict[tuple[bytes, int], float] = {}  # (key, group) -> when it stops counting
         self._next_job = 1
-        self._counts: dict[str, float] = {}
+        self._counts = self._counts_of_start()
         self._off = ""
         self._said: set[str] = set()
         self._log_start(vllm_config)
+
+    def _counts_of_start(self) -> dict[str, float]:
+        stats = self._depot.stats()
+        mended = sum(root["mended_manifests"] for root in stats["roots"])
+        return {"open_seconds": stats["open_nanoseconds"] / 1e9, "mended_manifests": mended}
 
     def _log_start(self, vllm_config: Any) -> None:
         versions.log.info(

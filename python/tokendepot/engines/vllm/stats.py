@@ -30,6 +30,14 @@ COUNTERS = {
         "tokendepot_gds_errors",
         "Errors of cuFile: extents went the ordinary way, or were not stored.",
     ),
+    "open_seconds": (
+        "tokendepot_open_seconds",
+        "Seconds that opening the depot took, until everything stored could be looked up; summed over starts.",
+    ),
+    "mended_manifests": (
+        "tokendepot_mended_manifests",
+        "Manifests that were found damaged and written anew.",
+    ),
     "queried_tokens": ("tokendepot_queried_tokens", "Tokens of prompts that were looked up."),
     "hit_tokens": ("tokendepot_hit_tokens", "Tokens that the depot promised to load."),
     "not_worth_tokens": (

@@ -190,6 +190,7 @@ def request(tokens, **fields) -> SimpleNamespace:
         mm_features=[],
         resumable=False,
         streaming_queue=None,
+        skip_reading_prefix_cache=False,
     )
     return SimpleNamespace(**{**values, **fields})
 

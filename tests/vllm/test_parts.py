@@ -202,6 +202,7 @@ def hit_of(half: SchedulerHalf, chunks_held: int, tokens: int) -> int | None:
             mm_features=[],
             lora_request=None,
             cache_salt=None,
+            skip_reading_prefix_cache=False,
         )
         return half.matched_tokens(request, 0)
     finally:

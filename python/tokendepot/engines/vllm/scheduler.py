@@ -35,6 +35,7 @@ from tokendepot.engines.vllm.messages import (
 from tokendepot.engines.vllm.places import NULL_BLOCK, everything, everywhere, places_of
 from tokendepot.engines.vllm.repeats import Repeats
 from tokendepot.engines.vllm.settings import RefusedError, Settings
+from tokendepot.engines.vllm.sharing import Sharing
 from tokendepot.engines.vllm.tracked import Hold, Load, Promise, Store, Tracked, bar
 from tokendepot.engines.vllm.worth import Worth, starting_values
 
@@ -70,6 +71,11 @@ class SchedulerHalf:
         self._fence = StoreFence(self._groups, self._ranks)
         self._worth = None if settings.min_load_is_fixed else Worth(*starting_values(self._groups, self._depot.stats()))
         self._repeats = Repeats()
+        self._sharing = Sharing(
+            self._groups,
+            bool(vllm_config.cache_config.enable_prefix_caching),
+            settings.load_timeout + HOLD_GRACE_S,
+        )
         self._adapters = Adapters(settings.root_paths)
         self._requests: dict[str, Tracked] = {}
         self._pending: list[LoadOrder] = []
@@ -110,6 +116,13 @@ class SchedulerHalf:
         tracked.promise, tracked.not_worth, tracked.found = None, 0, None
         if self._off or not self._may_load or tracked.failed_loads >= LOAD_ATTEMPTS:
             return 0
+        if request.skip_reading_prefix_cache:  # it wants its prompt computed, for the prompt's log probabilities
+            return 0
+        now = time.monotonic()
+        if self._sharing.goes_on(request.request_id, local_tokens, now):
+            return None
+        if self._sharing.end(request.request_id, local_tokens):
+            self._count("shared_loads", 1)
         try:
             chain = self._chain(tracked)
         except PendingError:
@@ -135,6 +148,9 @@ class SchedulerHalf:
         if tracked.hold is None and not self._is_worth_loading(request, local_tokens, hit * self._chunk):
             tracked.not_worth = external
             return 0
+        to_load = range(local_tokens // self._chunk, hit)
+        if tracked.hold is None and self._sharing.begin(request.request_id, keys, to_load, local_tokens, now):
+            return None
         if self._hold_first:
             verified = self._verified(tracked, keys, hit)
             if not verified:
@@ -159,6 +175,7 @@ class SchedulerHalf:
             now = time.monotonic()
             until = now + self._settings.load_timeout + HOLD_GRACE_S
             tracked.hold = self._holds[job] = Hold(job, hit, keys, now, until)
+            self._sharing.brings(tracked, keys[: hit * _core.KEY_BYTES])
             self._new_holds.append(HoldOrder(job, plan))
             return None
         if hold.failed or time.monotonic() > hold.until:
@@ -173,6 +190,7 @@ class SchedulerHalf:
         if tracked.hold is not None:
             self._drops.append(tracked.hold.job)
             tracked.hold = None
+            self._sharing.brings_nothing(tracked.request.request_id)
 
     def allocated(self, request: Any, tables: list[list[int]], external_tokens: int) -> None:
         """Turns the promise into a load order for this step. `external_tokens` may be less than promised."""
@@ -184,6 +202,7 @@ class SchedulerHalf:
                 self._count("not_worth_tokens", tracked.not_worth)
             self._watch_repeats(tracked)
         if external_tokens <= 0:
+            self._let_go(tracked)
             return
         self._fence.allocated(tables, tracked.promise.local_tokens if tracked.promise else 0)
         promise, tracked.promise = tracked.promise, None
@@ -220,7 +239,10 @@ class SchedulerHalf:
         if broken:
             tracked.failed_loads += 1
             self._count("broken_promises", 1)
+            self._sharing.brings_nothing(request_id)
             groups = everything(self._groups, tables, local, end)
+        else:
+            self._sharing.brings(tracked, keys)
         return LoadOrder(job, request_id, plan, groups, held_job)
 
     def _plan(self, keys: bytes, groups: list[GroupBlocks]) -> bytes | None:
@@ -432,6 +454,7 @@ class SchedulerHalf:
         self._forget(load.keys, chunk, group)
         if not load.failed:
             load.failed = True
+            self._sharing.brings_nothing(load.request_id)
             self._count("failed_requests", 1)
             tracked = self._requests.get(load.request_id)
             if tracked is not None:
@@ -458,6 +481,7 @@ class SchedulerHalf:
         tracked = self._requests.get(request.request_id)
         if tracked is not None and tracked.request is not request:
             self._let_go(tracked)
+            self._sharing.forget(request.request_id)
         if tracked is None or tracked.request is not request:
             tracked = self._requests[request.request_id] = Tracked(request, barred=bar(request))
             if tracked.barred:
@@ -474,6 +498,7 @@ class SchedulerHalf:
         tracked = self._requests.pop(request.request_id, None)
         if tracked is not None:
             self._let_go(tracked)
+        self._sharing.forget(request.request_id)
 
     def _chain(self, tracked: Tracked) -> _core.KeyChain | None:
         """The request's keys; None when it takes no part. Raises PendingError while its adapter is being identified."""

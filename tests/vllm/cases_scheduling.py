@@ -18,6 +18,7 @@ from lab import (
     keys_of,
     lines,
     request,
+    run_one_by_one,
     same,
     store_prompts,
 )
@@ -59,7 +60,7 @@ def _churned(lab: Lab, name: str, *, hybrid: bool, blocks: int, fenced: bool, **
     lab.stop(engine)
     engine = lab.engine(hybrid=hybrid, root=root)
     follow = [prompt + text + [9] * 70 for prompt, text in zip(PROMPTS, texts, strict=False)]
-    again = engine.run_each(follow, LENGTH)
+    again = run_one_by_one(engine, follow)
     assert engine.loaded() > 0
     return texts + again, follow
 
@@ -176,7 +177,7 @@ def what_is_faster_computed_is_not_loaded_and_counted(lab: Lab) -> None:
     rule.loaded(128, 1e-6)
     assert rule.load_seconds(128) < 0.1 and rule._last_end > 0, "steps and loads are measured"
     rule.of_load = lambda local, hit, total: True
-    same(engine.run_each(PROMPTS, LENGTH), lab.expected())
+    same(run_one_by_one(engine, PROMPTS), lab.expected())
     assert engine.external == len(PROMPTS) and rule._loads.near(128) is not None
 
 

@@ -568,10 +568,6 @@ class Engine:
         self.finish(ids)
         return [self.output.get(request_id, []) for request_id in ids]
 
-    def run_each(self, prompts, length: int = 20) -> list[list[int]]:
-        """One after the other, so that none finds or waits for another one's blocks."""
-        return [text for prompt in prompts for text in self.run([prompt], length)]
-
     def state(self) -> str:
         return "stuck: " + str(
             [

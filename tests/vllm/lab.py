@@ -206,6 +206,11 @@ def ask(engine: Engine, tokens, local: int = 0, **fields) -> int:
     return first[0]
 
 
+def run_one_by_one(engine: Engine, prompts) -> list[list[int]]:
+    """So that no prompt finds, or waits for, another one's blocks."""
+    return [text for prompt in prompts for text in engine.run([prompt], LENGTH)]
+
+
 def store_prompts(lab: Lab, **options) -> None:
     engine = lab.engine(**options)
     for _ in range(3):  # a machine that stands still for a second drops stores, as it should

@@ -554,6 +554,7 @@ class SchedulerHalf:
         """From now on every answer is a miss; loads under way end by themselves."""
         if not self._off:
             self._off = reason
+            self._count("switched_off", 1)
             versions.log.error("tokendepot: switched off, the engine goes on without it: %s", reason)
 
     def close(self) -> None:

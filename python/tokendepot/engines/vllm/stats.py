@@ -48,6 +48,10 @@ COUNTERS = {
         "tokendepot_broken_promises",
         "Loads whose extents had gone between look-up and plan.",
     ),
+    "switched_off": (
+        "tokendepot_switched_off",
+        "Parts of the connector (the scheduler's, and each rank's) that do without the depot from some moment on.",
+    ),
     "failed_requests": (
         "tokendepot_failed_load_requests",
         "Requests with at least one chunk that failed to load.",

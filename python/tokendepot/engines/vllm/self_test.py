@@ -30,6 +30,7 @@ from tokendepot.engines.vllm.settings import RefusedError
 PATIENCE_S = 30.0  # with one transfer; milliseconds where the machine is not very busy
 MIB = 1 << 20
 HEADER_BYTES = 64 << 10  # of an extent, at most
+PAGE_BYTES = 4096  # to which each head's shard is filled up
 SEGMENTS = 4  # of which two are made; a root must have room for three
 
 
@@ -44,8 +45,11 @@ class Lent:
         """The test takes a block, whatever the length of a chunk: it stays small, and the pool holds two of them."""
         return {**self.arguments, "tokens": self.arguments["block_tokens"]}
 
-    def bytes_of_block(self) -> int:
-        return sum(cells.of(0).nbytes for cells in self.cells)
+    def largest_extent(self) -> int:
+        """Bytes of a block as an extent, at most."""
+        _, _, first_head, last_head = self.arguments["part"]
+        padding = HEADER_BYTES + PAGE_BYTES * (last_head - first_head)
+        return sum(cells.of(0).nbytes for cells in self.cells) + padding
 
 
 def run(lent: list[Lent], device: str) -> None:
@@ -53,7 +57,7 @@ def run(lent: list[Lent], device: str) -> None:
     the engine's options. RefusedError in one sentence when something does not come back; where no directory has room,
     one line says that nothing was tested."""
     began = time.monotonic()
-    largest = max(group.bytes_of_block() for group in lent) + HEADER_BYTES
+    largest = max(group.largest_extent() for group in lent)
     segment = -(-largest * len(lent) // MIB) * MIB
     parent = _roomy_directory(SEGMENTS * segment)
     if parent is None:

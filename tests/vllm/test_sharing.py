@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from tokendepot.engines.vllm.groups import FULL, WINDOW
-from tokendepot.engines.vllm.sharing import Sharing
+from tokendepot.engines.vllm.sharing import UNSEEN_S, Sharing
 from tokendepot.engines.vllm.tracked import Hold, Tracked
 from vllm.v1.request import RequestStatus
 
@@ -89,7 +89,7 @@ def test_a_hold_is_waited_for_until_it_fails_or_is_given_up() -> None:
     keys, chunks = b"".join(KEYS), range(0, 8)
     one, first = sharing(), loading("first")
     first.request.status = RequestStatus.WAITING
-    first.hold = Hold(1, 8, keys, began=0.0, until=5.0)
+    first.hold = Hold(1, "first", 8, keys, began=0.0, until=5.0)
     one.brings(first, keys)
     assert one.begin("second", keys, chunks, 0, 0.0)
     assert one.goes_on("second", 0, 4.0) and not one.goes_on("second", 0, 5.0)
@@ -98,6 +98,15 @@ def test_a_hold_is_waited_for_until_it_fails_or_is_given_up() -> None:
     first.hold, first.request.status = None, RequestStatus.WAITING_FOR_REMOTE_KVS
     one.brings(first, keys)
     assert one.goes_on("second", 0, 6.0), "the load that it became"
+
+
+def test_a_load_that_ended_unseen_is_waited_for_a_moment_only() -> None:
+    keys, chunks = b"".join(KEYS), range(0, 8)
+    one = sharing()
+    one.brings(loading("first"), keys)
+    assert one.begin("second", keys, chunks, 0, 0.0)
+    one.ended("first", 2.0)
+    assert one.goes_on("second", 0, 2.5) and not one.goes_on("second", 0, 2.0 + UNSEEN_S)
 
 
 def test_nobody_waits_without_the_engines_prefix_cache() -> None:

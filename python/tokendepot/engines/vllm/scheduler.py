@@ -174,7 +174,9 @@ class SchedulerHalf:
             job, self._next_job = self._next_job, self._next_job + 1
             now = time.monotonic()
             until = now + self._settings.load_timeout + HOLD_GRACE_S
-            tracked.hold = self._holds[job] = Hold(job, hit, keys, now, until)
+            tracked.hold = self._holds[job] = Hold(
+                job, tracked.request.request_id, hit, keys, now, until
+            )
             self._sharing.brings(tracked, keys[: hit * _core.KEY_BYTES])
             self._new_holds.append(HoldOrder(job, plan))
             return None
@@ -417,6 +419,8 @@ class SchedulerHalf:
                 self._store_ended(job, ranks)
         if finished_loads:
             self._learn_from_loads(finished_loads)
+            for request_id in finished_loads:
+                self._sharing.ended(request_id, time.monotonic())
             self._loads = {
                 job: load for job, load in self._loads.items() if load.request_id not in finished_loads
             }
@@ -442,6 +446,7 @@ class SchedulerHalf:
         hold.failed |= failed
         if hold.ended_by >= self._ranks:
             del self._holds[job]
+            self._sharing.ended(hold.request_id, time.monotonic())
 
     def _load_failed(self, job: int, chunk: int, group: int) -> None:
         hold = self._holds.get(job)

@@ -8,6 +8,7 @@ Why nobody waits for ever:
 * Who is waited for has its load or hold under way and waits for nobody.
 * The engine puts loaded blocks into its prefix cache when it sees that the load has ended, and changes the request's
   status then: that ends the wait, and so does the failure or the end of the request that is waited for.
+* A load that has ended is waited for a second at most, should the engine not come to its request.
 * All waits of a request together last no longer than one load may.
 * A request whose wait brought nothing (blocks evicted at once, an adapter of equal content under another name) does
   not wait again.
@@ -23,6 +24,8 @@ from tokendepot import _core
 from tokendepot.engines.vllm.groups import FULL, Group
 from tokendepot.engines.vllm.tracked import Tracked
 
+UNSEEN_S = 1.0  # between the end of a load and the engine's look at its request, which may be of low priority
+
 
 @dataclass
 class Bringing:
@@ -31,9 +34,10 @@ class Bringing:
     owner: Tracked
     keys: bytes  # of the prefix that the engine's cache has when it has ended
     revoked: bool = False  # it brings nothing any more
+    ended: float | None = None  # when, on all ranks
 
     def is_under_way(self, now: float) -> bool:
-        if self.revoked:
+        if self.revoked or (self.ended is not None and now >= self.ended + UNSEEN_S):
             return False
         hold = self.owner.hold
         if hold is not None:
@@ -64,7 +68,13 @@ class Sharing:
     def brings(self, owner: Tracked, keys: bytes) -> None:
         """A load or hold of `owner` begins. Who waits for a hold also waits for the load that it becomes."""
         bringing = self._bringing.setdefault(owner.request.request_id, Bringing(owner, keys))
-        bringing.keys = keys
+        bringing.keys, bringing.ended = keys, None
+
+    def ended(self, request_id: str, now: float) -> None:
+        """What `brings` announced has ended on all ranks; the engine has yet to see it."""
+        bringing = self._bringing.get(request_id)
+        if bringing is not None:
+            bringing.ended = now
 
     def brings_nothing(self, request_id: str) -> None:
         """The load or hold of a request has failed or is not wanted any more."""

@@ -19,6 +19,7 @@ class Hold:
     """Extents that the workers verify, or have verified, before they are promised."""
 
     job: int
+    request_id: str
     chunks: int  # of the prefix
     keys: bytes
     began: float

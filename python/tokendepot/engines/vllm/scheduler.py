@@ -111,7 +111,7 @@ class SchedulerHalf:
     # --- look-up and promise -------------------------------------------------------------------------------------
 
     def matched_tokens(self, request: Any, local_tokens: int) -> int | None:
-        """Tokens beyond `local_tokens` that the depot can load; None = ask again. No side effect but the note."""
+        """Tokens beyond `local_tokens` that the depot can load; None = ask again. May be asked any number of times."""
         tracked = self._track(request)
         tracked.promise, tracked.not_worth, tracked.found = None, 0, None
         if self._off or not self._may_load or tracked.failed_loads >= LOAD_ATTEMPTS:

@@ -362,11 +362,14 @@ def the_self_test_leaves_the_cache_and_the_temporary_directory_as_they_were(lab:
 
 @case
 def without_a_temporary_directory_nothing_is_tested_and_it_is_said(lab: Lab) -> None:
-    roomy, self_test._roomy_directory = self_test._roomy_directory, lambda bytes: None
+    def full(path: str) -> SimpleNamespace:
+        return SimpleNamespace(free=1 << 20)
+
+    usage, shutil.disk_usage = shutil.disk_usage, full
     try:
         engine = lab.engine()
     finally:
-        self_test._roomy_directory = roomy
-    assert lines.having("no self-test", "WARNING")
+        shutil.disk_usage = usage
+    assert lines.having("no self-test: no temporary directory has room for 4 MiB", "WARNING")
     same(engine.run(PROMPTS, LENGTH), lab.expected())
     assert engine.stats["store_extents"] > 0

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tokendepot.engines.vllm import self_test
+from tokendepot import _core
+from tokendepot.engines.vllm import self_test, versions
 from tokendepot.engines.vllm.geometry import attach_arguments, block_cells, layer_planes
 from tokendepot.engines.vllm.groups import CANONICAL, FULL, Group
 from tokendepot.engines.vllm.settings import RefusedError
@@ -76,7 +81,20 @@ def test_a_pool_of_one_block_cannot_be_tested() -> None:
 
 def test_the_directory_has_room_and_may_be_written_to(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(self_test.tempfile, "gettempdir", lambda: str(tmp_path))
-    assert self_test._roomy_directory(1 << 20) in ("/dev/shm", str(tmp_path))
-    assert self_test._roomy_directory(1 << 60) is None
+    with pytest.raises(self_test.NoRoomError, match="no temporary directory has room"):
+        self_test._directory_for(1 << 60)
     monkeypatch.setattr(os, "access", lambda path, mode: path == str(tmp_path))
-    assert self_test._roomy_directory(1 << 20) == str(tmp_path)
+    assert Path(self_test._directory_for(1 << 20)).parent == tmp_path
+
+
+def test_space_that_others_take_meanwhile_is_no_fault(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(versions, "log", logging.getLogger("tokendepot-self-test"))
+    group = lent(torch.bfloat16)
+    opened = _core.Depot.open
+
+    def without_space(config: str, **named):
+        return opened(json.dumps({**json.loads(config), "free_space_reserve": 1 << 60}), **named)
+
+    monkeypatch.setattr(self_test, "_core", SimpleNamespace(**{**vars(_core), "Depot": SimpleNamespace(open=without_space)}))
+    self_test.run([group], "host")
+    assert "no self-test: storing a block of group 0 found no space" in caplog.text

@@ -63,6 +63,19 @@ def a_bad_key_is_tried_at_most_twice(lab: Lab) -> None:
 
 
 @case
+def a_request_whose_load_failed_computes_also_where_it_does_not_fit_twice(lab: Lab) -> None:
+    long = [[(29 * number) % 240 + 3 for number in range(400)]]
+    expected = lab.expected(prompts=long)
+    engine = lab.engine()
+    engine.run(long, 1)
+    lab.stop(engine)
+    engine = lab.engine(blocks=30, extra={"load_timeout": 1e-9})
+    engine.half._forget = lambda *_: None  # as if somebody had stored it anew meanwhile
+    same(engine.run(long, LENGTH), expected)
+    assert engine.external == 1 and engine.failures() > 0
+
+
+@case
 def truncated_segments_are_misses(lab: Lab) -> None:
     for name, kept in (("none", 0.0), ("half", 0.5)):
         root = lab.root / name

@@ -39,7 +39,6 @@ from tokendepot.engines.vllm.sharing import Sharing
 from tokendepot.engines.vllm.tracked import Hold, Load, Promise, Store, Tracked, bar
 from tokendepot.engines.vllm.worth import Worth, starting_values
 
-LOAD_ATTEMPTS = 2  # failed loads of one request before it is left to compute
 STORE_MEMORY_S = 60.0  # how long a store that no worker reports counts as on its way
 HOLD_GRACE_S = 5.0  # beyond the workers' own deadline, for the steps that carry order and answer
 SEEN_STORE_S = 2.0  # after its end: until the workers' journals have been read
@@ -114,7 +113,7 @@ class SchedulerHalf:
         """Tokens beyond `local_tokens` that the depot can load; None = ask again. May be asked any number of times."""
         tracked = self._track(request)
         tracked.promise, tracked.not_worth, tracked.found = None, 0, None
-        if self._off or not self._may_load or tracked.failed_loads >= LOAD_ATTEMPTS:
+        if self._off or not self._may_load or tracked.load_failed:
             return 0
         if request.skip_reading_prefix_cache:  # it wants its prompt computed, for the prompt's log probabilities
             return 0
@@ -182,7 +181,7 @@ class SchedulerHalf:
             return None
         if hold.failed or time.monotonic() > hold.until:
             self._let_go(tracked)
-            tracked.failed_loads += 1
+            tracked.load_failed = True
             self._count("failed_requests", 1)
             return 0
         return hold.chunks if hold.ended_by >= self._ranks else None
@@ -239,7 +238,7 @@ class SchedulerHalf:
         began = hold.began if hold is not None else time.monotonic()
         self._loads[job] = Load(request_id, keys, external, began, failed=broken)
         if broken:
-            tracked.failed_loads += 1
+            tracked.load_failed = True
             self._count("broken_promises", 1)
             self._sharing.brings_nothing(request_id)
             groups = everything(self._groups, tables, local, end)
@@ -463,7 +462,7 @@ class SchedulerHalf:
             self._count("failed_requests", 1)
             tracked = self._requests.get(load.request_id)
             if tracked is not None:
-                tracked.failed_loads += 1
+                tracked.load_failed = True
 
     def _store_ended(self, job: int, ranks: int) -> None:
         store = self._stores.get(job)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 from tokendepot import _core
-from tokendepot.engines.vllm import versions
+from tokendepot.engines.vllm import self_test, versions
+from tokendepot.engines.vllm.worker import WorkerHalf
 
 from harness import DEFAULT_FAMILY, Engine
 from lab import (
@@ -56,6 +60,19 @@ def a_bad_key_is_tried_at_most_twice(lab: Lab) -> None:
     same(engine.run(PROMPTS, LENGTH), lab.expected())
     assert engine.failures() <= 2
     assert ask(engine, PROMPTS[0]) == 128, "stored anew, so promised again"
+
+
+@case
+def a_request_whose_load_failed_computes_also_where_it_does_not_fit_twice(lab: Lab) -> None:
+    long = [[(29 * number) % 240 + 3 for number in range(400)]]
+    expected = lab.expected(prompts=long)
+    engine = lab.engine()
+    engine.run(long, 1)
+    lab.stop(engine)
+    engine = lab.engine(blocks=30, extra={"load_timeout": 1e-9})
+    engine.half._forget = lambda *_: None  # as if somebody had stored it anew meanwhile
+    same(engine.run(long, LENGTH), expected)
+    assert engine.external == 1 and engine.failures() > 0
 
 
 @case
@@ -332,3 +349,121 @@ def a_worker_that_refuses_its_cache_switches_the_depot_off(lab: Lab) -> None:
     same(engine.run(PROMPTS, LENGTH), lab.expected())
     assert engine.loaded() == 0
     assert len(lines.having("not used", "ERROR")) == 1
+    assert engine.stats["switched_off"] == 2, "the rank, and the scheduler's half that heard of it"
+
+
+class Plant(SimpleNamespace):
+    """The native module with a fault in it, as the self-test sees it."""
+
+    def __init__(self, depot=lambda depot, root: depot, **parts) -> None:
+        def opened(config: str, **named):
+            root = json.loads(config)["roots"][0].split("?")[0]
+            self.roots.append(root)
+            return depot(_core.Depot.open(config, **named), root)
+
+        super().__init__(**{**vars(_core), "Depot": SimpleNamespace(open=opened), "roots": [], **parts})
+
+
+class WithFault:
+    """A depot of which one call does something before or after."""
+
+    def __init__(self, depot, call: str, *, before=lambda: None, after=lambda: None) -> None:
+        def faulty(*arguments):
+            before()
+            answer = getattr(depot, call)(*arguments)
+            after()
+            return answer
+
+        self._depot = depot
+        setattr(self, call, faulty)
+
+    def __getattr__(self, name: str):
+        return getattr(self._depot, name)
+
+
+class OtherKeysForArrays:
+    """Keys that depend on the form of the token ids, as if stores and look-ups made them in two places."""
+
+    def __init__(self, namespace: bytes, tokens: int) -> None:
+        self._chain = _core.KeyChain(namespace, tokens)
+
+    def append(self, ids) -> None:
+        self._chain.append(ids if isinstance(ids, list) else [number + 1 for number in ids])
+
+    def keys(self) -> bytes:
+        return self._chain.keys()
+
+
+@case
+def a_fault_that_the_self_test_finds_keeps_the_depot_out(lab: Lab) -> None:
+    spoiled = []
+
+    def spoil() -> None:
+        for tensor in spoiled:
+            tensor.fill_(5.0)
+
+    faults = (
+        (Plant(KeyChain=OtherKeysForArrays), "what was stored of group 0 is not found"),
+        (Plant(lambda depot, root: WithFault(depot, "longest_prefix", before=lambda: damage(root))), "(corrupt)"),
+        (Plant(lambda depot, root: WithFault(depot, "submit_store", before=depot.close)), "closed"),
+        (Plant(lambda depot, root: WithFault(depot, "poll", after=spoil)), "came back with other bytes"),
+    )
+    native = self_test._core
+    registered = WorkerHalf.attach
+
+    def attach(half, kv_caches) -> None:
+        spoiled[:] = kv_caches.values()
+        registered(half, kv_caches)
+
+    for plant, complaint in faults:
+        lines.clear()
+        self_test._core = plant
+        WorkerHalf.attach = attach
+        try:
+            engine = lab.engine()
+            try:
+                lab.engine(extra={"on_error": "fail"})
+            except ValueError as error:
+                assert "self-test" in str(error) and complaint in str(error), error
+            else:
+                raise AssertionError(f"{complaint}: was not found")
+        finally:
+            self_test._core, WorkerHalf.attach = native, registered
+        (said,) = lines.having("not used", "ERROR")
+        assert "self-test" in said and complaint in said, said
+        same(engine.run(PROMPTS, LENGTH), lab.expected())
+        assert engine.stats["switched_off"] == 2 and "store_extents" not in engine.stats
+        assert len(plant.roots) == 2 and not any(Path(root).parent.exists() for root in plant.roots)
+    same(lab.engine().run(PROMPTS, LENGTH), lab.expected())
+
+
+@case
+def the_self_test_leaves_the_cache_and_the_temporary_directory_as_they_were(lab: Lab) -> None:
+    native, self_test._core = self_test._core, Plant()
+    try:
+        for hybrid in (False, True):
+            for layout in ("canonical", "opaque"):
+                for tp in (1, 2):
+                    root = str(lab.root / f"{hybrid}-{layout}-{tp}")
+                    engine = lab.engine(hybrid=hybrid, layout=layout, tp=tp, root=root)
+                    assert all((cells == -1.0).all() for rank in engine.ranks for cells in rank.cells.values())
+        roots = self_test._core.roots
+    finally:
+        self_test._core = native
+    assert len(roots) == len(lines.having("self-test passed", "INFO")) == 12
+    assert not any(Path(root).parent.exists() for root in roots)
+
+
+@case
+def without_a_temporary_directory_nothing_is_tested_and_it_is_said(lab: Lab) -> None:
+    def full(path: str) -> SimpleNamespace:
+        return SimpleNamespace(free=1 << 20)
+
+    usage, shutil.disk_usage = shutil.disk_usage, full
+    try:
+        engine = lab.engine()
+    finally:
+        shutil.disk_usage = usage
+    assert lines.having("no self-test: no temporary directory has room for 4 MiB", "WARNING")
+    same(engine.run(PROMPTS, LENGTH), lab.expected())
+    assert engine.stats["store_extents"] > 0

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from harness import ABORTED
+from harness import ABORTED, Engine
 from lab import (
     LENGTH,
     PROMPTS,
@@ -18,6 +18,7 @@ from lab import (
     keys_of,
     lines,
     request,
+    run_one_by_one,
     same,
     store_prompts,
 )
@@ -59,7 +60,7 @@ def _churned(lab: Lab, name: str, *, hybrid: bool, blocks: int, fenced: bool, **
     lab.stop(engine)
     engine = lab.engine(hybrid=hybrid, root=root)
     follow = [prompt + text + [9] * 70 for prompt, text in zip(PROMPTS, texts, strict=False)]
-    again = engine.run(follow, LENGTH)
+    again = run_one_by_one(engine, follow)
     assert engine.loaded() > 0
     return texts + again, follow
 
@@ -176,7 +177,7 @@ def what_is_faster_computed_is_not_loaded_and_counted(lab: Lab) -> None:
     rule.loaded(128, 1e-6)
     assert rule.load_seconds(128) < 0.1 and rule._last_end > 0, "steps and loads are measured"
     rule.of_load = lambda local, hit, total: True
-    same(engine.run(PROMPTS, LENGTH), lab.expected())
+    same(run_one_by_one(engine, PROMPTS), lab.expected())
     assert engine.external == len(PROMPTS) and rule._loads.near(128) is not None
 
 
@@ -257,6 +258,131 @@ def external_tokens_leave_one_to_compute_and_are_never_negative(lab: Lab) -> Non
     assert ask(wide, long) == 768
     assert ask(wide, long, 832) == 0 and ask(wide, long, 800) == 0 and ask(wide, long, 768) == 0
     assert ask(wide, long, 512) == 256
+
+
+class HeldBack:
+    """A depot that begins no load and no hold before it is let go."""
+
+    def __init__(self, depot) -> None:
+        self._depot, self.waiting, self.begun, self._free = depot, [], 0, False
+
+    def __getattr__(self, name: str):
+        return getattr(self._depot, name)
+
+    def submit_load(self, job: int, plan: bytes) -> None:
+        self._begin(self._depot.submit_load, job, plan)
+
+    def submit_hold(self, job: int, plan: bytes) -> None:
+        self._begin(self._depot.submit_hold, job, plan)
+
+    def _begin(self, submit, job: int, plan: bytes) -> None:
+        self.begun += 1
+        if self._free:
+            submit(job, plan)
+        else:
+            self.waiting.append((submit, job, plan))
+
+    def let_go(self) -> None:
+        self._free = True
+        for submit, job, plan in self.waiting:
+            submit(job, plan)
+        self.waiting = []
+
+
+BEGINNING = [(19 * n) % 240 + 3 for n in range(320)]
+SHARERS = [BEGINNING + [number + 3] * (number + 2) for number in range(8)]
+NINTH = [(23 * n) % 240 + 3 for n in range(200)]
+
+
+def _held_back(lab: Lab, **options) -> tuple[Engine, HeldBack]:
+    """An engine whose root holds the beginning of all sharers, and whose loads are held back."""
+    engine = lab.engine(**options)
+    engine.run([SHARERS[0]], 1)
+    lab.stop(engine)
+    engine = lab.engine(**options)
+    half = engine.ranks[0].connector._worker_half
+    half._depot = HeldBack(half._depot)
+    return engine, half._depot
+
+
+@case
+def one_load_serves_all_who_share_a_prefix(lab: Lab) -> None:
+    for hybrid in (False, True):
+        engine, depot = _held_back(lab, hybrid=hybrid, root=str(lab.root / str(hybrid)))
+        expected = lab.expected(hybrid, prompts=[*SHARERS, NINTH])
+        names = [engine.add(prompt, LENGTH) for prompt in SHARERS]
+        ninth = engine.add(NINTH, LENGTH)
+        engine.step_until_ended([ninth])
+        assert len(depot.waiting) == 1 and not any(name in engine.output for name in names)
+        depot.let_go()
+        engine.finish(names)
+        same([engine.output[name] for name in [*names, ninth]], expected)
+        assert depot.begun == 1 and engine.stats["hit_tokens"] == len(BEGINNING), engine.stats
+        assert engine.stats["shared_loads"] == len(SHARERS) - 1
+        assert engine.stats["queried_tokens"] == sum(len(prompt) for prompt in [*SHARERS, NINTH])
+        assert not engine.half._sharing._waits and not engine.half._sharing._until
+
+
+@case
+def who_waits_for_a_load_that_fails_or_is_aborted_is_served_all_the_same(lab: Lab) -> None:
+    for hybrid in (False, True):
+        root = lab.root / str(hybrid)
+        expected = lab.expected(hybrid, prompts=SHARERS)
+        engine, depot = _held_back(lab, hybrid=hybrid, root=str(root))
+        names = [engine.add(prompt, LENGTH) for prompt in SHARERS]
+        engine.step()
+        assert len(depot.waiting) == 1
+        engine.scheduler.finish_requests(names[0], ABORTED)
+        engine.step()
+        assert len(depot.waiting) == 2, "the next one loads, the others wait for it"
+        depot.let_go()
+        engine.finish(names[1:])
+        same([engine.output[name] for name in names[1:]], expected[1:])
+        assert engine.stats["shared_loads"] == len(SHARERS) - 2
+        lab.stop(engine)
+
+        engine, depot = _held_back(lab, hybrid=hybrid, root=str(root))
+        damage(root)
+        names = [engine.add(prompt, LENGTH) for prompt in SHARERS]
+        engine.step()
+        depot.let_go()
+        engine.finish(names)
+        same([engine.output[name] for name in names], expected)
+        assert engine.failures() > 0 and "shared_loads" not in engine.stats
+
+
+@case
+def nobody_waits_longer_than_a_load_may_take(lab: Lab) -> None:
+    engine, depot = _held_back(lab)
+    engine.half._sharing._patience_s = 0.05
+    names = [engine.add(prompt, LENGTH) for prompt in SHARERS]
+    engine.step()
+    assert len(depot.waiting) == 1
+    time.sleep(0.05)
+    engine.step()
+    assert len(depot.waiting) == len(SHARERS)
+    depot.let_go()
+    engine.finish(names)
+    same([engine.output[name] for name in names], lab.expected(prompts=SHARERS))
+
+
+@case
+def without_prefix_caching_each_request_loads(lab: Lab) -> None:
+    engine, depot = _held_back(lab, prefix_caching=False)
+    names = [engine.add(prompt, LENGTH) for prompt in SHARERS]
+    engine.step()
+    assert len(depot.waiting) == len(SHARERS)
+    depot.let_go()
+    engine.finish(names)
+    same([engine.output[name] for name in names], lab.expected(prompts=SHARERS))
+
+
+@case
+def who_asks_for_log_probabilities_of_the_prompt_computes_it(lab: Lab) -> None:
+    engine = lab.engine()
+    engine.run([PROMPTS[0]], 2)
+    assert ask(engine, PROMPTS[0]) == 128
+    assert ask(engine, PROMPTS[0], skip_reading_prefix_cache=True) == 0
 
 
 @case

@@ -191,6 +191,7 @@ def request(tokens, **fields) -> SimpleNamespace:
         mm_features=[],
         resumable=False,
         streaming_queue=None,
+        skip_reading_prefix_cache=False,
     )
     return SimpleNamespace(**{**values, **fields})
 
@@ -204,6 +205,11 @@ def ask(engine: Engine, tokens, local: int = 0, **fields) -> int:
     assert first[1] == (first[0] != 0), "loads are asynchronous, and only if there is something to load"
     engine.half.finished(one)
     return first[0]
+
+
+def run_one_by_one(engine: Engine, prompts) -> list[list[int]]:
+    """So that no prompt finds, or waits for, another one's blocks."""
+    return [text for prompt in prompts for text in engine.run([prompt], LENGTH)]
 
 
 def store_prompts(lab: Lab, **options) -> None:

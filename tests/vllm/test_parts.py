@@ -7,6 +7,8 @@ import os
 import pickle
 import subprocess
 import sys
+import time
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
@@ -160,11 +162,78 @@ def test_a_vllm_below_the_range_is_refused_and_one_above_is_only_warned_of(monke
         assert all(said in text for text in warnings)
 
 
+MILLION = 1 << 20
+
+
+def store_chunks(root: str, namespace: bytes, keys: bytes, first: int, last: int) -> None:
+    """Chunks [first, last) of 256 tokens, small ones: opaque pages of 64 bytes."""
+    memory = torch.zeros(17 * 64, dtype=torch.uint8)
+    depot = _core.Depot.open(
+        json.dumps({"roots": [f"{root}?capacity=256MiB"], "free_space_reserve": 0, "slab": "16MiB"}),
+        catalog=False,
+        writer=True,
+    )
+    layer = [(memory.data_ptr(), 64, 0, 0, 64)]
+    depot.attach(
+        group=0, kind="opaque", part=(0, 4, 0, 1), tokens=256, block_tokens=16, block_count=17, page_bytes=64,
+        layers=[layer] * 4,
+    )  # fmt: skip
+    for begin in range(first, last, 256):
+        chunks = range(begin, min(begin + 256, last))
+        items = [(keys[32 * chunk : 32 * chunk + 32], chunk, 0, list(range(1, 17))) for chunk in chunks]
+        depot.submit_store(1 + begin, _core.plan_store(namespace, items))
+        assert depot.flush(60.0)
+    assert not any(ended["failures"] for ended in depot.poll())
+    depot.close()
+
+
+def slowest_call(half: SchedulerHalf, ids: list[int]) -> tuple[int, float]:
+    """(tokens of the answer, seconds that the slowest call worked) for a prompt, asked until there is an answer."""
+    request = SimpleNamespace(
+        request_id=f"r{half._next_job}",
+        num_tokens=len(ids),
+        all_token_ids=ids,
+        mm_features=[],
+        lora_request=None,
+        cache_salt=None,
+        skip_reading_prefix_cache=False,
+    )
+    slowest, answer = 0.0, None
+    while answer is None:
+        began = time.thread_time()
+        answer = half.matched_tokens(request, 0)
+        slowest = max(slowest, time.thread_time() - began)
+    half.finished(request)
+    return answer, slowest
+
+
+def test_no_look_up_for_a_prompt_of_a_million_tokens_holds_up_the_scheduler(tmp_path) -> None:
+    half = scheduler_half(tmp_path, None, layout="opaque", chunk_tokens=256)
+    ids = [(17 * number) % 240 + 3 for number in range(MILLION + 1)]
+    chain = _core.KeyChain(half._namespace, 256)
+    chain.append(ids[:MILLION])
+    keys, count, stored = chain.keys(), MILLION // 256, 0
+    for until in (0, 1, count - 1, count):
+        store_chunks(f"{tmp_path}/depot", half._namespace, keys, stored, until)
+        stored = until
+        half._depot.refresh()
+        answers, seconds = zip(*(slowest_call(half, ids) for _ in range(5)), strict=True)  # others use the caches too
+        assert set(answers) == {until * 256} and min(seconds) < 0.005, (until, answers, seconds)
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    slowest_call(half, ids)
+    after, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak - before < 4 * len(keys) + (2 << 20), "keys, and one call's token ids"
+    assert after - before < 64 << 10, "nothing of it is kept"
+    half.close()
+
+
 def speculation(method: str, model: str, reads_target: bool) -> SimpleNamespace:
     return SimpleNamespace(method=method, model=model, use_eagle=lambda: reads_target)
 
 
-def scheduler_half(tmp_path, speculative) -> SchedulerHalf:
+def scheduler_half(tmp_path, speculative, **extra) -> SchedulerHalf:
     config = configuration()
     config.speculative_config = speculative
     config.kv_transfer_config = SimpleNamespace(
@@ -184,6 +253,7 @@ def scheduler_half(tmp_path, speculative) -> SchedulerHalf:
             "layout": "canonical",
             "min_load_tokens": 64,
             "model_digest": "tests",
+            **extra,
         }
     )
     return SchedulerHalf(settings, config, SimpleNamespace(kv_cache_groups=groups))
@@ -202,6 +272,7 @@ def hit_of(half: SchedulerHalf, chunks_held: int, tokens: int) -> int | None:
             mm_features=[],
             lora_request=None,
             cache_salt=None,
+            skip_reading_prefix_cache=False,
         )
         return half.matched_tokens(request, 0)
     finally:

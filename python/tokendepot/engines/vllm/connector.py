@@ -49,6 +49,7 @@ class TokendepotConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker_half: WorkerHalf | None = None
         self._orphans: list[LoadOrder] = []  # loads ordered from a rank that has no depot
         self._refusal = ""
+        self._refusal_uncounted = False
         extra = dict(self._kv_transfer_config.kv_connector_extra_config or {})
         self._fail_at_start = on_error_choice(extra) == "fail"
         self._start(lambda: self._open(extra, vllm_config, role, kv_cache_config))
@@ -82,6 +83,8 @@ class TokendepotConnector(KVConnectorBase_V1, SupportsHMA):
         versions.log.error("tokendepot: not used, the engine runs without it: %s", reason)
         if self._worker_half is not None:
             self._worker_half.turn_off(reason)
+        else:
+            self._refusal_uncounted = self.role == KVConnectorRole.WORKER
 
     def _guarded(self, call: Callable[[], Answer], otherwise: Answer) -> Answer:
         """Last line of defence: trouble in a half switches that half off, and the hook answers `otherwise`."""
@@ -213,7 +216,10 @@ class TokendepotConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         half = self._worker_half
-        return self._guarded(half.take_stats, None) if half is not None else None
+        if half is not None:
+            return self._guarded(half.take_stats, None)
+        uncounted, self._refusal_uncounted = self._refusal_uncounted, False
+        return DepotStats(data={"switched_off": 1}) if uncounted else None
 
     def _orders(self) -> StepOrders:
         """What this step is to do; nothing in runs that are no step (warm-up, graph capture)."""

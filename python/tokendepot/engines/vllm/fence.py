@@ -27,7 +27,8 @@ class StoreFence:
 
     def allocated(self, tables: list[list[int]], local_tokens: int) -> None:
         """A load will fill these tables from `local_tokens` on."""
-        self._allocated.update(self._from(tables, local_tokens))
+        if self._reading:  # the stores of this step itself read blocks of requests that run
+            self._allocated.update(self._from(tables, local_tokens))
 
     def needed_by(self, output: Any) -> bool:
         """Whether the step of this SchedulerOutput, or a load in it, writes to a block that is still being read. Call

@@ -10,6 +10,7 @@ exactly one dimension can be the blocks. Strides come from the tensor itself, so
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -32,6 +33,7 @@ KNOWN_FAMILIES = (
 )
 MAX_PIECES = 1024
 DEVICES = ("cpu", "cuda")
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def cache_device(kv_caches: Iterable[Any]) -> str:
@@ -64,6 +66,28 @@ def layer_planes(
     if group.kind == CANONICAL:
         return _rows(tensor, group, block_count, size, stride, name)
     return _pages(tensor, block_count, size, stride, name)
+
+
+@dataclass(frozen=True)
+class BlockCells:
+    """The cells of one layer as the engine indexes them, without regard to strides."""
+
+    tensor: torch.Tensor
+    dimension: int  # that counts the blocks
+    rows: int  # of that dimension in one block of the pool
+
+    def of(self, block: int) -> torch.Tensor:
+        """A view of one block as whole numbers, because a NaN is equal to nothing."""
+        cells = self.tensor.narrow(self.dimension, block * self.rows, self.rows)
+        return cells.view(INTEGERS[self.tensor.element_size()])
+
+
+def block_cells(
+    tensor: torch.Tensor, group: Group, block_count: int, declared: tuple[str, ...] | None, name: str
+) -> BlockCells:
+    """Arguments and errors as of layer_planes()."""
+    dimension = _dimensions(tensor, group, block_count, declared, name).index("B")
+    return BlockCells(tensor, dimension, tensor.shape[dimension] // block_count)
 
 
 def page_bytes(planes: list[Plane]) -> int:

@@ -21,28 +21,41 @@ def everywhere(groups: list[Group], hit: int) -> list[GroupBlocks]:
 def places_of(
     groups: list[Group], tables: list[list[int]], local: int, end: int
 ) -> tuple[list[GroupBlocks], bool]:
-    """The blocks that tokens [local, end) need from the depot, and whether the depot holds all of them."""
+    """The blocks that tokens [local, end) need from the depot, and whether the depot holds all of them. A table may have
+    tens of thousands of blocks, so it is taken in slices."""
     places, complete = [], True
     for group, table in zip(groups, tables, strict=True):
         end_chunk = -(-end // group.chunk_tokens)
         first = local // group.chunk_tokens
         if group.window_chunks:
             first = max(first, end_chunk - group.window_chunks)
-        missing_front = group.blocks_per_chunk - group.stored_blocks
+        begin, stop = -(-local // group.block_tokens), -(-end // group.block_tokens)
         ids: list[int] = []
-        covered: set[int] = set()
-        for chunk in range(first, end_chunk):
-            for place in range(missing_front, group.blocks_per_chunk):
-                position = chunk * group.blocks_per_chunk + place
-                wanted = is_wanted(group, table, position, local, end)
-                ids.append(table[position] if wanted else SKIP)
-                covered.add(position)
-        needed = range(local // group.block_tokens, -(-end // group.block_tokens))
-        complete &= all(
-            position in covered for position in needed if is_wanted(group, table, position, local, end)
-        )
+        for low, high in _stored_runs(group, first, end_chunk):
+            complete &= not any(table[begin : min(low, stop)])
+            ids += _wanted(table, low, high, begin, stop)
+            begin = max(begin, high)
+        complete &= not any(table[begin:stop])
         places.append(GroupBlocks.pack(group.index, first, group.stored_blocks, ids))
     return places, complete
+
+
+def _stored_runs(group: Group, first: int, end_chunk: int) -> list[tuple[int, int]]:
+    """Positions [low, high) in a table of what the depot keeps of chunks [first, end_chunk)."""
+    size = group.blocks_per_chunk
+    if group.stored_blocks == size:
+        return [(first * size, end_chunk * size)]
+    return [((chunk + 1) * size - group.stored_blocks, (chunk + 1) * size) for chunk in range(first, end_chunk)]
+
+
+def _wanted(table: list[int], low: int, high: int, begin: int, stop: int) -> list[int]:
+    """The table at [low, high) with SKIP outside of [begin, stop) and where nothing is."""
+    begin = min(max(begin, low), high)
+    stop = max(begin, min(stop, high, len(table)))
+    blocks = table[begin:stop]
+    if NULL_BLOCK in blocks:
+        blocks = [SKIP if block == NULL_BLOCK else block for block in blocks]
+    return [SKIP] * (begin - low) + blocks + [SKIP] * (high - stop)
 
 
 def everything(groups: list[Group], tables: list[list[int]], local: int, end: int) -> list[GroupBlocks]:

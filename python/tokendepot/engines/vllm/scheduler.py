@@ -35,10 +35,10 @@ from tokendepot.engines.vllm.messages import (
 from tokendepot.engines.vllm.places import NULL_BLOCK, everything, everywhere, places_of
 from tokendepot.engines.vllm.repeats import Repeats
 from tokendepot.engines.vllm.settings import RefusedError, Settings
+from tokendepot.engines.vllm.sharing import Sharing
 from tokendepot.engines.vllm.tracked import Hold, Load, Promise, Store, Tracked, bar
 from tokendepot.engines.vllm.worth import Worth, starting_values
 
-LOAD_ATTEMPTS = 2  # failed loads of one request before it is left to compute
 STORE_MEMORY_S = 60.0  # how long a store that no worker reports counts as on its way
 HOLD_GRACE_S = 5.0  # beyond the workers' own deadline, for the steps that carry order and answer
 SEEN_STORE_S = 2.0  # after its end: until the workers' journals have been read
@@ -70,6 +70,11 @@ class SchedulerHalf:
         self._fence = StoreFence(self._groups, self._ranks)
         self._worth = None if settings.min_load_is_fixed else Worth(*starting_values(self._groups, self._depot.stats()))
         self._repeats = Repeats()
+        self._sharing = Sharing(
+            self._groups,
+            bool(vllm_config.cache_config.enable_prefix_caching),
+            settings.load_timeout + HOLD_GRACE_S,
+        )
         self._adapters = Adapters(settings.root_paths)
         self._requests: dict[str, Tracked] = {}
         self._pending: list[LoadOrder] = []
@@ -110,11 +115,18 @@ class SchedulerHalf:
     # --- look-up and promise -------------------------------------------------------------------------------------
 
     def matched_tokens(self, request: Any, local_tokens: int) -> int | None:
-        """Tokens beyond `local_tokens` that the depot can load; None = ask again. No side effect but the note."""
+        """Tokens beyond `local_tokens` that the depot can load; None = ask again. May be asked any number of times."""
         tracked = self._track(request)
         tracked.promise, tracked.not_worth, tracked.found = None, 0, None
-        if self._off or not self._may_load or tracked.failed_loads >= LOAD_ATTEMPTS:
+        if self._off or not self._may_load or tracked.load_failed:
             return 0
+        if request.skip_reading_prefix_cache:  # it wants its prompt computed, for the prompt's log probabilities
+            return 0
+        now = time.monotonic()
+        if self._sharing.goes_on(request.request_id, local_tokens, now):
+            return None
+        if self._sharing.end(request.request_id, local_tokens):
+            self._count("shared_loads", 1)
         try:
             chain = self._chain(tracked)
         except PendingError:
@@ -140,6 +152,9 @@ class SchedulerHalf:
         if tracked.hold is None and not self._is_worth_loading(request, local_tokens, hit * self._chunk):
             tracked.not_worth = external
             return 0
+        to_load = range(local_tokens // self._chunk, hit)
+        if tracked.hold is None and self._sharing.begin(request.request_id, keys, to_load, local_tokens, now):
+            return None
         if self._hold_first:
             verified = self._verified(tracked, keys, hit)
             if not verified:
@@ -163,12 +178,15 @@ class SchedulerHalf:
             job, self._next_job = self._next_job, self._next_job + 1
             now = time.monotonic()
             until = now + self._settings.load_timeout + HOLD_GRACE_S
-            tracked.hold = self._holds[job] = Hold(job, hit, keys, now, until)
+            tracked.hold = self._holds[job] = Hold(
+                job, tracked.request.request_id, hit, keys, now, until
+            )
+            self._sharing.brings(tracked, keys[: hit * _core.KEY_BYTES])
             self._new_holds.append(HoldOrder(job, plan))
             return None
         if hold.failed or time.monotonic() > hold.until:
             self._let_go(tracked)
-            tracked.failed_loads += 1
+            tracked.load_failed = True
             self._count("failed_requests", 1)
             return 0
         return hold.chunks if hold.ended_by >= self._ranks else None
@@ -178,6 +196,7 @@ class SchedulerHalf:
         if tracked.hold is not None:
             self._drops.append(tracked.hold.job)
             tracked.hold = None
+            self._sharing.brings_nothing(tracked.request.request_id)
 
     def allocated(self, request: Any, tables: list[list[int]], external_tokens: int) -> None:
         """Turns the promise into a load order for this step. `external_tokens` may be less than promised."""
@@ -189,6 +208,7 @@ class SchedulerHalf:
                 self._count("not_worth_tokens", tracked.not_worth)
             self._watch_repeats(tracked)
         if external_tokens <= 0:
+            self._let_go(tracked)
             return
         self._fence.allocated(tables, tracked.promise.local_tokens if tracked.promise else 0)
         promise, tracked.promise = tracked.promise, None
@@ -223,9 +243,12 @@ class SchedulerHalf:
         began = hold.began if hold is not None else time.monotonic()
         self._loads[job] = Load(request_id, keys, external, began, failed=broken)
         if broken:
-            tracked.failed_loads += 1
+            tracked.load_failed = True
             self._count("broken_promises", 1)
+            self._sharing.brings_nothing(request_id)
             groups = everything(self._groups, tables, local, end)
+        else:
+            self._sharing.brings(tracked, keys)
         return LoadOrder(job, request_id, plan, groups, held_job)
 
     def _plan(self, keys: bytes, groups: list[GroupBlocks]) -> bytes | None:
@@ -400,6 +423,8 @@ class SchedulerHalf:
                 self._store_ended(job, ranks)
         if finished_loads:
             self._learn_from_loads(finished_loads)
+            for request_id in finished_loads:
+                self._sharing.ended(request_id, time.monotonic())
             self._loads = {
                 job: load for job, load in self._loads.items() if load.request_id not in finished_loads
             }
@@ -425,6 +450,7 @@ class SchedulerHalf:
         hold.failed |= failed
         if hold.ended_by >= self._ranks:
             del self._holds[job]
+            self._sharing.ended(hold.request_id, time.monotonic())
 
     def _load_failed(self, job: int, chunk: int, group: int) -> None:
         hold = self._holds.get(job)
@@ -437,10 +463,11 @@ class SchedulerHalf:
         self._forget(load.keys, chunk, group)
         if not load.failed:
             load.failed = True
+            self._sharing.brings_nothing(load.request_id)
             self._count("failed_requests", 1)
             tracked = self._requests.get(load.request_id)
             if tracked is not None:
-                tracked.failed_loads += 1
+                tracked.load_failed = True
 
     def _store_ended(self, job: int, ranks: int) -> None:
         store = self._stores.get(job)
@@ -463,6 +490,7 @@ class SchedulerHalf:
         tracked = self._requests.get(request.request_id)
         if tracked is not None and tracked.request is not request:
             self._let_go(tracked)
+            self._sharing.forget(request.request_id)
         if tracked is None or tracked.request is not request:
             tracked = self._requests[request.request_id] = Tracked(request, barred=bar(request))
             if tracked.barred:
@@ -479,6 +507,7 @@ class SchedulerHalf:
         tracked = self._requests.pop(request.request_id, None)
         if tracked is not None:
             self._let_go(tracked)
+        self._sharing.forget(request.request_id)
 
     def _chain(self, tracked: Tracked) -> _core.KeyChain | None:
         """The request's keys; None when it takes no part. Raises PendingError while its adapter is being identified."""
@@ -534,6 +563,7 @@ class SchedulerHalf:
         """From now on every answer is a miss; loads under way end by themselves."""
         if not self._off:
             self._off = reason
+            self._count("switched_off", 1)
             versions.log.error("tokendepot: switched off, the engine goes on without it: %s", reason)
 
     def close(self) -> None:

@@ -44,6 +44,10 @@ COUNTERS = {
         "tokendepot_not_worth_loading_tokens",
         "Tokens that the depot holds and that were left to be computed because that is faster.",
     ),
+    "shared_loads": (
+        "tokendepot_shared_loads",
+        "Requests that found blocks of another one's load, for which they had waited instead of loading the same.",
+    ),
     "missed_repeats": (
         "tokendepot_missed_repeats",
         "Prompts that began with a chunk which this engine had stored, and of which nothing was found.",
@@ -51,6 +55,10 @@ COUNTERS = {
     "broken_promises": (
         "tokendepot_broken_promises",
         "Loads whose extents had gone between look-up and plan.",
+    ),
+    "switched_off": (
+        "tokendepot_switched_off",
+        "Parts of the connector (the scheduler's, and each rank's) that do without the depot from some moment on.",
     ),
     "failed_requests": (
         "tokendepot_failed_load_requests",

@@ -19,6 +19,7 @@ class Hold:
     """Extents that the workers verify, or have verified, before they are promised."""
 
     job: int
+    request_id: str
     chunks: int  # of the prefix
     keys: bytes
     began: float
@@ -37,7 +38,7 @@ class Tracked:
     media: list[tuple[str, int, int]] = field(default_factory=list)
     promise: Promise | None = None
     hold: Hold | None = None
-    failed_loads: int = 0
+    load_failed: bool = False  # from then on it computes
     not_worth: int = 0  # tokens that the last look-up found and left to be computed
     tables: list[list[int]] = field(default_factory=list)  # block ids of each group
     next_chunk: int = 0  # chunks before it need no more thought

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from tokendepot import _core
-from tokendepot.engines.vllm import versions
-from tokendepot.engines.vllm.geometry import attach_arguments, cache_device, layer_planes
-from tokendepot.engines.vllm.groups import CANONICAL, Placement, describe_groups
+from tokendepot.engines.vllm import self_test, versions
+from tokendepot.engines.vllm.geometry import attach_arguments, block_cells, cache_device, layer_planes
+from tokendepot.engines.vllm.groups import CANONICAL, Group, Placement, describe_groups
 from tokendepot.engines.vllm.messages import HoldOrder, LoadOrder, StepOrders, StepReport
 from tokendepot.engines.vllm.settings import RefusedError, Settings
 from tokendepot.engines.vllm.stats import DepotStats, EngineCounters
@@ -62,6 +62,7 @@ class WorkerHalf:
         self._failure_line_due = 0.0
         self._unsaid_failures: dict[str, int] = {}
         self._off = ""
+        self._off_uncounted = False
 
     # --- the cache -----------------------------------------------------------------------------------------------
 
@@ -76,11 +77,14 @@ class WorkerHalf:
         self._stores_hold_up_step = self._device == "host" or bool(
             getattr(self._kv_cache_config, "needs_kv_cache_zeroing", False)
         )
+        lent = [self._lent(group, kv_caches) for group in self._groups]
+        self_test.run(lent, self._device)
         depot = _core.Depot.open(
             self._settings.engine_options(self._device, store_queue=self._store_queue()), catalog=False, writer=True
         )
         try:
-            self._lend(depot, kv_caches)
+            for group in lent:
+                depot.attach(**group.arguments)
         except BaseException:
             depot.close()
             raise
@@ -94,25 +98,26 @@ class WorkerHalf:
         )
         return max(STORE_QUEUE_BYTES, int(STORE_QUEUE_STEPS * step_tokens * token_bytes))
 
-    def _lend(self, depot: _core.Depot, kv_caches: dict[str, torch.Tensor]) -> None:
+    def _lent(self, group: Group, kv_caches: dict[str, torch.Tensor]) -> self_test.Lent:
         block_count = int(self._kv_cache_config.num_blocks)
         cache_dtype = str(self._vllm_config.cache_config.cache_dtype)
-        for group in self._groups:
-            layers = []
-            for name in group.layer_names:
-                tensor = kv_caches.get(name)
-                if not isinstance(tensor, torch.Tensor):
-                    raise RefusedError(f"the engine registered no cache tensor for layer {name}")
-                backend = versions.backend_name(self._vllm_config, name)
-                if group.kind == CANONICAL and backend.startswith("CPU"):
-                    raise RefusedError(
-                        f'"layout" is "canonical" but the attention backend {backend} packs its blocks by '
-                        "instruction set: "
-                        'use "auto" or "opaque"'
-                    )
-                declared = versions.declared_shape(self._vllm_config, name, cache_dtype)
-                layers.append(layer_planes(tensor, group, block_count, declared, name))
-            depot.attach(**attach_arguments(group, group.part(self._placement), block_count, layers))
+        layers, cells = [], []
+        for name in group.layer_names:
+            tensor = kv_caches.get(name)
+            if not isinstance(tensor, torch.Tensor):
+                raise RefusedError(f"the engine registered no cache tensor for layer {name}")
+            backend = versions.backend_name(self._vllm_config, name)
+            if group.kind == CANONICAL and backend.startswith("CPU"):
+                raise RefusedError(
+                    f'"layout" is "canonical" but the attention backend {backend} packs its blocks by '
+                    "instruction set: "
+                    'use "auto" or "opaque"'
+                )
+            declared = versions.declared_shape(self._vllm_config, name, cache_dtype)
+            layers.append(layer_planes(tensor, group, block_count, declared, name))
+            cells.append(block_cells(tensor, group, block_count, declared, name))
+        arguments = attach_arguments(group, group.part(self._placement), block_count, layers)
+        return self_test.Lent(arguments, cells)
 
     def _mark_stream(self, depot: _core.Depot) -> None:
         """What is submitted from here on touches the cache only after the work that the engine has queued so far."""
@@ -316,6 +321,9 @@ class WorkerHalf:
         ):  # vLLM before 0.24 asks the workers only, and counts of one rank are enough
             change |= self._scheduler_counts
         self._scheduler_counts = {}
+        if self._off_uncounted:
+            change["switched_off"] = change.get("switched_off", 0) + 1
+            self._off_uncounted = False
         return DepotStats(data=change) if change else None
 
     def _note_failure(self, reason: str) -> None:
@@ -332,6 +340,7 @@ class WorkerHalf:
         """Fails everything under way and whatever still comes; the scheduler half learns of it and stops promising."""
         if not self._off:
             self._off = reason
+            self._off_uncounted, self._stats_due = True, 0.0
             versions.log.error("tokendepot: rank %d switched off: %s", self._placement.rank, reason)
         self._close_depot()
         for order in self._loading.values():

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -68,17 +77,22 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], wid
     out.print(view)
 
 
-@contextmanager
-def progress_of_bytes(what: str, total: int) -> Iterator:
+def progress_of_bytes(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
     """Yields a function that is told how many more bytes are done. Shows a bar on a terminal, else a line now and then."""
+    columns = (DownloadColumn(binary_units=True), TransferSpeedColumn())
+    return _progress(what, total, columns, lambda done: f"{size(done)} of {size(total)}")
+
+
+def progress_of_tokens(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """The same for tokens."""
+    columns = (TaskProgressColumn(),)
+    return _progress(what, total, columns, lambda done: f"{done:,} of {total:,} tokens")
+
+
+@contextmanager
+def _progress(what: str, total: int, columns: Iterable[ProgressColumn], line: Callable[[int], str]) -> Iterator:
     bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
+        TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn(), console=err, transient=True
     )
     task = bar.add_task(what, total=total)
     began = last_line = time.monotonic()
@@ -97,7 +111,7 @@ def progress_of_bytes(what: str, total: int) -> Iterator:
                 bar.start()
                 shown = True
         elif now - last_line >= LINE_EVERY_S or not shown:
-            err.print(Text(f"{what}: {size(done)} of {size(total)}"))
+            err.print(Text(f"{what}: {line(done)}"))
             last_line, shown = now, True
 
     try:

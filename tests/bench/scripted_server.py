@@ -104,16 +104,19 @@ class ScriptedServer:
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            head = await reader.readuntil(b"\r\n\r\n")
-            size = re.search(rb"(?i)content-length: *(\d+)", head)
-            content = await reader.readexactly(int(size[1])) if size else b""
-            there = time.perf_counter()
-            path = head.split(b" ", 2)[1].decode()
-            if path.startswith("/v1/") and path.endswith("completions"):
-                await self._complete(json.loads(content), there, writer)
-            else:
-                self._plain(writer, *self.answer(path, json.loads(content) if content else {}))
-            await writer.drain()
+            while not writer.is_closing():
+                head = await reader.readuntil(b"\r\n\r\n")
+                size = re.search(rb"(?i)content-length: *(\d+)", head)
+                content = await reader.readexactly(int(size[1])) if size else b""
+                there = time.perf_counter()
+                path = head.split(b" ", 2)[1].decode()
+                if path.startswith("/v1/") and path.endswith("completions"):
+                    await self._complete(json.loads(content), there, writer)
+                    await writer.drain()
+                    writer.close()
+                else:
+                    self._plain(writer, *self.answer(path, json.loads(content) if content else {}))
+                    await writer.drain()
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         except Exception:
@@ -139,7 +142,7 @@ class ScriptedServer:
 
     def _plain(self, writer: asyncio.StreamWriter, status: int, content: Any, kind: str = "application/json") -> None:
         data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
-        head = f"HTTP/1.1 {status} -\r\nContent-Type: {kind}\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+        head = f"HTTP/1.1 {status} -\r\nContent-Type: {kind}\r\nContent-Length: {len(data)}\r\n\r\n"
         writer.write(head.encode() + data)
 
     async def _complete(self, body: dict[str, Any], there: float, writer: asyncio.StreamWriter) -> None:

@@ -80,6 +80,7 @@ class Maker:
             self._word_ids = {word: self._ids(" " + word) for word in sample}
             self.vocabulary = [word for word in sample if self._word_ids[word]]
             self.overhead, self.added = len(self._ids(question(1))), 0
+            self.dearest = max(map(len, self._word_ids.values()))
             return
         alone = count("and")
         self.cost: dict[str, int] = {}
@@ -90,6 +91,7 @@ class Maker:
         self.vocabulary = list(self.cost)
         if len(self.vocabulary) < 8:
             raise ValueError("the server's counts of repeated words do not add up, so no prompt can be made to measure")
+        self.dearest = max(self.cost.values())
         probe = self.vocabulary[:8]
         taken = sum(self.cost[word] for word in probe)
         self.added = max(0, count(" ".join(probe)) - taken)  # tokens of the server's own around every prompt
@@ -112,7 +114,7 @@ class Maker:
                 for word in rng.choices(self.vocabulary, k=max(8, (room - len(made)) // 2)):
                     made += self._word_ids[word]
             return made[:room] + self._ids(question(1)), tokens
-        dearest = max(self.cost.values())
+        dearest = self.dearest
         if room < 4 * dearest:
             raise TooSmall(f"question and template take {self.overhead} tokens, and four words {4 * dearest}")
         words: list[str] = []

@@ -74,9 +74,9 @@ def of_conversation(result: dict[str, Any], context: int, repeat: int) -> list[d
     return sorted(found, key=lambda record: record["turn"])
 
 
-def allowed_overlap(as_ids: bool, added_by_server: int) -> int:
-    """Leading tokens that two cold prompts may share: the server's own, and one word of ours; or that word's letters."""
-    return added_by_server + 2 if as_ids else 16
+def allowed_overlap(as_ids: bool, tokens: dict[str, Any]) -> int:
+    """What two cold prompts may share at their start: the server's own tokens, one word of ours and part of the next."""
+    return tokens["added_by_server"] + 2 * tokens["most_of_a_word"] if as_ids else 16
 
 
 # --- summary ----------------------------------------------------------------------------------------------------------

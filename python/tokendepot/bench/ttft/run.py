@@ -72,7 +72,12 @@ class Run:
         self._origin = time.perf_counter()
         self.stopped: str | None = None
         form = "token ids" if self._counting.sends_ids else "text"
-        described = {"counted_by": self._counting.counted_by, "sent_as": form, "added_by_server": self._maker.added}
+        described = {
+            "counted_by": self._counting.counted_by,
+            "sent_as": form,
+            "added_by_server": self._maker.added,
+            "most_of_a_word": self._maker.dearest,
+        }
         if result["tokens"] and result["tokens"] != described:
             raise ServerFault(f"{server.url} counts otherwise than when the run began: {described}, expected {result['tokens']}")
         result["tokens"] = described
@@ -150,7 +155,7 @@ class Run:
         return {
             "unit": "tokens" if as_ids else "characters",
             "longest": prompts.longest_overlap(first),
-            "allowed": results.allowed_overlap(as_ids, self._result["tokens"]["added_by_server"]),
+            "allowed": results.allowed_overlap(as_ids, self._result["tokens"]),
         }
 
     def matrix(self, sent: list[Conversation]) -> list[list[int]]:

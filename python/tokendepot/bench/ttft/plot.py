@@ -6,11 +6,11 @@ import pathlib
 from typing import Any
 
 _COLOURS = {"on": "#2f6f9f", "off": "#b3423a"}
-_MARKERS = "os^Dv"
+_MARKERS = {"on": "so^Dv", "off": "oD^sv"}
 
 
 def draw(result: dict[str, Any], base: dict[str, Any] | None, names: tuple[str, str], file: pathlib.Path) -> None:
-    """Medians with bars from least to most; the earlier the turn, the paler. `names` are those of run and base."""
+    """Medians with bars from least to most. `names` are those of run and base."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,10 +32,12 @@ def draw(result: dict[str, Any], base: dict[str, Any] | None, names: tuple[str, 
             low = [(t["median"] - t["min"]) * 1e3 for t in times]
             high = [(t["max"] - t["median"]) * 1e3 for t in times]
             shown.update(tokens)
+            last = turn == turns
+            # Lines that coincide are the rule: earlier turns are hollow and larger, so that they show behind.
             axes.errorbar(
-                tokens, middle, yerr=(low, high), color=_COLOURS[which], alpha=0.45 + 0.55 * turn / turns, capsize=3,
-                marker=_MARKERS[(turn - 1) % len(_MARKERS)], linestyle="-" if turn == turns else "--",
-                label=f"{name}, turn {turn}{' (cold)' if turn == 1 else ''}",
+                tokens, middle, yerr=(low, high), color=_COLOURS[which], capsize=3, linestyle="-" if last else ":",
+                marker=_MARKERS[which][(turns - turn) % 5], markersize=5 if last else 10, zorder=3 if last else 2,
+                markerfacecolor=None if last else "none", label=f"{name}, turn {turn}{' (cold)' if turn == 1 else ''}",
             )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")

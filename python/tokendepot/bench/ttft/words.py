@@ -8,9 +8,5 @@ WORDS = tuple(
     chair chance change child city class clean clear climb clock close cloud coast cold color come cook cool copy corn
     cost count course cover cow cross cry cup cut dance dark day dead deal dear deep desk did die dog done door double down
     draw dream dress drink drive drop dry duck dust each ear early earth east easy eat edge egg eight end enemy energy
-    enough enter even event ever every exact eye face fact fair fall family far farm fast fat father fear feed feel feet
-    few field fight fill film final find fine fire first fish fit five flat floor flow fly follow food foot for force
-    forest form four free fresh friend from front fruit full fun game garden gas gave general get girl give glad glass
-    gold good great green ground group grow guess gun hair half hall hand happy hard has hat have head hear heart heat
     """.split()
 )

@@ -80,6 +80,13 @@ def test_percentiles_are_values_that_were_measured():
     assert results.percentile([7.0], 0.99) == 7.0
 
 
+def test_progress_is_told_when_a_run_takes_its_time(serve, bench, monkeypatch):
+    monkeypatch.setattr("tokendepot.cli.show.PATIENCE_S", 0.0)
+    monkeypatch.setattr("tokendepot.cli.show.LINE_EVERY_S", 0.0)
+    _, output, _ = bench("--url", serve(ScriptedServer()).url, "--contexts", "50", "--turns", "1")
+    assert [f"asking: {done} of 150 tokens" in output for done in (50, 100, 150)] == [True] * 3
+
+
 # --- going on ---
 
 

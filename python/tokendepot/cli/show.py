@@ -80,20 +80,21 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], wid
 def progress_of_bytes(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
     """Yields a function that is told how many more bytes are done. Shows a bar on a terminal, else a line now and then."""
     columns = (DownloadColumn(binary_units=True), TransferSpeedColumn())
-    return _progress(what, total, columns, lambda done: f"{size(done)} of {size(total)}")
+    return _progress(what, total, columns, lambda done: f"{size(done)} of {size(total)}", True)
 
 
 def progress_of_tokens(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """The same for tokens."""
+    """The same for tokens; drawn only when that function is called, so that nothing is disturbed in between."""
     columns = (TaskProgressColumn(),)
-    return _progress(what, total, columns, lambda done: f"{done:,} of {total:,} tokens")
+    return _progress(what, total, columns, lambda done: f"{done:,} of {total:,} tokens", False)
 
 
 @contextmanager
-def _progress(what: str, total: int, columns: Iterable[ProgressColumn], line: Callable[[int], str]) -> Iterator:
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn(), console=err, transient=True
-    )
+def _progress(
+    what: str, total: int, columns: Iterable[ProgressColumn], line: Callable[[int], str], auto_refresh: bool
+) -> Iterator:
+    columns = (TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())
+    bar = Progress(*columns, console=err, transient=True, auto_refresh=auto_refresh)
     task = bar.add_task(what, total=total)
     began = last_line = time.monotonic()
     done = 0
@@ -110,6 +111,8 @@ def _progress(what: str, total: int, columns: Iterable[ProgressColumn], line: Ca
             if not shown:
                 bar.start()
                 shown = True
+            if not auto_refresh:
+                bar.refresh()
         elif now - last_line >= LINE_EVERY_S or not shown:
             err.print(Text(f"{what}: {line(done)}"))
             last_line, shown = now, True

@@ -15,6 +15,14 @@ def milliseconds(times: dict[str, float] | None) -> str:
     return middle if low == high else f"{middle} [{low}-{high}]"
 
 
+def _compact(times: dict[str, float] | None) -> str:
+    """Median, and half the way from least to most in percent of it: four of them fit a line."""
+    if times is None:
+        return "-"
+    half = (times["max"] - times["min"]) / 2 / times["median"]
+    return f"{_number(times['median'] * 1e3)} ±{half:.0%}"
+
+
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
@@ -29,11 +37,10 @@ def cells(result: dict[str, Any]) -> None:
         for cell in (cell for cell in result["summary"] if cell["turn"] == turn):
             counted = cell["prompt_tokens"]
             hit = cell["hit_ratio"]
-            failed = cell["requests"] - cell["complete"]
             rows.append(
                 (
                     f"{counted:,.0f}" if counted is not None else f"~{cell['context']:,}",
-                    str(cell["complete"]) + (f" +{failed} bad" if failed else ""),
+                    f"{cell['complete']}/{cell['requests']}",
                     milliseconds(cell["ttft_s"]),
                     _one(cell["ttft_s"], "p99"),
                     _one(cell["time_per_output_token_s"]),
@@ -42,7 +49,7 @@ def cells(result: dict[str, Any]) -> None:
                 )
             )
         if rows:
-            columns = (">tokens", ">n", ">TTFT ms", ">p99", ">TPOT ms", ">tok/s", ">cached")
+            columns = (">tokens", ">complete", ">TTFT ms", ">p99", ">TPOT ms", ">tok/s", ">cached")
             show.table(f"Turn {turn}{' (cold)' if turn == 1 else ''}", columns, rows)
     if result["settings"]["rate"] is not None:
         _schedule(result)
@@ -67,7 +74,7 @@ def _failures(result: dict[str, Any]) -> None:
     if kinds:
         total = len(result["requests"])
         rows = [(kind, f"{len(found)} of {total}", found[0]["message"]) for kind, found in sorted(kinds.items())]
-        show.table("Failed requests, left out of all times", ("kind", ">requests", "the first one"), rows)
+        show.table("Failed requests, left out of all times", ("kind", ">requests", "the first one"), rows, wide=2)
 
 
 def comparison(rows: list[dict[str, Any]]) -> None:
@@ -79,13 +86,14 @@ def comparison(rows: list[dict[str, Any]]) -> None:
     cells_of = [
         (
             f"{row['tokens']:,.0f}",
-            *map(milliseconds, row["on"]),
-            *map(milliseconds, row["off"]),
+            *map(_compact, row["on"]),
+            *map(_compact, row["off"]),
             "-" if row["difference"] is None else f"{row['difference']:+.1%}",
         )
         for row in rows
     ]
-    show.table("TTFT in ms, median [least-most]: ON is this run, OFF the base; difference of the last turn", columns, cells_of)
+    show.say("TTFT in ms: median, and half of the range from least to most.")
+    show.table("ON is this run, OFF the base; the difference is that of the last turn", columns, cells_of)
 
 
 def closing(result: dict[str, Any], refused: list[str] | None) -> None:

@@ -153,7 +153,7 @@ class TwentyMilliseconds(ScriptedServer):
 def test_long_histories_at_a_high_rate_are_measured_right_or_the_client_says_that_it_was_late(serve, bench):
     server = serve(TwentyMilliseconds())
     code, output, result = bench(
-        *("--url", server.url, "--contexts", "20000", "--turns", "5", "--repeats", "64"),
+        *("--url", server.url, "--contexts", "11000", "--turns", "5", "--repeats", "64"),
         *("--rate", "200", "--concurrency", "64"),
     )
     assert code == 0

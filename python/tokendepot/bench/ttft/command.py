@@ -86,7 +86,7 @@ def _resumed(file: pathlib.Path, asked: Settings, given: Collection[str]) -> tup
 
 def _measure(settings: Settings, result: dict[str, Any], file: pathlib.Path) -> tuple[int, str | None]:
     def say(sentence: str) -> None:
-        terminal.err.print(sentence, soft_wrap=True)
+        terminal.err.print(terminal.clean(sentence), soft_wrap=True)
 
     server = Server(settings.url, os.environ.get("OPENAI_API_KEY", ""))
     with contextlib.closing(server):

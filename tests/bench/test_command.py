@@ -93,8 +93,9 @@ def test_progress_is_told_when_a_run_takes_its_time(serve, bench, monkeypatch):
 def start(url, file, *options):
     command = [sys.executable, "-c", "from tokendepot.cli import main; main()", "bench", "ttft", "--url", url]
     return subprocess.Popen(
-        [*command, *options, "--out", str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        [*command, *options, "--out", str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a runner may have it ignored
+    )  # fmt: skip
 
 
 class TakesATenth(ScriptedServer):

@@ -37,6 +37,7 @@ class Conversation:
     number: int  # in the run
     generation: int = 0
     prompt: prompts.Prompt = None
+    digest: str = ""  # of the prompt
     as_ids: list[int] | None = None
     previous: tuple[prompts.Prompt, list[int] | None] | None = None  # prompt of the turn before
     first: prompts.Prompt = None
@@ -63,24 +64,24 @@ class Run:
         save: Callable[[], None],
         say: Callable[[str], None],
     ) -> None:
-        self._settings, self._server, self._result, self._save, self._say = settings, server, result, save, say
+        self.settings, self._server, self._result, self._save, self._say = settings, server, result, save, say
         entry = server.model(settings.model)
         self._model = entry["id"]
         self._counting = Counting(settings, server, self._model)
         self._maker = self._counting.maker()
-        self._target = Target.of(server.url + settings.path, server.headers)
-        self._origin = time.perf_counter()
+        self.target = Target.of(server.url + settings.path, server.headers)
+        self.origin = time.perf_counter()
         self.stopped: str | None = None
         form = "token ids" if self._counting.sends_ids else "text"
-        described = {
+        tokens = {
             "counted_by": self._counting.counted_by,
             "sent_as": form,
             "added_by_server": self._maker.added,
             "most_of_a_word": self._maker.dearest,
         }
-        if result["tokens"] and result["tokens"] != described:
-            raise ServerFault(f"{server.url} counts otherwise than when the run began: {described}, expected {result['tokens']}")
-        result["tokens"] = described
+        if result["tokens"] and result["tokens"] != tokens:
+            raise ServerFault(f"{server.url} counts otherwise than when the run began: {tokens}, expected {result['tokens']}")
+        result["tokens"] = tokens
         result["server"] = {"version": server.version(), "models": server.models(), "model": self._model}
         limit = entry.get("max_model_len")
         self._limit = limit if isinstance(limit, int) else None
@@ -92,20 +93,20 @@ class Run:
         """Those that are measured."""
         return list(self._conversations)
 
-    def _skip(self, context: int, reason: str) -> None:
+    def skip(self, context: int, reason: str) -> None:
         self._skipped.add(context)
         self._result["skipped"].append({"context": context, "reason": reason})
         self._say(f"skipping {context:,} tokens: {reason}")
 
     def _plan(self) -> dict[int, list[Conversation]]:
-        s = self._settings
+        s = self.settings
         planned: dict[int, list[Conversation]] = {}
         for place, context in enumerate(s.contexts):
             longest = context + s.answer_tokens + (s.turns - 1) * (s.answer_tokens + 2 * self._maker.overhead)
             if context in self._skipped:
                 continue
             if self._limit is not None and longest > self._limit:
-                self._skip(context, f"with questions and answers up to {longest:,}, and the server's limit is {self._limit:,}")
+                self.skip(context, f"with questions and answers up to {longest:,}, and the server's limit is {self._limit:,}")
                 continue
             planned[context] = [Conversation(context, r, place * s.repeats + r) for r in range(s.repeats)]
             for one in planned[context]:
@@ -116,24 +117,24 @@ class Run:
                     self._begin(one)
             except prompts.TooSmall as error:
                 del planned[context]
-                self._skip(context, str(error))
+                self.skip(context, str(error))
         return planned
 
     # --- prompts ----------------------------------------------------------------------------------------------------
 
     def _begin(self, one: Conversation) -> None:
         identity = prompts.Identity(self._result["run_id"], one.generation, one.number)
-        content, one.planned = self._maker.context(one.context, identity, f"{self._settings.seed}/{one.number}")
-        one.prompt = [{"role": "user", "content": content}] if self._settings.endpoint == "chat" else content
-        one.first = one.prompt
-        if one.records and _digest(one.prompt) != one.records[0]["prompt_sha256"]:
+        content, one.planned = self._maker.context(one.context, identity, f"{self.settings.seed}/{one.number}")
+        one.prompt = [{"role": "user", "content": content}] if self.settings.endpoint == "chat" else content
+        one.first, one.digest = one.prompt, _digest(one.prompt)
+        if one.records and one.digest != one.records[0]["prompt_sha256"]:
             raise ServerFault(f"{self._server.url} tokenizes otherwise than when the run began, so it cannot be resumed")
 
     def _go_on(self, one: Conversation, turn: int) -> None:
         """From the prompt of turn - 1 to that of `turn`."""
         one.previous = (one.prompt, one.as_ids)
         one.prompt = prompts.longer(one.prompt, one.records[turn - 2]["answer"], turn, self._counting.ids)
-        one.planned = None
+        one.digest, one.planned = _digest(one.prompt), None
 
     def _look(self, one: Conversation) -> None:
         """Notes what the prompt shares with that of the turn before, as ids where they can be known."""
@@ -145,8 +146,7 @@ class Run:
             one.common_prefix = prompts.common_prefix(ids_before, one.as_ids)
         else:
             one.common_prefix = None
-        if prompts.common_prefix(before, one.prompt) != len(before):
-            raise AssertionError("a turn does not begin with the turn before")
+        assert prompts.common_prefix(before, one.prompt) == len(before), "a turn begins with the turn before"
 
     def overlap(self, sent: list[Conversation]) -> dict[str, Any]:
         """Proof that first turns are unlike each other and later ones go on from their own."""
@@ -167,7 +167,7 @@ class Run:
 
     def go(self, advance: Callable[[int], None]) -> None:
         """Raises KeyboardInterrupt as it comes; what was done until then is in the result."""
-        for turn in range(1, self._settings.turns + 1):
+        for turn in range(1, self.settings.turns + 1):
             open_cells = [c for c in self._conversations if self._open(c, turn)]
             if turn > 1 and open_cells:
                 self._before_later_turn(turn)
@@ -186,11 +186,11 @@ class Run:
         return [one for one in self._conversations[context] if len(one.records) == turn - 1 and not one.failed]
 
     def _before_later_turn(self, turn: int) -> None:
-        if self._settings.between:
-            self._say(f"before turn {turn}: {self._settings.between}")
-            code = subprocess.run(self._settings.between, shell=True, stdin=subprocess.DEVNULL, check=False).returncode
+        if self.settings.between:
+            self._say(f"before turn {turn}: {self.settings.between}")
+            code = subprocess.run(self.settings.between, shell=True, stdin=subprocess.DEVNULL, check=False).returncode
             if code:
-                raise ServerFault(f"--between ended with exit code {code}: {self._settings.between!r}")
+                raise ServerFault(f"--between ended with exit code {code}: {self.settings.between!r}")
             until = time.monotonic() + RESTART_TIMEOUT_S
             while True:
                 try:
@@ -200,7 +200,7 @@ class Run:
                     if time.monotonic() > until:
                         raise
                     time.sleep(0.5)
-        if self._settings.cold_gpu and self._server.reset_prefix_cache():
+        if self.settings.cold_gpu and self._server.reset_prefix_cache():
             self._say("the server's own prefix cache was emptied")
 
     def _cell(self, context: int, turn: int, advance: Callable[[int], None]) -> None:
@@ -222,7 +222,7 @@ class Run:
         advance(context * (len(conversations) - len(todo)))
         if not todo:
             return
-        bodies = [self._counting.body(one.prompt, self._settings.answer_tokens) for one in todo]
+        bodies = [self._counting.body(one.prompt, self.settings.answer_tokens) for one in todo]
         before = self._server.metrics()
         cell = _Cell(self, turn, todo, bodies, advance)
         gc.collect()
@@ -233,7 +233,7 @@ class Run:
             gc.enable()
             cell.tell()
             self._result["requests"] += cell.records
-            self._result["cells"].append(cell.described(before, self._server))
+            self._result["cells"].append(cell.ended(before, self._server))
             self._save()
 
 
@@ -252,7 +252,7 @@ class _Cell:
         self.records: list[dict[str, Any]] = []
 
     async def run(self) -> None:
-        settings = self._run._settings
+        settings = self._run.settings
         inbox = Inbox()
         self._lag.start()
         self._began = time.perf_counter()
@@ -289,15 +289,15 @@ class _Cell:
             "repeat": one.repeat,
             "turn": self._turn,
             "generation": one.generation,
-            "prompt_sha256": _digest(one.prompt),
+            "prompt_sha256": one.digest,
             "planned_tokens": one.planned,
             "common_prefix": one.common_prefix,
             "common_prefix_of": None if one.common_prefix is None else len(one.previous[1]),
-            "scheduled_s": due - run._origin,
+            "scheduled_s": due - run.origin,
         }
         begun = time.perf_counter()
         try:
-            answer = await ask(run._target, body, settings.timeout_s, inbox)
+            answer = await ask(run.target, body, settings.timeout_s, inbox)
         except RequestFailed as failure:
             record |= {"error": failure.kind, "message": str(failure), "failed_after_s": time.perf_counter() - begun}
             if failure.kind in STOPPING:
@@ -312,14 +312,15 @@ class _Cell:
             self.records.append(record)
             raise
         else:
-            record |= described(answer, due, run._origin)
+            record |= times_and_counts(answer, due, run.origin)
             record["client_lag_s"] = self._lag.worst(answer.sent_at, answer.sent_at + answer.ttft_s)
         one.records.append(record)
         self.records.append(record)
 
-    def described(self, before: dict[str, float], server: Server) -> dict[str, Any]:
+    def ended(self, before: dict[str, float], server: Server) -> dict[str, Any]:
+        """The cell without its requests: how long it took, and what the server's caches counted meanwhile."""
         if self._overflow:
-            self._run._skip(self._todo[0].context, "the server answers 400, the context is too long for it")
+            self._run.skip(self._todo[0].context, "the server answers 400, the context is too long for it")
         try:
             after = server.metrics()
         except ServerFault:
@@ -334,8 +335,8 @@ class _Cell:
         }
 
 
-def described(answer: Answer, due: float, origin: float) -> dict[str, Any]:
-    """The record of a complete answer. Times in seconds; those without "scheduled" count from the request's sending."""
+def times_and_counts(answer: Answer, due: float, origin: float) -> dict[str, Any]:
+    """What a complete answer adds to its record. Times in seconds; those without "scheduled" count from the request's sending."""
     waited = answer.sent_at - due
     return {
         "sent_s": answer.sent_at - origin,

@@ -11,6 +11,7 @@ import pytest
 from scripted_server import DONE, ScriptedServer, text_event
 
 from tokendepot.bench.ttft import compare, results
+from tokendepot.bench.ttft.settings import BadSetting
 
 SMALL = ("--contexts", "50,200")
 
@@ -294,10 +295,16 @@ def test_a_bad_option_is_refused_by_name(serve, bench, options, words):
 
 def test_a_file_that_is_no_result_is_refused(serve, bench, tmp_path):
     url = serve(ScriptedServer()).url
-    for content, words in (("{}", "expected a result"), ("no json", "expected a result"), ('{"format": "tokendepot bench ttft", "format_version": 9}', "of version 9")):
+    named = '{"format": "tokendepot bench ttft", "format_version": %d}'
+    for option, content, words in (
+        ("--compare", "{}", "expected a result"),
+        ("--compare", "no json", "expected a result"),
+        ("--compare", named % 9, "of version 9"),
+        ("--resume", named % 1, "settings are not those of a run"),
+    ):
         file = tmp_path / "x.json"
         file.write_text(content)
-        code, output, _ = bench("--url", url, "--compare", file)
+        code, output, _ = bench("--url", url, option, file)
         assert code == 2 and words in " ".join(output.replace("│", " ").split())
 
 
@@ -309,6 +316,19 @@ def test_a_result_is_never_written_over(measured, bench):
     assert file.read_bytes() == before
 
 
+def test_a_full_disk_leaves_the_result_of_the_last_cell(tmp_path, monkeypatch):
+    file = tmp_path / "r.json"
+    results.save({"cells": 1}, file)
+
+    def full(self, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(BadSetting, match="No space left on device"):
+        results.save({"cells": 2}, file)
+    assert json.loads(file.read_text()) == {"cells": 1} and list(tmp_path.iterdir()) == [file]
+
+
 # --- what is imported ---
 
 
@@ -318,13 +338,13 @@ def python(code):
 
 
 def test_other_commands_import_nothing_of_the_benchmarks():
-    code = "import sys; from tokendepot.cli.commands import app; print([m for m in ('matplotlib', 'httpx', 'h11', 'asyncio') if m in sys.modules])"
-    assert python(code).stdout == "[]\n"
+    wanted = "[m for m in ('matplotlib', 'httpx', 'h11', 'asyncio') if m in sys.modules]"
+    assert python(f"import sys; from tokendepot.cli.commands import app; print({wanted})").stdout == "[]\n"
 
 
 @pytest.mark.parametrize("package", ["httpx", "h11", "matplotlib", "prometheus_client"])
 def test_a_missing_package_is_one_sentence_how_to_install_it(package):
-    code = f"import sys; sys.modules['{package}'] = None; sys.argv[1:] = ['bench', 'ttft', '--url', 'http://x', '--plot', 'x.png']"
+    code = f"import sys; sys.modules['{package}'] = None; sys.argv[1:] = 'bench ttft --url http://x --plot x.png'.split()"
     ended = python(code + "; from tokendepot.cli import main; main()")
     assert ended.returncode == 2
     assert f"package {package}" in ended.stderr and "pip install 'tokendepot[bench]'" in ended.stderr

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+CONTEXTS = "50,1000,2000,8000,16000,24000,32000,64000,96000,128000"
 EXTRA = "tokendepot bench needs the package {}: pip install 'tokendepot[bench]'"
 
 app = typer.Typer(help="Benchmarks of your own storage and servers.", no_args_is_help=True)
@@ -18,7 +19,7 @@ def ttft(
     url: Annotated[str, typer.Option(help="The server, without /v1/...", show_default=False)] = "",
     model: Annotated[str | None, typer.Option(help="Its name on the server.", show_default="the only one")] = None,
     endpoint: Annotated[str, typer.Option(help="completions or chat.")] = "completions",
-    contexts: Annotated[str, typer.Option(help="Tokens of the first turns.")] = "50,1000,2000,8000,16000,24000,32000,64000,96000,128000",
+    contexts: Annotated[str, typer.Option(help="Tokens of the first turns.")] = CONTEXTS,
     turns: Annotated[int, typer.Option(help="Turns of each conversation; the first is cold.")] = 2,
     repeats: Annotated[int, typer.Option(help="Conversations of each context.")] = 3,
     concurrency: Annotated[int, typer.Option(help="Requests in flight at most.")] = 1,

@@ -72,7 +72,10 @@ def ttft(
 
 def _resumed(file: pathlib.Path, asked: Settings, given: Collection[str]) -> tuple[dict[str, Any], Settings]:
     result = results.load(file, "--resume")
-    kept = Settings.from_json(result["settings"])
+    try:
+        kept = Settings.from_json(result["settings"])
+    except (KeyError, TypeError):
+        raise BadSetting(f"--resume is {str(file)!r}, whose settings are not those of a run") from None
     for name in sorted(set(given) - _MAY_CHANGE):
         mine, begun = getattr(asked, name), getattr(kept, name)
         if mine != begun:

@@ -49,8 +49,8 @@ def draw(result: dict[str, Any], base: dict[str, Any] | None, names: tuple[str, 
     axes.set_xlabel("context (tokens)")
     axes.set_ylabel("time to first token (ms)")
     settings = result["settings"]
-    about = f"{result['server'].get('model', '')}, {settings['repeats']} conversations a context, concurrency {settings['concurrency']}"
-    axes.set_title(f"Time to first token: medians, bars from least to most\n{about}", fontsize=10)
+    about = f"{settings['repeats']} conversations a context, concurrency {settings['concurrency']}"
+    axes.set_title(f"Time to first token: medians, bars from least to most\n{result['server'].get('model', '')}, {about}", fontsize=10)
     axes.grid(True, which="both", alpha=0.25)
     axes.legend()
     figure.savefig(file, dpi=150)

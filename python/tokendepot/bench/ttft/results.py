@@ -63,10 +63,14 @@ def load(file: pathlib.Path, name: str) -> dict[str, Any]:
 
 
 def save(result: dict[str, Any], file: pathlib.Path) -> None:
-    """All or nothing: an interrupted run leaves the file of the last cell."""
+    """All or nothing: what ends a run leaves the file of the last cell. BadSetting when it cannot be written."""
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, file)
+    try:
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(partial, file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise BadSetting(f"--out is {str(file)!r}, which cannot be written ({error.strerror})") from None
 
 
 def of_conversation(result: dict[str, Any], context: int, repeat: int) -> list[dict[str, Any]]:

@@ -271,6 +271,8 @@ class _Cell:
             if settings.rate is not None:
                 due = self._began + place / settings.rate
                 await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                if self._run.stopped:
+                    return
             self._in_flight += 1
             await self._one(self._todo[place], self._bodies[place], due, inbox, settings)
             self._in_flight -= 1
@@ -307,7 +309,8 @@ class _Cell:
         except asyncio.CancelledError:
             if self._turn == 1:
                 raise  # the server may have seen this context: a resumed run takes another
-            record |= {"error": "interrupted", "message": "the run was interrupted", "failed_after_s": time.perf_counter() - begun}
+            record |= {"error": "interrupted", "message": "the run was interrupted"}
+            record["failed_after_s"] = time.perf_counter() - begun
             one.records.append(record)
             self.records.append(record)
             raise
@@ -325,13 +328,16 @@ class _Cell:
             after = server.metrics()
         except ServerFault:
             after = {}
-        grown = {name: after[name] - before[name] if name in before and name in after else None for name in (OWN_HITS, EXTERNAL_HITS)}
+
+        def grown(name: str) -> float | None:
+            return after[name] - before[name] if name in before and name in after else None
+
         return {
             "context": self._todo[0].context,
             "turn": self._turn,
             "wall_s": self._ended - self._began,
-            "own_cache_tokens": grown[OWN_HITS],
-            "external_cache_tokens": grown[EXTERNAL_HITS],
+            "own_cache_tokens": grown(OWN_HITS),
+            "external_cache_tokens": grown(EXTERNAL_HITS),
         }
 
 

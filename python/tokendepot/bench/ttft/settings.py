@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-CONTEXTS = (50, 1000, 2000, 8000, 16000, 24000, 32000, 64000, 96000, 128000)
-
 
 class BadSetting(ValueError):
     """One sentence that names the option, its value and what was expected."""
@@ -14,21 +12,21 @@ class BadSetting(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    url: str = ""
-    model: str | None = None
-    endpoint: str = "completions"  # or chat
-    contexts: tuple[int, ...] = CONTEXTS  # tokens of the first turn, question included
-    turns: int = 2
-    repeats: int = 3  # conversations of each context
-    concurrency: int = 1  # requests in flight at most
-    rate: float | None = None  # requests started a second, whether or not earlier ones have ended
-    answer_tokens: int = 32  # at most
-    seed: int = 0
-    timeout_s: float = 600.0  # of one request, connection excluded
-    max_error_rate: float = 0.0
-    cold_gpu: bool = False
-    between: str | None = None  # a shell command to run before each later turn, e.g. a restart of the server
-    tokenizer: str | None = None  # a tokenizer.json, for servers that do not count
+    url: str
+    model: str | None
+    endpoint: str  # completions or chat
+    contexts: tuple[int, ...]  # tokens of the first turn, question included
+    turns: int
+    repeats: int  # conversations of each context
+    concurrency: int  # requests in flight at most
+    rate: float | None  # requests started a second, whether or not earlier ones have ended
+    answer_tokens: int  # at most
+    seed: int
+    timeout_s: float  # of one request, connection excluded
+    max_error_rate: float
+    cold_gpu: bool
+    between: str | None  # a shell command to run before each later turn, e.g. a restart of the server
+    tokenizer: str | None  # a tokenizer.json, for servers that do not count
 
     def __post_init__(self) -> None:
         for name in ("turns", "repeats", "concurrency", "answer_tokens"):
@@ -55,8 +53,8 @@ class Settings:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Settings:
-        known = {field.name for field in fields(cls)}
-        return cls(**{**{name: content[name] for name in known if name in content}, "contexts": tuple(content["contexts"])})
+        """KeyError when a field is missing."""
+        return cls(**{**{field.name: content[field.name] for field in fields(cls)}, "contexts": tuple(content["contexts"])})
 
 
 def option(name: str) -> str:

@@ -44,6 +44,7 @@ def draw(result: dict[str, Any], base: dict[str, Any] | None, names: tuple[str, 
     axes.set_xticks(_legible(sorted(shown)))
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel("context (tokens)")
@@ -52,7 +53,7 @@ def draw(result: dict[str, Any], base: dict[str, Any] | None, names: tuple[str, 
     about = f"{settings['repeats']} conversations a context, concurrency {settings['concurrency']}"
     axes.set_title(f"Time to first token: medians, bars from least to most\n{result['server'].get('model', '')}, {about}", fontsize=10)
     axes.grid(True, which="both", alpha=0.25)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
 

@@ -87,7 +87,7 @@ class Demo:
         self.progress.update(self.bar, description=what)
         answer = api.complete(prompt, ANSWER_TOKENS)
         self.progress.advance(self.bar)
-        self.say(f"{what}: first token after {answer.ttft_s:.2f} s, {answer.cached_tokens:,} of {answer.prompt_tokens:,} tokens cached")
+        self.say(f"{what}: first token after {answer.ttft_s:.2f} s, {answer.cached_tokens or 0:,} of {answer.prompt_tokens:,} tokens cached")
         return answer
 
     def fits(self, context: int, previous: tuple[int, float] | None) -> bool:
@@ -138,7 +138,7 @@ class Demo:
                 restart_warm_s=warm[context][0].ttft_s,
                 loaded_bytes=int(warm[context][1]),
                 load_s=warm[context][2],
-                cached_tokens=warm[context][0].cached_tokens,
+                cached_tokens=warm[context][0].cached_tokens or 0,
                 answers_equal=warm[context][0].text == cold[context].text,
                 warm_answer=warm[context][0].text,
                 cold_answer=cold[context].text,

@@ -133,7 +133,12 @@ def test_commands_and_options_of_the_cli_that_are_named_exist(document: Path) ->
             continue
         name, rest = found.groups()
         assert name in commands, f"{document.name} names tokendepot {name}"
-        options = {option for parameter in commands[name].params for option in parameter.opts}
+        command = commands[name]
+        if hasattr(command, "commands"):
+            subcommand = re.match(r" ([a-z]+)\b", rest)
+            assert subcommand and subcommand[1] in command.commands, f"{document.name} names tokendepot {name}{rest}"
+            command = command.commands[subcommand[1]]
+        options = {option for parameter in command.params for option in parameter.opts}
         for option in re.findall(r"--[a-z][\w-]*", rest.partition("#")[0]):
             assert option in options, f"{document.name} names tokendepot {name} {option}"
 
@@ -144,6 +149,16 @@ def test_the_command_line_table_has_every_command() -> None:
 
     listed = {cells[0].strip("`").split()[1] for cells in rows(section(OPERATIONS, "Command line")) if "tokendepot " in cells[0]}
     assert listed == set(typer.main.get_command(app).commands)
+
+
+@pytest.mark.parametrize("name", ["ttft"])
+def test_the_table_of_a_benchmark_has_every_option(name: str) -> None:
+    import typer.main
+    from tokendepot.cli.commands import app
+
+    command = typer.main.get_command(app).commands["bench"].commands[name]
+    listed = {cells[0].strip("`") for cells in rows(section(TREE / "docs/bench.md", f"bench {name}"))}
+    assert listed == {option for parameter in command.params for option in parameter.opts} - {"--help"}
 
 
 def test_the_table_of_exit_codes_has_every_code() -> None:

@@ -1,1 +1,1 @@
-"""The benchmarks behind the command line: traces, models of caches, shapes of models. Engines import nothing from here."""
+"""Benchmarks and plans that a user runs. Each is imported by its command only: what they need is in the extra `bench`."""

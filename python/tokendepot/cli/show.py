@@ -14,6 +14,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -84,21 +85,27 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], wid
 
 def progress_of_bytes(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
     """Yields a function that is told how many more bytes are done. Shows a bar on a terminal, else a line now and then."""
-    return _progress(what, total, size, (DownloadColumn(binary_units=True), TransferSpeedColumn()))
+    columns = (DownloadColumn(binary_units=True), TransferSpeedColumn())
+    return _progress(what, total, columns, lambda done: f"{size(done)} of {size(total)}", True)
 
 
 def progress_of_count(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
     """The same for a number of things."""
-    return _progress(what, total, "{:,}".format, (MofNCompleteColumn(),))
+    return _progress(what, total, (MofNCompleteColumn(),), lambda done: f"{done:,} of {total:,}", True)
+
+
+def progress_of_tokens(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """The same for tokens; drawn only when that function is called, so that nothing is disturbed in between."""
+    columns = (TaskProgressColumn(),)
+    return _progress(what, total, columns, lambda done: f"{done:,} of {total:,} tokens", False)
 
 
 @contextmanager
 def _progress(
-    what: str, total: int, in_words: Callable[[int], str], columns: tuple[ProgressColumn, ...]
+    what: str, total: int, columns: Iterable[ProgressColumn], line: Callable[[int], str], auto_refresh: bool
 ) -> Iterator[Callable[[int], None]]:
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn(), console=err, transient=True
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())
+    bar = Progress(*columns, console=err, transient=True, auto_refresh=auto_refresh)
     task = bar.add_task(what, total=total)
     began = last_line = time.monotonic()
     done = 0
@@ -115,8 +122,10 @@ def _progress(
             if not shown:
                 bar.start()
                 shown = True
+            if not auto_refresh:
+                bar.refresh()
         elif now - last_line >= LINE_EVERY_S or not shown:
-            err.print(Text(f"{what}: {in_words(done)} of {in_words(total)}"))
+            err.print(Text(f"{what}: {line(done)}"))
             last_line, shown = now, True
 
     try:

@@ -1,0 +1,1 @@
+"""`tokendepot bench ttft`: time to first token of conversations on any OpenAI-compatible server."""

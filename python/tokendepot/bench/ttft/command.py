@@ -1,0 +1,110 @@
+"""What `tokendepot bench ttft` does with its options: sets up, runs, shows, draws, judges."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+from ..._core import version
+from ...cli import show as terminal
+from . import compare, plot, results, show
+from .run import Run
+from .server import Server, ServerFault
+from .settings import BadSetting, Settings, option
+
+OK, FAILED, NOT_DONE, INTERRUPTED = 0, 1, 3, 130
+_MAY_CHANGE = {"url", "timeout_s", "between"}  # from one part of a run to the next
+
+
+def ttft(
+    asked: Settings,
+    given: Collection[str],
+    out: pathlib.Path | None = None,
+    resume: pathlib.Path | None = None,
+    base_file: pathlib.Path | None = None,
+    plot_file: pathlib.Path | None = None,
+    as_json: bool = False,
+) -> int:
+    """The exit code: 0; 1 when requests failed or the run or the comparison is not valid; 3 when the server went away;
+    130 when interrupted. BadSetting and ServerFault before anything was measured.
+
+    `given` names the fields of `asked` that the user set: with `resume` they must be those of the file.
+    """
+    base = results.load(base_file, "--compare") if base_file else None
+    if resume:
+        result, settings = _resumed(resume, asked, given)
+        file = resume
+    else:
+        result, settings = results.new(asked, version()), asked
+        file = out or pathlib.Path(f"ttft-{result['run_id']}.json")
+        if file.exists():
+            raise BadSetting(f"--out is {str(file)!r}, which exists; --resume goes on with it")
+    for name, path in (("--out", file), ("--plot", plot_file)):
+        if path and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+            raise BadSetting(f"{name} is {str(path)!r}, but {str(path.parent)!r} is not a directory that can be written to")
+    code, stopped = OK, None
+    if not result["complete"]:
+        code, stopped = _measure(settings, result, file)
+    results.judge(result, stopped)
+    refused = compare.refusals(result, base) if base else None
+    if base and refused is not None:
+        rows = compare.rows(result, base)
+        result["comparison"] = {"base": base["run_id"], "valid": not refused, "refused": refused, "rows": rows}
+    results.save(result, file)
+    if plot_file and any(cell["ttft_s"] for cell in result["summary"]):
+        plot.draw(result, base, ("this run", "base"), plot_file)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        show.cells(result)
+        if base:
+            show.comparison(result["comparison"]["rows"])
+        show.closing(result, refused)
+        terminal.say(f"Wrote {file}" + (f" and {plot_file}" if plot_file else ""))
+    return code or (FAILED if result["problems"] or refused else OK)
+
+
+def _resumed(file: pathlib.Path, asked: Settings, given: Collection[str]) -> tuple[dict[str, Any], Settings]:
+    result = results.load(file, "--resume")
+    try:
+        kept = Settings.from_json(result["settings"])
+    except (KeyError, TypeError):
+        raise BadSetting(f"--resume is {str(file)!r}, whose settings are not those of a run") from None
+    for name in sorted(set(given) - _MAY_CHANGE):
+        mine, begun = getattr(asked, name), getattr(kept, name)
+        if mine != begun:
+            raise BadSetting(f"{option(name)} is {mine}, but {str(file)!r} was begun with {begun}")
+    settings = replace(kept, **{name: getattr(asked, name) for name in _MAY_CHANGE & set(given)})
+    if not result["complete"]:
+        result["settings"] = settings.as_json()
+        result["resumes"] += 1
+    return result, settings
+
+
+def _measure(settings: Settings, result: dict[str, Any], file: pathlib.Path) -> tuple[int, str | None]:
+    def say(sentence: str) -> None:
+        terminal.err.print(terminal.clean(sentence), soft_wrap=True)
+
+    server = Server(settings.url, os.environ.get("OPENAI_API_KEY", ""))
+    with contextlib.closing(server):
+        run = Run(settings, server, result, lambda: results.save(result, file), say)
+        results.save(result, file)
+        total = sum(run.contexts) * settings.repeats * settings.turns
+        try:
+            with terminal.progress_of_tokens("asking", total) as advance:
+                run.go(advance)
+        except KeyboardInterrupt:
+            say(f"interrupted; --resume {file} goes on")
+            return INTERRUPTED, None
+        except ServerFault as fault:
+            say(f"tokendepot: {fault}; --resume {file} goes on")
+            return NOT_DONE, str(fault)
+        finally:
+            result["ended"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return OK, run.stopped

@@ -1,0 +1,92 @@
+"""Two runs side by side, and every reason not to believe the difference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MIN_SAMPLES = 3
+EXPLAINED_SHARE = 0.01  # of a cell's prompt tokens, found in the server's own prefix cache
+_EQUAL = ("endpoint", "turns", "repeats", "concurrency", "rate", "answer_tokens")
+
+
+def cells(result: dict[str, Any]) -> dict[tuple[int, int], dict[str, Any]]:
+    return {(cell["context"], cell["turn"]): cell for cell in result["summary"]}
+
+
+def rows(on: dict[str, Any], off: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a context that both measured: TTFT of each turn in both runs, and how much less the last turn takes with `on`."""
+    mine, base = cells(on), cells(off)
+    turns = min(on["settings"]["turns"], off["settings"]["turns"])
+    found = []
+    for context in sorted({c for c, _ in mine} & {c for c, _ in base}):
+        row: dict[str, Any] = {"context": context, "tokens": mine.get((context, 1), {}).get("prompt_tokens") or context}
+        for name, table in (("on", mine), ("off", base)):
+            row[name] = [table.get((context, turn), {}).get("ttft_s") for turn in range(1, turns + 1)]
+        last_on, last_off = row["on"][-1], row["off"][-1]
+        row["difference"] = last_on["median"] / last_off["median"] - 1 if last_on and last_off else None
+        found.append(row)
+    return found
+
+
+def refusals(on: dict[str, Any], off: dict[str, Any]) -> list[str]:
+    """Why the comparison is not valid; empty when it is. `off` is the base."""
+    found = []
+    if on["run_id"] == off["run_id"]:
+        found.append("both are the same run")
+    for name in _EQUAL:
+        if on["settings"][name] != off["settings"][name]:
+            found.append(f"{name} differs: {on['settings'][name]} and {off['settings'][name]} in the base")
+    if on["server"].get("model") != off["server"].get("model"):
+        found.append(f"the model differs: {on['server'].get('model')!r} and {off['server'].get('model')!r} in the base")
+    for name, result in (("this run", on), ("the base", off)):
+        if not result["complete"]:
+            found.append(f"{name} is not complete")
+        if result["client"].get("saturated"):
+            found.append(f"{name}: client saturated")
+        found += [f"{name}: {problem}" for problem in result["problems"]]
+        found += _in_one(name, result)
+    return found + _in_both(on, off)
+
+
+def _in_one(name: str, result: dict[str, Any]) -> list[str]:
+    found = []
+    known = cells(result)
+    for (context, turn), cell in known.items():
+        where = f"{name}, {context:,} tokens, turn {turn}"
+        if cell["errors"]:
+            found.append(f"{where}: {sum(cell['errors'].values())} of {cell['requests']} requests failed")
+        if cell["complete"] < MIN_SAMPLES:
+            found.append(f"{where}: {cell['complete']} samples, expected {MIN_SAMPLES} or more")
+        if result["settings"]["cold_gpu"] and turn > 1:
+            found += _explained(where, cell, known.get((context, 1)))
+    return found
+
+
+def _explained(where: str, cell: dict[str, Any], first: dict[str, Any] | None) -> list[str]:
+    """Whether hits came from the server's own cache, beyond what it finds of any prompt (a template, say)."""
+    own = cell["own_cache_tokens"]
+    if own is None:
+        return [f"{where}: --cold-gpu was asked for, but the server counts no hits of its own prefix cache in /metrics"]
+    usual = (first["own_cache_tokens"] or 0) / first["requests"] * cell["requests"] if first else 0
+    total = (cell["prompt_tokens"] or cell["context"]) * cell["requests"]
+    if own - usual > EXPLAINED_SHARE * total:
+        return [f"{where}: --cold-gpu was asked for, but {own:,.0f} tokens were in the server's own prefix cache"]
+    return []
+
+
+def _in_both(on: dict[str, Any], off: dict[str, Any]) -> list[str]:
+    mine, base = cells(on), cells(off)
+    found = []
+    for context, turn in sorted(set(mine) | set(base)):
+        where = f"{context:,} tokens, turn {turn}"
+        if (context, turn) not in mine or (context, turn) not in base:
+            found.append(f"{where}: only in {'this run' if (context, turn) in mine else 'the base'}")
+            continue
+        one, other = mine[context, turn], base[context, turn]
+        if one["complete"] != other["complete"]:
+            found.append(f"{where}: {one['complete']} samples and {other['complete']} in the base")
+        counts = one["prompt_tokens"], other["prompt_tokens"]
+        answers = (turn - 1) * on["settings"]["answer_tokens"]  # earlier answers are in the prompt, and may differ
+        if None not in counts and abs(counts[0] - counts[1]) > answers:
+            found.append(f"{where}: prompts of {counts[0]:,.0f} tokens and {counts[1]:,.0f} in the base")
+    return found

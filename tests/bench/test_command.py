@@ -1,0 +1,351 @@
+"""The command as a whole: results that describe themselves, resumed runs, comparisons and why they are refused, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from scripted_server import DONE, ScriptedServer, text_event
+
+from tokendepot.bench.ttft import compare, results
+from tokendepot.bench.ttft.settings import BadSetting
+
+SMALL = ("--contexts", "50,200")
+
+
+class Slow(ScriptedServer):
+    """Time by length; a warm one knows what it has seen before the last restart (here: never restarts)."""
+
+    def __init__(self, warm=False, own_hits=0):
+        super().__init__()
+        self.warm, self.own_hits, self.own, self.reset = warm, own_hits, 0, 0
+
+    def answer(self, path, body):
+        if path == "/reset_prefix_cache":
+            self.reset += 1
+            return 200, {}
+        if path == "/metrics" and self.own_hits is not None:
+            return 200, f'vllm:prefix_cache_hits_total{{engine="0"}} {self.own}\n'
+        return super().answer(path, body)
+
+    def script(self, body, number):
+        count = len(self.tokens(body))
+        again = any(entry["prompt"][:50] == body["prompt"][:50] for entry in self.log[:-1])
+        self.own += (self.own_hits or 0) if again else 0
+        return [(0.001 if again and self.warm else count * 1e-4, text_event("a") + self.end(body)), (count * 1.2e-4, DONE)]
+
+
+@pytest.fixture
+def measured(serve, bench):
+    """measured(server, *options) -> the result file of a run against it."""
+
+    def run(server, *options):
+        code, output, _ = bench("--url", serve(server).url, *(options or SMALL))
+        assert code == 0, output
+        return bench.file
+
+    return run
+
+
+# --- results ---
+
+
+def test_a_result_describes_itself(serve, bench):
+    server = serve(ScriptedServer())
+    code, output, result = bench("--url", server.url + "/v1/", *SMALL, "--json")
+    assert code == 0
+    printed = json.loads(output[output.index("{") :])
+    assert printed == result
+    assert result["format"] == "tokendepot bench ttft" and result["tokendepot"] and len(result["run_id"]) == 16
+    assert result["server"] == {"version": {"version": "scripted"}, "models": [{"id": "stub"}], "model": "stub"}
+    assert result["settings"]["contexts"] == [50, 200] and result["clock"]["implementation"]
+    assert result["complete"] and result["problems"] == []
+    assert [(cell["turn"], cell["context"]) for cell in result["summary"]] == [(1, 50), (1, 200), (2, 50), (2, 200)]
+
+
+def test_contexts_above_the_server_s_limit_are_skipped_and_said(serve, bench):
+    server = ScriptedServer()
+    server.limit = 300
+    code, output, result = bench("--url", serve(server).url, "--contexts", "50,299,1000")
+    assert code == 0
+    assert "skipped 1,000 tokens" in output and "the server's limit is 300" in output
+    assert [entry["context"] for entry in result["skipped"]] == [299, 1000]  # with answers and questions
+
+
+def test_percentiles_are_values_that_were_measured():
+    values = [float(i) for i in range(1, 101)]
+    assert [results.percentile(values, share) for share in (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)] == [1, 10, 50, 90, 99, 100]
+    assert results.percentile([7.0], 0.99) == 7.0
+
+
+def test_progress_is_told_when_a_run_takes_its_time(serve, bench, monkeypatch):
+    monkeypatch.setattr("tokendepot.cli.show.PATIENCE_S", 0.0)
+    monkeypatch.setattr("tokendepot.cli.show.LINE_EVERY_S", 0.0)
+    _, output, _ = bench("--url", serve(ScriptedServer()).url, "--contexts", "50", "--turns", "1")
+    assert [f"asking: {done} of 150 tokens" in output for done in (50, 100, 150)] == [True] * 3
+
+
+# --- going on ---
+
+
+def start(url, file, *options):
+    command = [sys.executable, "-c", "from tokendepot.cli import main; main()", "bench", "ttft", "--url", url]
+    return subprocess.Popen(
+        [*command, *options, "--out", str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a runner may have it ignored
+    )  # fmt: skip
+
+
+class TakesATenth(ScriptedServer):
+    def script(self, body, number):
+        return [(0.1, text_event("a") + self.end(body) + DONE)]
+
+
+def test_an_interrupted_run_shows_what_is_done_and_goes_on_with_the_rest(serve, bench, tmp_path):
+    server = serve(TakesATenth())
+    file = tmp_path / "r.json"
+    running = start(server.url, file, "--contexts", "50,60,70", "--repeats", "6")
+    until = time.monotonic() + 60
+    while len(server.log()) < 14 and time.monotonic() < until:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    output, _ = running.communicate(timeout=60)
+    assert running.returncode == 130, output
+    assert "interrupted; --resume" in output and "Turn 1 (cold)" in output and "Traceback" not in output
+    before = json.loads(file.read_text())
+    done = [(r["turn"], r["context"], r["repeat"]) for r in before["requests"]]
+    assert 6 <= len(done) < 36 and not before["complete"]
+
+    code, output, result = bench("--url", server.url, "--resume", file)
+    assert code == 0, output
+    assert result["requests"][: len(done)] == before["requests"]
+    everything = [(r["turn"], r["context"], r["repeat"]) for r in result["requests"]]
+    assert len(everything) == len(set(everything)) == 36
+    cold = [entry["prompt"] for entry in server.log() if len(entry["prompt"]) in (50, 60, 70)]
+    assert len({json.dumps(prompt[:4]) for prompt in cold}) == len(cold)  # what was cut off is not sent again as if cold
+    sent = len(server.log())
+    assert bench("--resume", file)[0] == 0
+    assert len(server.log()) == sent  # nothing was left to do
+
+
+def test_a_run_goes_on_with_its_own_settings_only(measured, bench):
+    file = measured(ScriptedServer())
+    code, output, _ = bench("--resume", file, "--repeats", "5")
+    assert code == 2 and "--repeats is 5" in output and "begun with 3" in output
+
+
+def test_a_command_between_the_turns_is_run_once_each_and_its_failure_ends_the_run(serve, bench, tmp_path):
+    server = serve(ScriptedServer())
+    note = tmp_path / "note"
+    code, _, result = bench("--url", server.url, *SMALL, "--turns", "3", "--between", f"echo restarted >> {note}")
+    assert code == 0 and note.read_text() == 2 * "restarted\n"
+    code, output, result = bench("--url", server.url, *SMALL, "--between", "exit 7")
+    assert code == 3 and "--between ended with exit code 7" in output
+    assert {record["turn"] for record in result["requests"]} == {1}
+
+
+# --- comparing ---
+
+
+def test_a_comparison_has_the_table_of_both_and_draws_it(measured, serve, bench, tmp_path):
+    base = measured(Slow())
+    plot = tmp_path / "plot.png"
+    code, output, result = bench("--url", serve(Slow(warm=True)).url, *SMALL, "--compare", base, "--plot", plot)
+    refused = [reason for reason in result["comparison"]["refused"] if "saturated" not in reason]
+    assert refused == [] and code in (0, 1)
+    assert (code == 0) is result["comparison"]["valid"]
+    for column in ("tokens", "ON t1", "ON t2", "OFF t1", "OFF t2", "difference"):
+        assert column in output
+    rows = result["comparison"]["rows"]
+    assert [row["tokens"] for row in rows] == [50, 200]
+    assert rows[1]["difference"] == pytest.approx(rows[1]["on"][1]["median"] / rows[1]["off"][1]["median"] - 1)
+    assert f"{rows[1]['difference']:+.1%}" in output
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def refusals_of(on, off):
+    return [reason for reason in compare.refusals(on, off) if "saturated" not in reason]
+
+
+def test_two_good_runs_have_no_refusal_and_each_fault_is_one(measured):
+    base = json.loads(measured(ScriptedServer()).read_text())
+    good = json.loads(measured(ScriptedServer()).read_text())
+    assert refusals_of(good, base) == []
+    faults = {
+        "the same run": lambda r: r.update(run_id=base["run_id"]),
+        "repeats differs: 5 and 3": lambda r: r["settings"].update(repeats=5),
+        "concurrency differs": lambda r: r["settings"].update(concurrency=2),
+        "the model differs": lambda r: r["server"].update(model="other"),
+        "is not complete": lambda r: r.update(complete=False),
+        "turn 1 was not cold": lambda r: r.update(problems=["turn 1 was not cold"]),
+        "1 of 3 requests failed": lambda r: r["summary"][2].update(errors={"reset": 1}),
+        "2 samples, expected 3": lambda r: r["summary"][2].update(complete=2),
+        "2 samples and 3 in the base": lambda r: r["summary"][2].update(complete=2),
+        "only in the base": lambda r: r["summary"].pop(),
+        "prompts of 51 tokens and 50": lambda r: r["summary"][0].update(prompt_tokens=51),
+    }
+    for words, fault in faults.items():
+        bad = json.loads(json.dumps(good))
+        fault(bad)
+        assert any(words in reason for reason in compare.refusals(bad, base)), words
+    late = json.loads(json.dumps(good))
+    late["client"]["saturated"] = True
+    assert "the base: client saturated" in compare.refusals(good, late)
+
+
+def test_a_refused_comparison_says_so_in_its_exit_code_too(measured, serve, bench):
+    base = measured(ScriptedServer(), *SMALL, "--repeats", "2")
+    code, output, result = bench("--url", serve(ScriptedServer()).url, *SMALL, "--repeats", "2", "--compare", base)
+    assert code == 1 and "NOT A VALID COMPARISON: this run, 50 tokens, turn 1: 2 samples, expected 3 or more" in output
+    assert result["comparison"]["valid"] is False
+
+
+@pytest.mark.parametrize(
+    ("own_hits", "refusal"),
+    [(48, "tokens were in the server's own prefix cache"), (0, None), (None, "counts no hits of its own prefix cache")],
+)
+def test_a_hit_of_the_server_s_own_cache_is_not_taken_for_the_depot_s(measured, serve, bench, own_hits, refusal):
+    base = measured(Slow())
+    server = serve(Slow(warm=True, own_hits=own_hits))
+    _, output, result = bench("--url", server.url, *SMALL, "--compare", base, "--cold-gpu")
+    assert "own prefix cache was emptied" in output
+    found = [reason for reason in result["comparison"]["refused"] if "--cold-gpu" in reason]
+    assert (found == []) if refusal is None else all(refusal in reason for reason in found) and found
+
+
+# --- bad input ---
+
+
+class TwoModels(ScriptedServer):
+    def answer(self, path, body):
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "a"}, {"id": "b"}]}
+        return super().answer(path, body)
+
+
+class NoModels(ScriptedServer):
+    def answer(self, path, body):
+        return (200, {"hello": "world"}) if path == "/v1/models" else super().answer(path, body)
+
+
+class RefusesKeys(ScriptedServer):
+    def answer(self, path, body):
+        return 401, {}
+
+
+class NoCompletions(ScriptedServer):
+    def status(self, body, number):
+        return 404, "application/json"
+
+
+@pytest.mark.parametrize(
+    ("server", "options", "words"),
+    [
+        (ScriptedServer, ("--model", "other"), ["--model is 'other'", "serves 'stub'"]),
+        (TwoModels, (), ["serves 'a', 'b'", "--model"]),
+        (NoModels, (), ["/v1/models", "expected the list of models"]),
+        (RefusesKeys, (), ["status 401", "OPENAI_API_KEY"]),
+        (NoCompletions, (), ["/v1/completions", "http_404"]),
+    ],
+)
+def test_a_server_that_cannot_be_used_is_named_in_one_sentence(serve, bench, server, options, words):
+    code, output, _ = bench("--url", serve(server()).url, *options)
+    assert code == 2
+    flat = " ".join(output.replace("│", " ").split())
+    assert all(word in flat for word in words), flat
+
+
+def test_a_wrong_path_is_named(serve, bench):
+    code, output, _ = bench("--url", serve(ScriptedServer()).url + "/nowhere")
+    assert code == 2 and "/nowhere/v1/models: status 404" in " ".join(output.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--url", "http://127.0.0.1:9"), "no server answers at http://127.0.0.1:9"),
+        (("--url", "127.0.0.1:8000"), "--url is '127.0.0.1:8000', expected http://"),
+        ((), "--url is missing"),
+        (("--contexts", "1000,many"), "--contexts is '1000,many'"),
+        (("--contexts", "1000,50"), "expected ascending"),
+        (("--turns", "0"), "--turns is 0, expected 1 or more"),
+        (("--rate", "0"), "--rate is 0.0"),
+        (("--endpoint", "embeddings"), "--endpoint is 'embeddings'"),
+        (("--max-error-rate", "2"), "--max-error-rate is 2.0"),
+        (("--timeout", "0"), "--timeout is 0.0"),
+        (("--compare", "/nowhere.json"), "--compare is '/nowhere.json', which cannot be read"),
+        (("--resume", "/nowhere.json"), "--resume is '/nowhere.json', which cannot be read"),
+        (("--plot", "/nowhere/x.png"), "--plot is '/nowhere/x.png'"),
+        (("--tokenizer", "/nowhere"), "--tokenizer is '/nowhere'"),
+    ],
+)
+def test_a_bad_option_is_refused_by_name(serve, bench, options, words):
+    if options and options[0] not in ("--url",):
+        options = ("--url", serve(ScriptedServer()).url, *options)
+    if "--tokenizer" in options:
+        pytest.importorskip("tokenizers")
+    code, output, _ = bench(*options)
+    flat = " ".join(output.replace("│", " ").split())
+    assert code == 2 and words in flat, flat
+    assert "Traceback" not in output
+
+
+def test_a_file_that_is_no_result_is_refused(serve, bench, tmp_path):
+    url = serve(ScriptedServer()).url
+    named = '{"format": "tokendepot bench ttft", "format_version": %d}'
+    for option, content, words in (
+        ("--compare", "{}", "expected a result"),
+        ("--compare", "no json", "expected a result"),
+        ("--compare", named % 9, "of version 9"),
+        ("--resume", named % 1, "settings are not those of a run"),
+    ):
+        file = tmp_path / "x.json"
+        file.write_text(content)
+        code, output, _ = bench("--url", url, option, file)
+        assert code == 2 and words in " ".join(output.replace("│", " ").split())
+
+
+def test_a_result_is_never_written_over(measured, bench):
+    file = measured(ScriptedServer())
+    before = file.read_bytes()
+    code, output, _ = bench("--url", "http://127.0.0.1:9", out=file)
+    assert code == 2 and "which exists" in output
+    assert file.read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_result_of_the_last_cell(tmp_path, monkeypatch):
+    file = tmp_path / "r.json"
+    results.save({"cells": 1}, file)
+
+    def full(self, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(BadSetting, match="No space left on device"):
+        results.save({"cells": 2}, file)
+    assert json.loads(file.read_text()) == {"cells": 1} and list(tmp_path.iterdir()) == [file]
+
+
+# --- what is imported ---
+
+
+def python(code):
+    environment = {**os.environ, "COLUMNS": "160"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+
+
+def test_other_commands_import_nothing_of_the_benchmarks():
+    wanted = "[m for m in ('matplotlib', 'httpx', 'h11', 'asyncio') if m in sys.modules]"
+    assert python(f"import sys; from tokendepot.cli.commands import app; print({wanted})").stdout == "[]\n"
+
+
+@pytest.mark.parametrize("package", ["httpx", "h11", "matplotlib", "prometheus_client"])
+def test_a_missing_package_is_one_sentence_how_to_install_it(package):
+    code = f"import sys; sys.modules['{package}'] = None; sys.argv[1:] = 'bench ttft --url http://x --plot x.png'.split()"
+    ended = python(code + "; from tokendepot.cli import main; main()")
+    assert ended.returncode == 2
+    assert f"package {package}" in ended.stderr and "pip install 'tokendepot[bench]'" in ended.stderr
+    assert "Traceback" not in ended.stderr

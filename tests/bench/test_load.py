@@ -1,0 +1,193 @@
+"""Failures are counted and never averaged in; lateness of a schedule, of the server and of the client are told apart."""
+
+import statistics
+
+import pytest
+from scripted_server import CLOSE, DONE, ScriptedServer, text_event
+
+PROBES = 2  # requests that find out how the server counts and whether it takes ids, before anything is measured
+
+
+def records(result):
+    return result["requests"]
+
+
+def only(result):
+    (cell,) = result["summary"]
+    return cell
+
+
+# --- refusals (T6) ---
+
+
+class HalfRefused(ScriptedServer):
+    def status(self, body, number):
+        if number >= PROBES and number % 2:
+            return 503, "application/json"
+        return 200, "text/event-stream"
+
+    def script(self, body, number):
+        if self.status(body, number)[0] == 503:
+            return [(0, b"too busy")]
+        return [(0.02, text_event("a") + DONE)]
+
+
+def test_refused_requests_are_counted_and_leave_the_times_of_the_others_alone(serve, bench):
+    server = serve(HalfRefused())
+    arguments = ("--contexts", "50", "--turns", "1", "--repeats", "512", "--concurrency", "8")
+    code, output, result = bench("--url", server.url, *arguments)
+    assert code == 1
+    cell = only(result)
+    assert cell["requests"] == 512 and cell["errors"] == {"http_503": 256} and cell["complete"] == 256
+    assert cell["ttft_s"]["min"] >= 0.02  # a refusal, which comes at once, is not among them
+    assert "256 of 512" in output and "too busy" in output
+    assert len(server.log()) == PROBES + 512  # nothing was tried twice
+
+
+class RefusesAfter(ScriptedServer):
+    def __init__(self, status, body=b"no"):
+        super().__init__()
+        self.refusal = status, body
+
+    def status(self, body, number):
+        return (200, "text/event-stream") if number < PROBES + 3 else (self.refusal[0], "application/json")
+
+    def script(self, body, number):
+        return super().script(body, number) if number < PROBES + 3 else [(0, self.refusal[1])]
+
+
+def test_a_request_that_should_be_retried_later_is_a_failure_and_not_sent_again(serve, bench):
+    server = serve(RefusesAfter(429))
+    code, _, result = bench("--url", server.url, "--contexts", "50", "--turns", "1", "--repeats", "8")
+    assert code == 1 and only(result)["errors"] == {"http_429": 5}
+    assert len(server.log()) == PROBES + 8
+
+
+@pytest.mark.parametrize(("allowed", "code"), [("0.62", 1), ("0.63", 0)])
+def test_the_exit_code_is_1_above_the_share_of_failures_that_is_allowed(serve, bench, allowed, code):
+    server = serve(RefusesAfter(503))
+    options = ("--contexts", "50", "--turns", "1", "--repeats", "8", "--max-error-rate", allowed)
+    assert bench("--url", server.url, *options)[0] == code
+
+
+def test_a_key_that_is_refused_stops_the_run_at_once(serve, bench):
+    server = serve(RefusesAfter(401))
+    code, output, result = bench("--url", server.url, "--contexts", "50,60", "--repeats", "8")
+    assert code == 1 and "stopped early: http_401" in output
+    assert len(server.log()) == PROBES + 4
+    assert not result["complete"]
+
+
+def test_a_context_that_the_server_finds_too_long_is_skipped_and_said(serve, bench):
+    server = serve(RefusesAfter(400, b"This model's maximum context length is 55 tokens"))
+    code, output, result = bench("--url", server.url, "--contexts", "50,60", "--turns", "1", "--repeats", "3")
+    assert code == 1 and "skipped 60 tokens: the server answers 400" in output
+    assert [cell["errors"] for cell in result["summary"]] == [{}, {"context_overflow": 1}]
+
+
+class GoesAway(ScriptedServer):
+    """Closes its door after some answers; those that follow are refused."""
+
+    async def serve(self, listener):
+        self.listener = listener
+        await super().serve(listener)
+
+    def script(self, body, number):
+        if number == PROBES + 3:
+            self.listener.close()
+        return super().script(body, number)
+
+
+def test_a_server_that_goes_away_is_told_and_what_was_measured_stays(serve, bench):
+    server = serve(GoesAway())
+    code, output, result = bench("--url", server.url, "--contexts", "50,60", "--turns", "1", "--repeats", "6")
+    assert code == 3 and "no server answers at" in output and "--resume" in output
+    assert only(result)["complete"] >= 3 and only(result)["errors"]
+    assert set(only(result)["errors"]) <= {"refused", "unreachable", "truncated", "reset"}
+
+
+def test_a_stream_that_breaks_off_is_not_an_answer(serve, bench):
+    class BreaksOff(ScriptedServer):
+        def script(self, body, number):
+            if number >= PROBES + 1:
+                return [(0, text_event("a")), (0.001, CLOSE)]
+            return super().script(body, number)
+
+    code, _, result = bench("--url", serve(BreaksOff()).url, "--contexts", "50", "--turns", "1")
+    assert code == 1 and only(result)["errors"] == {"truncated": 2} and only(result)["complete"] == 1
+
+
+# --- schedules (T7) ---
+
+
+class HalfASecond(ScriptedServer):
+    def script(self, body, number):
+        return [(0.5 if number >= PROBES else 0, text_event("a") + DONE)]
+
+
+def test_waiting_for_a_free_slot_is_in_the_latency_from_the_schedule_and_not_in_the_service(serve, bench):
+    """Due at 0.1 k s, served one by one in 0.5 s each: 0.5 + 0.4 k s since they were due."""
+    server = serve(HalfASecond())
+    code, output, result = bench(
+        *("--url", server.url, "--contexts", "50", "--turns", "1", "--repeats", "8", "--rate", "10", "--concurrency", "1")
+    )
+    assert code == 0
+    service = [record["end_s"] for record in records(result)]
+    since_due = [record["end_from_schedule_s"] for record in records(result)]
+    assert all(0.5 <= value < 0.65 for value in service)
+    for k, value in enumerate(since_due):
+        assert value >= 0.5 + 0.4 * k - 0.01
+    assert 1.89 <= statistics.mean(since_due) < 2.3
+    assert 1.5 < only(result)["requests_per_s"] <= 2.0
+    assert "of 10" in output
+
+
+# --- the client's own lateness (T8) ---
+
+
+class TwentyMilliseconds(ScriptedServer):
+    def script(self, body, number):
+        first = 0.02 if number >= PROBES else 0
+        return [(first, text_event("word " * 8)), (first + 0.001, self.end(body) + DONE)]
+
+
+def test_long_histories_at_a_high_rate_are_measured_right_or_the_client_says_that_it_was_late(serve, bench):
+    server = serve(TwentyMilliseconds())
+    code, output, result = bench(
+        *("--url", server.url, "--contexts", "11000", "--turns", "5", "--repeats", "64"),
+        *("--rate", "200", "--concurrency", "64"),
+    )
+    assert code == 0
+    assert len(records(result)) == 320
+    late = sorted(record["ttft_s"] for record in records(result))[int(0.99 * 320)]
+    assert late <= 0.030 or result["client"]["saturated"] or stub_was_late(server)
+
+
+def stub_was_late(server):
+    """The scripted server shares the two cores: its own stamps say when it was the late one."""
+    return any(entry["sent"] and entry["sent"][0] - entry["there"] > 0.025 for entry in server.log())
+
+
+def test_a_client_that_is_held_up_says_so(serve, bench, monkeypatch):
+    import time
+
+    from tokendepot.bench.ttft import stream
+
+    real = stream._Stream.send
+
+    def slow(self, transport, request):
+        real(self, transport, request)
+        time.sleep(0.05)  # as tokenizing after sending would
+
+    server = serve(TwentyMilliseconds())
+    monkeypatch.setattr(stream._Stream, "send", slow)
+    _, output, result = bench("--url", server.url, "--contexts", "50", "--turns", "1", "--repeats", "8", "--concurrency", "4")
+    assert result["client"]["saturated"] and "client saturated" in output
+    assert result["client"]["worst_lag_s"] >= 0.04
+
+
+@pytest.mark.parametrize(("lag", "ttft", "late"), [(0.004, 0.02, False), (0.006, 0.02, True), (0.006, 1.0, False)])
+def test_a_lag_disturbs_by_what_it_is_of_the_time_to_first_token(lag, ttft, late):
+    from tokendepot.bench.ttft.lag import disturbed
+
+    assert disturbed(lag, ttft) is late

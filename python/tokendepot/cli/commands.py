@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import _core
-from . import namespaces, show
+from . import bench, namespaces, show
 
 EXIT_CODES = (
     "Exit codes: 0 all well; 1 something in a root is damaged; 2 wrong usage, or a path that is not the root of a "
@@ -26,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench.app, name="bench")
 
 
 def _absolute(path: str) -> str:

@@ -32,7 +32,7 @@ function(tokendepot_add_cuda target)
     return()
   endif()
   # A target of its own: nvcc 13 stops at C++20, and CMake 3.25 does not know its flag for that.
-  add_library(${target}_kernels OBJECT src/device/cuda/kernels.cu)
+  add_library(${target}_kernels OBJECT src/device/cuda/kernels.cu src/workload/cuda/stamp.cu)
   set_target_properties(${target}_kernels PROPERTIES CUDA_STANDARD_REQUIRED OFF POSITION_INDEPENDENT_CODE ON)
   target_compile_options(${target}_kernels PRIVATE -std=c++20)
   target_include_directories(${target}_kernels PRIVATE src)

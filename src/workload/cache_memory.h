@@ -6,6 +6,7 @@
 #include <span>
 
 #include "tokendepot/error.h"
+#include "workload/payload.h"
 
 namespace tokendepot {
 
@@ -17,9 +18,8 @@ class CacheMemory {
   virtual std::byte* data() = 0;
   virtual Status write(uint64_t at, std::span<const std::byte> bytes) = 0;
   virtual Status read(uint64_t at, std::span<std::byte> out) = 0;
-  /// Replaces the first word of each 512 bytes from `at` on. `stamps` may be reused when this returns; on a
-  /// GPU the copy may still be under way then, on stream().
-  virtual Status stamp(uint64_t at, std::span<const uint64_t> stamps) = 0;
+  /// stamp_payload() of [at, at + bytes); on a GPU in order of stream().
+  virtual Status stamp(uint64_t at, uint64_t bytes, const PayloadId& id) = 0;
   /// The stream that stamp() works on, for Depot::mark_stream(); null on the host.
   virtual void* stream() = 0;
 };

@@ -6,7 +6,6 @@
 #include "base/errors.h"
 #include "io/huge_memory.h"
 #include "workload/cache_memory.h"
-#include "workload/payload.h"
 
 namespace tokendepot {
 namespace {
@@ -27,9 +26,8 @@ class HostMemory final : public CacheMemory {
     std::memcpy(out.data(), data_ + at, out.size());
     return {};
   }
-  Status stamp(uint64_t at, std::span<const uint64_t> stamps) override {
-    for (size_t i = 0; i < stamps.size(); ++i)
-      std::memcpy(data_ + at + i * kStampEvery, &stamps[i], sizeof stamps[i]);
+  Status stamp(uint64_t at, uint64_t bytes, const PayloadId& id) override {
+    stamp_payload({data_ + at, bytes}, id);
     return {};
   }
   void* stream() override { return nullptr; }

@@ -7,7 +7,6 @@
 
 #include "workload/cache_memory.h"
 #include "workload/limits.h"
-#include "workload/payload.h"
 
 namespace tokendepot {
 
@@ -99,7 +98,6 @@ class OpenWorkload final : public Workload {
   std::string file_system_;
   double payload_gb_per_s_ = 0;
   std::unique_ptr<Limits> limits_;
-  std::vector<uint64_t> stamps_;
   std::mt19937 random_;
 };
 

@@ -1,4 +1,4 @@
-// Bytes that no medium can shrink, and that name where they belong.
+// Bytes that no medium can shrink, and that belong to one place only.
 //
 // A tile of random words fills the memory that extents are stored from; before a store, the first word of
 // every 512 bytes is replaced by a stamp that no other 512 bytes of any extent have. The next use of the same
@@ -13,8 +13,6 @@
 
 namespace tokendepot {
 
-inline constexpr uint64_t kStampEvery = 512;
-
 /// What an extent was stored with.
 struct PayloadId {
   uint32_t process = 0;  // below 2^11
@@ -22,11 +20,11 @@ struct PayloadId {
   uint64_t tile_at = 0;  // where in the tile the memory lies that it was stored from
 };
 
-/// Fills `memory` with the tile's bytes from `tile_at` on, a multiple of 8.
+/// Fills `memory`, a multiple of 8 bytes, with the tile's bytes from `tile_at` on, a multiple of 8, too.
 void fill_tile(std::span<std::byte> memory, uint32_t process, uint64_t tile_at);
 
-/// The stamps of an extent, one for each 512 bytes. Unlike for any two (process, serial, index).
-void make_stamps(std::span<uint64_t> stamps, const PayloadId& id);
+/// Replaces the first word of every 512 bytes.
+void stamp_payload(std::span<std::byte> payload, const PayloadId& id);
 
 /// Where the first byte lies that is not what the extent was stored with. Generates anew what it compares
 /// with.

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <numeric>
 
 #include "base/errors.h"
@@ -13,6 +14,7 @@
 #include "workload/meter.h"
 #include "workload/open_workload.h"
 #include "workload/page_cache.h"
+#include "workload/stamp_word.h"
 
 namespace tokendepot {
 namespace {
@@ -42,9 +44,10 @@ Traffic traffic_of(WorkloadKind kind) {
 
 Key key_of(const PayloadId& id) {
   Key key;
-  std::array<uint64_t, 4> words;
-  make_stamps(words, id);
-  std::memcpy(key.bytes.data(), words.data(), sizeof words);
+  for (size_t i = 0; i < key.bytes.size() / sizeof(uint64_t); ++i) {
+    const uint64_t word = stamp_word(id.process, id.serial, i);
+    std::memcpy(key.bytes.data() + i * sizeof word, &word, sizeof word);
+  }
   return key;
 }
 
@@ -205,9 +208,7 @@ Status OpenWorkload::time_payload() {
 }
 
 Status OpenWorkload::stamp(const SizeClass& size, uint32_t slot, const PayloadId& id) {
-  stamps_.resize(size.bytes / kStampEvery);
-  make_stamps(stamps_, id);
-  return memory_->stamp(slot_at(size, slot), stamps_);
+  return memory_->stamp(slot_at(size, slot), size.bytes, id);
 }
 
 // --- jobs

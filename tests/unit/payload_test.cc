@@ -2,7 +2,6 @@
 
 #include <gtest/gtest.h>
 
-#include <cstring>
 #include <set>
 #include <string>
 #include <vector>
@@ -13,10 +12,7 @@ namespace {
 std::vector<std::byte> extent_of(uint64_t bytes, const PayloadId& id) {
   std::vector<std::byte> memory(bytes);
   fill_tile(memory, id.process, id.tile_at);
-  std::vector<uint64_t> stamps(bytes / kStampEvery);
-  make_stamps(stamps, id);
-  for (size_t i = 0; i < stamps.size(); ++i)
-    std::memcpy(memory.data() + i * kStampEvery, &stamps[i], sizeof stamps[i]);
+  stamp_payload(memory, id);
   return memory;
 }
 

@@ -133,7 +133,14 @@ def test_commands_and_options_of_the_cli_that_are_named_exist(document: Path) ->
             continue
         name, rest = found.groups()
         assert name in commands, f"{document.name} names tokendepot {name}"
-        options = {option for parameter in commands[name].params for option in parameter.opts}
+        command = commands[name]
+        if hasattr(command, "commands"):  # a group: its subcommand has the options
+            inner = re.match(r" ([a-z]+)\b(.*)", rest)
+            if inner is None:
+                continue
+            assert inner[1] in command.commands, f"{document.name} names tokendepot {name} {inner[1]}"
+            command, rest = command.commands[inner[1]], inner[2]
+        options = {option for parameter in command.params for option in parameter.opts}
         for option in re.findall(r"--[a-z][\w-]*", rest.partition("#")[0]):
             assert option in options, f"{document.name} names tokendepot {name} {option}"
 
@@ -144,6 +151,19 @@ def test_the_command_line_table_has_every_command() -> None:
 
     listed = {cells[0].strip("`").split()[1] for cells in rows(section(OPERATIONS, "Command line")) if "tokendepot " in cells[0]}
     assert listed == set(typer.main.get_command(app).commands)
+
+
+def test_the_table_of_bench_io_has_every_option_and_its_default() -> None:
+    import typer.main
+    from tokendepot.cli.commands import app
+
+    io = typer.main.get_command(app).commands["bench"].commands["io"]
+    options = {parameter.opts[0]: parameter for parameter in io.params if parameter.opts[0].startswith("--")}
+    listed = {cells[0].strip("`"): cells[1].strip("`") for cells in rows(section(TREE / "docs/bench.md", "bench io"))}
+    assert {name for name in listed if name.startswith("--")} == options.keys() - {"--help"}
+    for name, option in options.items():
+        default = option.show_default if isinstance(option.show_default, str) else option.default
+        assert listed[name] == {"": "none", False: "off"}.get(default, str(default)), name
 
 
 def test_the_table_of_exit_codes_has_every_code() -> None:

@@ -1,5 +1,6 @@
 #include "workload/raw_control.h"
 
+#include <fcntl.h>
 #include <liburing.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -78,6 +79,13 @@ Result<RawControl::Moved> RawControl::move(size_t depth, Traffic traffic, Pages 
     auto buffer = ControlBuffer::make(piece_, pages);
     if (!buffer) return std::unexpected(buffer.error());
     buffers.push_back(std::move(*buffer));
+  }
+  // Without O_DIRECT the first pass comes from the medium, a second one would not.
+  const bool one_pass = !direct_ && traffic != Traffic::write;
+  if (one_pass) {
+    ::fdatasync(file_.fd());
+    ::posix_fadvise(file_.fd(), 0, 0, POSIX_FADV_DONTNEED);
+    seconds = 0;
   }
   const std::vector<size_t> order = shuffled();
   std::atomic<size_t> next = 0;

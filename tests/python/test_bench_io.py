@@ -205,6 +205,16 @@ def test_a_byte_that_flips_between_write_and_read_is_found(place):
     shutil.rmtree(root)
 
 
+@pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
+def test_fio_takes_turns_with_ours(disk):
+    script = pathlib.Path(__file__).resolve().parents[2] / "bench/fio/compare.py"
+    toy = ["--sizes", "256KiB", "--in-flight", "4", "--volume", "8MiB", "--rounds", "1", "--seconds", "0.05"]
+    done = subprocess.run([sys.executable, script, *toy, disk], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    named = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert named == [f"fio_{way}_256KiB_4{pages}" for way in ("read", "write") for pages in ("", "_huge")]
+
+
 # --- how it ends ---
 
 
@@ -233,6 +243,7 @@ def test_an_interrupt_prints_what_is_done_and_leaves_nothing_behind(place, numbe
         (["/nonexistent"], '"/nonexistent" is not a directory'),
         (["/proc"], '"/proc"'),
         ([".", "--device", "gpu"], '"gpu"'),
+        ([".", "--device", "host+host"], "--processes 2"),
         ([".", "--size", "1KiB"], '"1KiB"'),
         ([".", "--size", "5000"], '"5000"'),
         ([".", "--size", "1GiB"], '"1GiB"'),

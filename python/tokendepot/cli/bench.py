@@ -18,9 +18,9 @@ IO_EXIT_CODES = (
 def io_command(
     roots: Annotated[
         list[str],
-        typer.Argument(metavar="ROOT", help="Directories, with keys of a root if wanted: /mnt/nvme?transport=direct"),
+        typer.Argument(metavar="ROOT", help="Directories, with keys of a root if wanted: /srv/nvme?transport=direct"),
     ],
-    device: Annotated[str, typer.Option(metavar="LIST", help="host, cuda:0, ...")] = "host",
+    device: Annotated[str, typer.Option(metavar="LIST", help="host, cuda:0, ...; A+B deals processes to both.")] = "host",
     operation: Annotated[str, typer.Option("--op", metavar="LIST", help="read, write, mixed, burst.")] = "read,write",
     size: Annotated[
         str, typer.Option(metavar="LIST", help="Sizes of an extent's payload; A+B mixes sizes in one cell.")

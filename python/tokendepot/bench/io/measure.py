@@ -47,7 +47,7 @@ def measure(plan: Plan, cell: Cell, own: str, advance: Advance) -> dict[str, Any
             os.mkdir(directory, 0o700)
         with Fleet(cell.processes) as fleet:
             each = [
-                {"config": config_of(cell, directory, plan.engine), "process": i}
+                {"config": config_of(cell, i, directory, plan.engine), "process": i}
                 for i, directory in enumerate(directories)
             ]
             about = fleet.call(

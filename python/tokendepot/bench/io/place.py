@@ -37,11 +37,24 @@ def check_room(cells: Iterable[Cell]) -> None:
                 f'root "{cell.root.path}" has {show.size(free)} free; {cell.operation} with '
                 f"{show.number(cell.processes, 'process')} needs {show.size(needed)}: expected a smaller --volume or more space"
             )
-        if cell.memory_bytes > memory:
+        taken = cell.memory_bytes + (cell.file_bytes if in_memory(cell.root.path) else 0)
+        if taken > memory:
             refuse(
-                f"{show.size(memory)} of memory are available; {cell.describe()} needs {show.size(cell.memory_bytes)}: "
-                "expected fewer extents in flight, fewer processes or smaller extents"
+                f"{show.size(memory)} of memory are available; {cell.describe()} needs {show.size(taken)}: "
+                "expected fewer extents in flight, fewer processes, smaller extents or a smaller --volume"
             )
+
+
+def in_memory(path: str) -> bool:
+    """Whether files there are memory that the machine has no more of elsewhere."""
+    device = os.stat(path).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            before, _, after = line.partition(" - ")
+            if before.split()[2] == number:
+                return after.split()[0] in ("tmpfs", "ramfs", "hugetlbfs")
+    return False
 
 
 @contextmanager

@@ -43,7 +43,7 @@ class Cell:
     """One combination: a depot for each process, `in_flight` extents (or, with burst, requests) at a time."""
 
     root: Root
-    device: str
+    devices: tuple[str, ...]
     operation: str
     sizes: tuple[int, ...]
     in_flight: int
@@ -54,6 +54,10 @@ class Cell:
     def describe(self) -> str:
         size = "+".join(size_text(one) for one in self.sizes)
         return f"{self.root.path} {self.device} {self.operation} {size} x {self.in_flight} x {self.processes}"
+
+    @property
+    def device(self) -> str:
+        return "+".join(self.devices)
 
     @property
     def stored_bytes(self) -> int:
@@ -71,6 +75,10 @@ class Cell:
 
     @property
     def capacity(self) -> int:
+        return self.root.capacity or self.least_capacity
+
+    @property
+    def least_capacity(self) -> int:
         """Bytes of segment files that a process needs: what is read stays, what is written goes round."""
         passes = {"read": 1, "burst": 1, "write": 2, "mixed": 3}[self.operation]
         return _pages(passes * self.stored_bytes + 8 * self.segment_bytes)
@@ -195,12 +203,14 @@ def sizes_of(sizes: str, model: str, tp: str, chunk_tokens: int, dtype: str) -> 
     return [(count,) for count in dict.fromkeys(counts)]
 
 
-def _device(text: str) -> str:
-    try:
-        _core.parse_options(json.dumps({"roots": [{"path": "/bench", "capacity": 1}], "device": text}))
-    except _core.DepotError:
-        refuse(f'--device has the value "{text}"; expected "host" or "cuda:N" with N from 0 to 255')
-    return text
+def _devices(text: str) -> tuple[str, ...]:
+    devices = tuple(one.strip() for one in text.split("+"))
+    for one in devices:
+        try:
+            _core.parse_options(json.dumps({"roots": [{"path": "/bench", "capacity": 1}], "device": one}))
+        except _core.DepotError:
+            refuse(f'--device has the value "{one}"; expected "host" or "cuda:N" with N from 0 to 255')
+    return devices
 
 
 def _engine(text: str) -> dict[str, Any]:
@@ -258,34 +268,37 @@ def plan_of(
         refuse(f'--verify is "{verify}"; expected all, sample or off')
     flights = [_count("--in-flight", one, MOST_IN_FLIGHT) for one in _items("--in-flight", in_flight)]
     counts = [_count("--processes", one, MOST_PROCESSES) for one in _items("--processes", processes)]
-    devices = [_device(one) for one in _items("--device", device)]
+    devices = [_devices(one) for one in _items("--device", device)]
     cells = []
     for place, where, what, mix, flight, count in itertools.product(places, devices, operations, sizes, flights, counts):
+        if len(where) > count:
+            refuse(f"--device {'+'.join(where)} needs as many processes; expected --processes {len(where)} or more, not {count}")
         if what == "burst" and len(mix) > 1:
             refuse(f"--op burst takes one size a cell, not {'+'.join(map(size_text, mix))}")
         held = _volume(volume, what, mix, flight, request_extents)
         cells.append(Cell(place, where, what, mix, flight, count, request_extents, held))
     for cell in cells:
-        if 0 < cell.root.capacity < cell.capacity:
+        if cell.capacity < cell.least_capacity:
             refuse(
-                f'root "{cell.root.path}" has the capacity {cell.root.capacity}; expected at least {cell.capacity} '
+                f'root "{cell.root.path}" has the capacity {cell.capacity}; expected at least {cell.least_capacity} '
                 f"for {cell.operation} of {size_text(cell.volume)}, or a smaller --volume"
             )
     return Plan(tuple(cells), seconds, rounds, every, keep_cache, _engine(engine))
 
 
-def config_of(cell: Cell, directory: str, engine: dict[str, Any]) -> str:
-    """The configuration of one process's depot, in `directory`."""
-    root = {**cell.root.keys, "path": f"{directory}/root", "capacity": cell.root.capacity or cell.capacity}
+def config_of(cell: Cell, process: int, directory: str, engine: dict[str, Any]) -> str:
+    """The configuration of one process's depot, in `directory`. Processes take the cell's devices in turn."""
+    device = cell.devices[process % len(cell.devices)]
+    root = {**cell.root.keys, "path": f"{directory}/root", "capacity": cell.capacity}
     root["segment"] = cell.segment_bytes
     config = {
         "roots": [root],
-        "device": cell.device,
+        "device": device,
         "slab": cell.slab_bytes,
         "io_depth": max(16, min(128, cell.in_flight)),
         "store_queue": max(512 * MIB, 2 * cell.in_flight * max(cell.sizes)),
         "free_space_reserve": 16 * MIB,
     }
-    if cell.device != "host":
+    if device != "host":
         config["device_slab"] = max(512 * MIB, 4 * max(cell.sizes))
     return json.dumps({**config, **engine})

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <deque>
+#include <numeric>
 #include <optional>
 #include <random>
 
@@ -57,8 +58,14 @@ class OpenWorkload final : public Workload {
   bool stores() const { return spec_.kind == WorkloadKind::write || spec_.kind == WorkloadKind::mixed; }
   uint64_t slot_at(const SizeClass& size, uint32_t slot) const { return size.memory_at + slot * size.bytes; }
 
+  uint64_t one_each() const {
+    return std::accumulate(spec_.extent_bytes.begin(), spec_.extent_bytes.end(), uint64_t{0});
+  }
   Status check_spec() const;
   Status make_cache();
+  Status recycle(const Interrupted& interrupted);
+  Status store_volume(const Interrupted& interrupted);
+  Status store_and_wait(uint64_t rounds);
   void wait_for_registration(const Interrupted& interrupted) const;
   Status time_payload();
 

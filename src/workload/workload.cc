@@ -115,14 +115,12 @@ Status OpenWorkload::check_spec() const {
   if (spec_.process >= kProcesses) return refuse("process", spec_.process, "less than 2048");
   if (spec_.kind == WorkloadKind::burst && spec_.extent_bytes.size() != 1)
     return refuse("the number of extent sizes of a burst", spec_.extent_bytes.size(), "1");
-  const uint64_t one_each =
-      std::accumulate(spec_.extent_bytes.begin(), spec_.extent_bytes.end(), uint64_t{0});
   const uint64_t burst =
       spec_.kind == WorkloadKind::burst ? uint64_t{spec_.in_flight} * spec_.request_extents : 1;
-  if (spec_.volume_bytes < one_each * burst) {
+  if (spec_.volume_bytes < one_each() * burst) {
     return fail(ErrorKind::invalid_argument,
                 "volume_bytes is {}, expected at least the {} bytes of {} of each size", spec_.volume_bytes,
-                one_each * burst, burst == 1 ? "one extent" : "all extents of a burst");
+                one_each() * burst, burst == 1 ? "one extent" : "all extents of a burst");
   }
   return {};
 }
@@ -329,47 +327,59 @@ void OpenWorkload::finish_all() {
 // --------------------------------------------------------------------------------------------------------
 
 Status OpenWorkload::fill(const Interrupted& interrupted) {
-  const auto classes = static_cast<uint16_t>(sizes_.size());
-  uint64_t one_each = 0;
-  for (const SizeClass& size : sizes_) one_each += size.bytes;
+  if (stores()) {
+    if (auto s = recycle(interrupted); !s) return s;
+  }
+  if (loads()) {
+    if (auto s = store_volume(interrupted); !s) return s;
+  }
+  wait_for_registration(interrupted);
+  return {};
+}
+
+/// `rounds` times one extent of each size.
+Status OpenWorkload::store_and_wait(uint64_t rounds) {
   constexpr size_t kFlight = 8;
-  const auto store_some = [&](uint64_t count) -> Status {
-    for (uint64_t i = 0; i < count; ++i) {
-      const auto index = static_cast<uint16_t>(i % classes);
-      while (in_flight_.size() >= std::min(kFlight, tickets_.size()) || !can_store(index)) collect(nullptr);
-      if (auto s = submit_store(index); !s) return s;
-    }
-    finish_all();
-    return {};
-  };
-  // Twice the capacity at most: what is asked for may be more than the file system lets a root have.
-  const uint64_t most = 2 * spec_.options.roots[0].capacity_bytes / one_each;
-  for (uint64_t done = 0; stores() && done < most && depot_->stats().roots[0].evicted_segments == 0; ++done) {
+  for (uint64_t i = 0; i < rounds * sizes_.size(); ++i) {
+    const auto index = static_cast<uint16_t>(i % sizes_.size());
+    while (in_flight_.size() >= std::min(kFlight, tickets_.size()) || !can_store(index)) collect(nullptr);
+    if (auto s = submit_store(index); !s) return s;
+  }
+  finish_all();
+  return {};
+}
+
+Status OpenWorkload::recycle(const Interrupted& interrupted) {
+  // Twice the capacity at most: it may be more than the file system lets a root have.
+  const uint64_t most = 2 * spec_.options.roots[0].capacity_bytes / one_each();
+  for (uint64_t done = 0; done < most && depot_->stats().roots[0].evicted_segments == 0; ++done) {
     if (interrupted()) return {};
-    if (auto s = store_some(classes); !s) return s;
+    if (auto s = store_and_wait(1); !s) return s;
   }
-  if (!loads()) {
-    wait_for_registration(interrupted);
-    return {};
-  }
-  const uint64_t wanted = spec_.volume_bytes / one_each * classes;
-  stored_.clear();
+  return {};
+}
+
+Status OpenWorkload::store_volume(const Interrupted& interrupted) {
+  constexpr int kMostAttempts = 100;
+  constexpr uint64_t kStep = 256ull << 20;  // between two looks at `interrupted`
+  const uint64_t wanted = spec_.volume_bytes / one_each() * sizes_.size();
   recently_stored_.clear();
   recent_most_ = std::max<size_t>(recent_most_, wanted);
-  for (int attempt = 0; recently_stored_.size() < wanted; ++attempt) {
-    if (interrupted()) return {};
+  for (int attempt = 0; recently_stored_.size() < wanted && !interrupted(); ++attempt) {
     const size_t before = recently_stored_.size();
-    const uint64_t missing = (wanted - before + classes - 1) / classes * classes;
-    if (auto s = store_some(std::min<uint64_t>(missing, 64 * classes)); !s) return s;
-    if (recently_stored_.size() > before) attempt = 0;
-    if (attempt == 100)
+    const uint64_t missing = (wanted - before + sizes_.size() - 1) / sizes_.size();
+    if (auto s = store_and_wait(std::clamp<uint64_t>(kStep / one_each(), 1, missing)); !s) return s;
+    if (recently_stored_.size() > before) {
+      attempt = 0;
+    } else if (attempt == kMostAttempts) {
       return fail(ErrorKind::no_space, "root \"{}\" takes no more stores after {} of {} extents",
                   spec_.options.roots[0].path, before, wanted);
-    if (recently_stored_.size() == before) ::usleep(20'000);  // a segment is being made ready
+    } else {
+      ::usleep(20'000);  // a segment is being made ready
+    }
   }
   stored_.assign(recently_stored_.begin(), recently_stored_.end());
   recently_stored_.clear();
-  wait_for_registration(interrupted);
   return {};
 }
 

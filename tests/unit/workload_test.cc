@@ -149,11 +149,10 @@ TEST_P(WorkloadTest, ABurstTellsTheEndOfItsFirstAndOfItsLastRequest) {
 TEST_P(WorkloadTest, AByteThatFlipsOnTheMediumIsFound) {
   const auto workload = filled(spec(WorkloadKind::read));
   for (const auto& entry : std::filesystem::directory_iterator(directory_ / "root/segments")) {
-    const int fd = ::open(entry.path().c_str(), O_RDWR | O_CLOEXEC);
-    ASSERT_GE(fd, 0);
-    char byte = 0;
     constexpr off_t kInPayload = 100'000;
-    ASSERT_EQ(::pread(fd, &byte, 1, kInPayload), 1);
+    char byte = 0;
+    const int fd = ::open(entry.path().c_str(), O_RDWR | O_CLOEXEC);
+    if (fd < 0 || ::pread(fd, &byte, 1, kInPayload) != 1) continue;  // the next segment, being made
     byte ^= 0x20;
     ASSERT_EQ(::pwrite(fd, &byte, 1, kInPayload), 1);
     ASSERT_EQ(::fsync(fd), 0);

@@ -83,7 +83,7 @@ def print_tables(results: list[dict[str, Any]]) -> None:
     for result in results:
         groups.setdefault((result["root"], result["device"]), []).append(result)
     for (root, device), of_group in groups.items():
-        transport = of_group[0]["transport"]
+        transport = "/".join(dict.fromkeys(result["transport"] for result in of_group))
         show.say(f"Root {show.clean(root)} ({of_group[0]['file_system']}), device {device}, {transport}")
         _print_throughput(of_group)
         _print_latency(of_group)
@@ -93,6 +93,10 @@ def print_tables(results: list[dict[str, Any]]) -> None:
 
 def _axes(result: dict[str, Any]) -> tuple[str, str, str, str]:
     return result["operation"], sizes_text(result), str(result["in_flight"]), str(result["processes"])
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _paths(result: dict[str, Any]) -> str:
@@ -127,7 +131,7 @@ def _print_latency(results: list[dict[str, Any]]) -> None:
     rows = []
     for r in results:
         for counted in r["latency"]:
-            tail = [f"{counted[key]:.3g}" for key in ("p50_ms", "p99_ms", "p99.9_ms", "max_ms")]
+            tail = [_milliseconds(counted[key]) for key in ("p50_ms", "p99_ms", "p99.9_ms", "max_ms")]
             what = f"{counted['operation']} {size_text(counted['bytes'])}"
             rows.append((*_axes(r), what, f"{counted['count']:,}", *tail))
     columns = ("op", "size", ">fl", ">pr", "of", ">count", ">p50", ">p99", ">p99.9", ">max")
@@ -140,8 +144,8 @@ def _print_bursts(results: list[dict[str, Any]]) -> None:
             *_axes(r),
             str(r["burst"]["request_extents"]),
             str(r["burst"]["bursts"]),
-            f"{r['burst']['first_request_s'] * 1e3:.3g}",
-            f"{r['burst']['last_request_s'] * 1e3:.3g}",
+            _milliseconds(r["burst"]["first_request_s"] * 1e3),
+            _milliseconds(r["burst"]["last_request_s"] * 1e3),
         )
         for r in results
         if "burst" in r

@@ -31,8 +31,8 @@ def draw(path: str, results: list[Result]) -> None:
         views.append((_flight, _series_of_flight, "extents in flight"))
     figure, axes = pyplot.subplots(len(rows), 2 * len(views), figsize=(10 * len(views), 3.6 * len(rows)), squeeze=False)
     for row, ((root, device, operation), of_row) in zip(axes, rows.items(), strict=True):
-        first = of_row[0]
-        title = f"{operation}: {root} ({first['file_system']}, {first['transport']}), device {device}; {first['source']}"
+        ways, sources = ("/".join(dict.fromkeys(r[what] for r in of_row)) for what in ("transport", "source"))
+        title = f"{operation}: {root} ({of_row[0]['file_system']}, {ways}), device {device}; {sources}"
         row[0].set_title(title, loc="left", fontsize=10)
         for i, (x, series, label) in enumerate(views):
             throughput, latency = row[2 * i : 2 * i + 2]
@@ -54,7 +54,8 @@ def _flight(result: Result) -> float:
 
 
 def _series_of_size(result: Result) -> str:
-    return f"{result['in_flight']} in flight{_processes(result)}"
+    what = "requests" if result["operation"] == "burst" else "in flight"
+    return f"{result['in_flight']} {what}{_processes(result)}"
 
 
 def _series_of_flight(result: Result) -> str:

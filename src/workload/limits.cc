@@ -10,6 +10,7 @@ namespace {
 
 constexpr uint64_t kCopyBytes = 256ull << 20;
 constexpr size_t kMostThreads = 128;
+constexpr uint64_t kMostBuffers = 1ull << 30;  // more in flight makes no medium faster
 
 const char* name_of(Traffic traffic) {
   switch (traffic) {
@@ -65,7 +66,8 @@ Status Limits::measure_medium(double seconds, std::vector<WorkloadLimit>& into) 
                     copies_->run(memory_->data(), bytes, plan_.piece, threads, plan_.traffic, seconds)});
   }
   if (!raw_) return {};
-  const size_t depth = std::min(plan_.burst_pieces > 0 ? plan_.burst_pieces : plan_.depth, kMostThreads);
+  const size_t most = std::clamp<size_t>(kMostBuffers / plan_.piece, 4, kMostThreads);
+  const size_t depth = std::min(plan_.burst_pieces > 0 ? plan_.burst_pieces : plan_.depth, most);
   const std::string what =
       fmt::format("{} {} of a plain file, {} threads, buffers in huge pages",
                   raw_->direct() ? "O_DIRECT" : "buffered", name_of(plan_.traffic), depth);

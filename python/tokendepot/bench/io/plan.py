@@ -92,9 +92,12 @@ class Cell:
     def memory_bytes(self) -> int:
         """The most that all processes take: paged cache, staging memory, buffers of the limit."""
         burst = self.request_extents if self.operation == "burst" else 1
-        flight = self.in_flight * burst * max(self.sizes)
-        cache = 2 * max(min(256 * MIB, self.volume), flight) + 64 * MIB
-        return self.processes * (cache + self.slab_bytes + min(flight, 128 * max(self.sizes)))
+        of_each = -(-self.in_flight // len(self.sizes)) * burst
+        moved = sum(max(of_each * size, min(256 * MIB, self.volume) // len(self.sizes)) for size in self.sizes)
+        other = sum(max(2 * size, 64 * MIB) for size in self.sizes)
+        cache = 2 * moved if self.operation == "mixed" else moved + other
+        limit = min(self.in_flight * burst * max(self.sizes), max(GIB, 4 * max(self.sizes)))
+        return self.processes * (cache + self.slab_bytes + limit)
 
     @property
     def slab_bytes(self) -> int:

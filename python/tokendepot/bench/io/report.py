@@ -30,7 +30,8 @@ def document(results: list[dict[str, Any]], interrupted: bool) -> dict[str, Any]
             "latency_spans": measure.LATENCY_SPANS,
             "latency_relative_error": measure.RELATIVE_ERROR,
             "payload": measure.PAYLOAD,
-            "source": "device: the kernel counted the bytes as read from storage; cached: it did not; memory: a memory file system",
+            "source": "device: the kernel counted the bytes as read from storage; cached: it did not; "
+            "memory: a memory file system",
         },
         "interrupted": interrupted,
         "cells": results,
@@ -45,7 +46,8 @@ def warnings(results: list[dict[str, Any]]) -> list[str]:
         where = f"{show.clean(result['root'])} {result['operation']} {sizes_text(result)}"
         if result["source"] == "memory":
             found.append(
-                f"{show.clean(result['root'])} is a memory file system ({result['file_system']}): its figures are those of memory, not of a disk"
+                f"{show.clean(result['root'])} is a memory file system ({result['file_system']}): "
+                "its figures are those of memory, not of a disk"
             )
         elif result["source"] == "cached":
             share = result["device_read_share"]

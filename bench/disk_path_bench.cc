@@ -7,8 +7,8 @@
 #include <array>
 #include <functional>
 
-#include "raw_control.h"
 #include "rig.h"
+#include "workload/raw_control.h"
 
 namespace tokendepot::bench {
 namespace {
@@ -69,7 +69,7 @@ void run(const std::string& base, bool toy) {
              .extents = extents,
              .segment_bytes = toy ? 16ull << 20 : 64ull << 20,
              .capacity = volume * 3});
-    RawControl raw(base, piece, extents);
+    const auto raw = unwrap(RawControl::make(base, piece, extents));
     std::printf("disk path on %s: %s, %zu extents of %s\n", base.c_str(), rig.transport().c_str(), extents,
                 size_name(mib).c_str());
     // Until all segments are recycled ones: fresh file extents are slow to write for everybody.
@@ -77,16 +77,19 @@ void run(const std::string& base, bool toy) {
     for (const size_t flight : {size_t{8}, size_t{32}}) {
       const std::string tail = size_name(mib) + "_" + std::to_string(flight);
       for (const bool write : {true, false}) {
-        const Contest contest{[&, write] { return write ? rig.store(flight) : rig.load(flight); },
-                              {{"", [&, write] { return raw.run(flight, write); }},
-                               {"_huge", [&, write] { return raw.run(flight, write, Pages::huge); }}}};
+        const auto control = [&, write](Pages pages) {
+          return unwrap(raw->run(flight, write ? Traffic::write : Traffic::read, pages));
+        };
+        const Contest contest{
+            [&, write] { return write ? rig.store(flight) : rig.load(flight); },
+            {{"", [=] { return control(Pages::plain); }}, {"_huge", [=] { return control(Pages::huge); }}}};
         contest.run(write ? "disk_store_" + tail : "disk_load_" + tail, rounds);
       }
     }
     const Contest single{[&] { return rig.load(1); },
-                         {{"", [&] { return raw.run(1, false); }},
-                          {"_huge", [&] { return raw.run(1, false, Pages::huge); }},
-                          {"_split", [&] { return raw.run_split(256 << 10); }}}};
+                         {{"", [&] { return unwrap(raw->run(1, Traffic::read, Pages::plain)); }},
+                          {"_huge", [&] { return unwrap(raw->run(1, Traffic::read, Pages::huge)); }},
+                          {"_split", [&] { return unwrap(raw->run_split(256 << 10)); }}}};
     single.run("disk_load_" + size_name(mib) + "_1", rounds);
   }
 }

@@ -1,6 +1,7 @@
 // A depot with a CUDA device next to the limits of the same card and the same minute: loads and stores
 // through each kind of root, what they cost a matrix product on the same card, and how soon a large depot is
 // ready.
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/statvfs.h>
 
@@ -10,13 +11,13 @@
 #include <thread>
 
 #include "gpu/cuda.h"
-#include "gpu/link.h"
 #include "gpu/loop_device.h"
 #include "gpu/matmul.h"
 #include "gpu/options.h"
 #include "gpu/report.h"
-#include "raw_control.h"
 #include "rig.h"
+#include "workload/link.h"
+#include "workload/raw_control.h"
 
 namespace tokendepot::bench {
 namespace {
@@ -81,7 +82,9 @@ double registration_s_per_gib(const std::string& directory, uint64_t bytes) {
 class GpuPath {
  public:
   explicit GpuPath(const GpuOptions& options)
-      : options_(options), rounds_(options.toy ? 1 : 5), link_(options.toy ? 64ull << 20 : 1ull << 30) {
+      : options_(options),
+        rounds_(options.toy ? 1 : 5),
+        link_(unwrap(Link::make(0, options.toy ? 64ull << 20 : 1ull << 30))) {
     cudaDeviceProp card{};
     must(cudaGetDeviceProperties(&card, 0), "the card's properties");
     int driver = 0, runtime = 0;
@@ -152,7 +155,7 @@ class GpuPath {
     report_.add("gpu_open_" + tail, median(opened), "s", 1);
     const double per_gib = registration_s_per_gib(options_.memory, options_.toy ? 32ull << 20 : 1ull << 30);
     report_.add("gpu_registered_" + tail, median(registered), "s", median(mapped_gib) * per_gib);
-    const double limit = link_.copy_large(Link::Way::to_device, options_.seconds / rounds_).gb_per_s;
+    const double limit = unwrap(link_->copy_large(Link::Way::to_device, options_.seconds / rounds_)).gb_per_s;
     rig.open();
     report_.add("gpu_load_while_registering", rig.load(kFlight).gb_per_s, "GB/s", limit);
   }
@@ -292,8 +295,8 @@ class GpuPath {
     if (!plan) return skip(kind, plan.error());
     Rig rig(*plan);
     const uint64_t payload = rig.extent_payload();
-    std::optional<RawControl> raw;
-    if (kind.place != Place::memory) raw.emplace(*base, payload, plan->extents);
+    std::unique_ptr<RawControl> raw;
+    if (kind.place != Place::memory) raw = unwrap(RawControl::make(*base, payload, plan->extents));
     report_.note(std::string(kind.name) + " on " + *base + ": " + rig.transport() + ", " +
                  std::to_string(plan->extents) + " extents of " + size_name(mib) + ", " +
                  std::to_string(kFlight) + " jobs of " + std::to_string(plan->job_extents) + " in flight");
@@ -305,8 +308,8 @@ class GpuPath {
     for (int round = 0; round < rounds_; ++round) {
       for (const bool in : {true, false}) {
         const auto way = in ? Link::Way::to_device : Link::Way::to_host;
-        const auto large = link_.copy_large(way, seconds);
-        const auto same_size = link_.copy(way, payload, seconds);
+        const auto large = unwrap(link_->copy_large(way, seconds));
+        const auto same_size = unwrap(link_->copy(way, payload, seconds));
         (in ? to_device : to_host)
             .add(same_size.gb_per_s, same_size.cpu_s_per_gb, large.gb_per_s, large.cpu_s_per_gb);
         double limit = large.gb_per_s;
@@ -314,7 +317,8 @@ class GpuPath {
         if (raw) {
           const double cpu = cpu_s();
           const double begin = now_s();
-          const double rate = raw->run(kRawThreads, !in, Pages::plain, seconds);
+          const double rate =
+              unwrap(raw->run(kRawThreads, in ? Traffic::read : Traffic::write, Pages::plain, seconds));
           limit_cpu = (cpu_s() - cpu) / (rate * (now_s() - begin));
           limit = std::min(limit, rate);
         }
@@ -342,7 +346,7 @@ class GpuPath {
   int rounds_;
   int sms_ = 0;
   Report report_;
-  Link link_;
+  std::unique_ptr<Link> link_;
   bool loop_asked_for_ = false;
   std::string loop_refusal_;
   std::unique_ptr<LoopDevice> loop_;

@@ -1,48 +1,17 @@
 // Host path on tmpfs: 2.5 MiB extents, 8 in flight, digest on. Limit: two threads of plain memcpy of the same
 // bytes between the same memories in the same run.
-#include <fcntl.h>
-#include <sys/mman.h>
-
-#include <thread>
-
 #include "rig.h"
+#include "workload/raw_control.h"
 
 namespace tokendepot::bench {
 namespace {
 
 /// GB/s of two threads that copy `bytes` between a mapped tmpfs file and the cache, in pieces of 2.5 MiB.
-double memcpy_limit(const std::string& directory, std::byte* cache, uint64_t cache_bytes, uint64_t bytes,
-                    bool to_file) {
-  const std::string file = directory + "/limit";
-  const int fd = open(file.c_str(), O_RDWR | O_CREAT, 0600);
-  if (fd < 0 || posix_fallocate(fd, 0, static_cast<off_t>(bytes)) != 0) stop("no space for the memcpy limit");
-  auto* mapped =
-      static_cast<std::byte*>(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0));
-  if (mapped == MAP_FAILED) stop("cannot map the memcpy limit's file");
-  std::memset(mapped, 1, bytes);
-  constexpr uint64_t kPiece = 5ull << 19;
-  const uint64_t pieces = std::min(bytes, cache_bytes) / kPiece;
+double memcpy_limit(const std::string& directory, Rig& rig, uint64_t bytes, Traffic traffic) {
+  const auto control = unwrap(CopyControl::make(directory, bytes));
   std::vector<double> rates;
-  for (int round = 0; round < 3; ++round) {
-    const double begin = now_s();
-    std::vector<std::thread> threads;
-    for (uint64_t t = 0; t < 2; ++t) {
-      threads.emplace_back([=] {
-        for (uint64_t p = t; p < pieces; p += 2) {
-          if (to_file) {
-            std::memcpy(mapped + p * kPiece, cache + p * kPiece, kPiece);
-          } else {
-            std::memcpy(cache + p * kPiece, mapped + p * kPiece, kPiece);
-          }
-        }
-      });
-    }
-    for (std::thread& thread : threads) thread.join();
-    rates.push_back(static_cast<double>(pieces * kPiece) * 1e-9 / (now_s() - begin));
-  }
-  munmap(mapped, bytes);
-  close(fd);
-  unlink(file.c_str());
+  for (int round = 0; round < 3; ++round)
+    rates.push_back(control->run(rig.memory(), rig.memory_bytes(), 5ull << 19, 2, traffic, 0));
   return median(rates);
 }
 
@@ -66,8 +35,8 @@ void run(const std::string& base, bool toy) {
     return median(values);
   };
   const uint64_t limit_bytes = toy ? 40ull << 20 : 500ull << 20;
-  const double out_limit = memcpy_limit(base, rig.memory(), rig.memory_bytes(), limit_bytes, false);
-  const double in_limit = memcpy_limit(base, rig.memory(), rig.memory_bytes(), limit_bytes, true);
+  const double out_limit = memcpy_limit(base, rig, limit_bytes, Traffic::read);
+  const double in_limit = memcpy_limit(base, rig, limit_bytes, Traffic::write);
   print_result("host_tmpfs_load", rate(loads, false), "GB/s", out_limit);
   print_result("host_tmpfs_load_cpu", rate(loads, true), "CPU-s/GB", 0.30);
   // The first generation goes to fresh segments; what a depot does all day is refill recycled ones.

@@ -25,6 +25,13 @@ namespace tokendepot::bench {
   std::exit(2);
 }
 
+/// The value, or the end of the program with the error's sentence.
+template <typename T>
+T unwrap(Result<T> result) {
+  if (!result) stop(result.error().message);
+  return std::move(*result);
+}
+
 /// 256 tokens in blocks of 16, 128 values of 2 bytes a row.
 inline GroupShape shape_of_mib(double mib) {
   GroupShape shape;

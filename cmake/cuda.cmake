@@ -28,17 +28,18 @@ function(tokendepot_add_cuda target)
   target_sources(${target} PRIVATE src/device/cuda/cufile.cc src/device/cuda/gds_lane.cc)
   target_link_libraries(${target} PRIVATE ${CMAKE_DL_LIBS})
   if(NOT TOKENDEPOT_HAS_CUDA)
-    target_sources(${target} PRIVATE src/device/cuda/no_cuda.cc)
+    target_sources(${target} PRIVATE src/device/cuda/no_cuda.cc src/workload/cuda/no_cuda.cc)
     return()
   endif()
   # A target of its own: nvcc 13 stops at C++20, and CMake 3.25 does not know its flag for that.
-  add_library(${target}_kernels OBJECT src/device/cuda/kernels.cu)
+  add_library(${target}_kernels OBJECT src/device/cuda/kernels.cu src/workload/cuda/stamp.cu)
   set_target_properties(${target}_kernels PROPERTIES CUDA_STANDARD_REQUIRED OFF POSITION_INDEPENDENT_CODE ON)
   target_compile_options(${target}_kernels PRIVATE -std=c++20)
   target_include_directories(${target}_kernels PRIVATE src)
   target_sources(${target} PRIVATE
     src/device/cuda/bounce.cc src/device/cuda/caches.cc src/device/cuda/cuda_device.cc src/device/cuda/flight.cc
     src/device/cuda/marks.cc src/device/cuda/registry.cc
+    src/workload/cuda/cuda_link.cc src/workload/cuda/cuda_memory.cc
     $<TARGET_OBJECTS:${target}_kernels>)
   target_link_libraries(${target} PRIVATE CUDA::cudart_static)
 endfunction()

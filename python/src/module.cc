@@ -63,4 +63,5 @@ NB_MODULE(_core, module) {
   bind_key_chain(module);
   bind_depot(module);
   bind_tools(module);
+  bind_workload(module);
 }

@@ -125,3 +125,30 @@ def remove_extents(path: str, extents: Sequence[dict[str, Any]]) -> int:
 def evict_segments(path: str, bytes: int, dry_run: bool = False) -> dict[str, int]:
     """Evicts the coldest sealed segments until `bytes` of the root are freed; returns segments and bytes. With
     `dry_run` only says what it would do."""
+
+# --- workload: a depot of its own beside the limits of its medium and link (include/tokendepot/workload.h) ---
+class Workload:
+    """Calls come from one thread; a signal whose handler raises ends fill(), run() and verify() early."""
+
+    @staticmethod
+    def open(
+        config_json: str,
+        *,
+        kind: str,
+        extent_bytes: Sequence[int],
+        volume_bytes: int,
+        in_flight: int,
+        request_extents: int = 1,
+        process: int = 0,
+        keep_cache: bool = False,
+    ) -> "Workload":
+        """kind: "read", "write", "mixed" or "burst". The configuration has one root, absent or an empty directory."""
+    def fill(self) -> None: ...
+    def run(self, seconds: float) -> dict[str, Any]:
+        """WorkloadRun as a dict; classes: write, extent_bytes, count, latency as (largest nanoseconds, count)."""
+    def limits(self, seconds: float) -> list[dict[str, Any]]:
+        """what, gb_per_s."""
+    def verify(self, every: int = 1) -> dict[str, Any]:
+        """extents, bytes, wrong, first_wrong."""
+    def about(self) -> dict[str, Any]:
+        """transport, reason, file_system, in_memory, payload_gb_per_s."""

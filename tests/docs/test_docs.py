@@ -134,10 +134,12 @@ def test_commands_and_options_of_the_cli_that_are_named_exist(document: Path) ->
         name, rest = found.groups()
         assert name in commands, f"{document.name} names tokendepot {name}"
         command = commands[name]
-        if hasattr(command, "commands"):
-            subcommand = re.match(r" ([a-z]+)\b", rest)
-            assert subcommand and subcommand[1] in command.commands, f"{document.name} names tokendepot {name}{rest}"
-            command = command.commands[subcommand[1]]
+        if hasattr(command, "commands"):  # a group: its subcommand has the options
+            inner = re.match(r" ([a-z]+)\b(.*)", rest)
+            if inner is None:
+                continue
+            assert inner[1] in command.commands, f"{document.name} names tokendepot {name} {inner[1]}"
+            command, rest = command.commands[inner[1]], inner[2]
         options = {option for parameter in command.params for option in parameter.opts}
         for option in re.findall(r"--[a-z][\w-]*", rest.partition("#")[0]):
             assert option in options, f"{document.name} names tokendepot {name} {option}"
@@ -151,14 +153,19 @@ def test_the_command_line_table_has_every_command() -> None:
     assert listed == set(typer.main.get_command(app).commands)
 
 
-@pytest.mark.parametrize("name", ["ttft"])
-def test_the_table_of_a_benchmark_has_every_option(name: str) -> None:
+@pytest.mark.parametrize("name", ["io", "ttft"])
+def test_the_table_of_a_benchmark_has_every_option_and_its_default(name: str) -> None:
     import typer.main
     from tokendepot.cli.commands import app
 
     command = typer.main.get_command(app).commands["bench"].commands[name]
-    listed = {cells[0].strip("`") for cells in rows(section(TREE / "docs/bench.md", f"bench {name}"))}
-    assert listed == {option for parameter in command.params for option in parameter.opts} - {"--help"}
+    options = {parameter.opts[0]: parameter for parameter in command.params if parameter.opts[0].startswith("--")}
+    listed = {cells[0].strip("`"): cells[1].strip("`") for cells in rows(section(TREE / "docs/bench.md", f"bench {name}"))}
+    assert {option for option in listed if option.startswith("--")} == options.keys() - {"--help"}
+    for option in options.keys() - {"--help"}:
+        known = options[option]
+        default = known.show_default if isinstance(known.show_default, str) else known.default
+        assert listed[option] == {"": "none", None: "none", False: "off"}.get(default, str(default)), option
 
 
 def test_the_table_of_exit_codes_has_every_code() -> None:

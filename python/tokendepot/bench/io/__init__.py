@@ -1,0 +1,1 @@
+"""`tokendepot bench io`: a depot on given roots and devices, cell by cell, next to what medium and link give without it."""

@@ -1,0 +1,295 @@
+"""`tokendepot bench io` at toy sizes, on memory and on the disk: what it reports, what it leaves, how it ends."""
+
+import csv
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+from paged import filled_root
+
+import tokendepot
+from tokendepot._core import Workload
+from tokendepot.bench.io import measure, plan
+
+MIB = 1 << 20
+TOY = ("--volume", "8MiB", "--seconds", "0.1", "--rounds", "2", "--in-flight", "4", "--size", "256KiB")
+COMMAND = [sys.executable, "-c", "from tokendepot.cli import main; main()", "bench", "io"]
+
+
+def run(*arguments, code=0, **more):
+    environment = {**os.environ, "COLUMNS": "80", "PYTHONWARNINGS": "error"}
+    result = subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=300, **more
+    )
+    assert "Traceback" not in result.stderr
+    assert result.returncode == code, result.stderr
+    return result
+
+
+def cells(*arguments, **more):
+    return json.loads(run(*arguments, "--json", **more).stdout)["cells"]
+
+
+@pytest.fixture(params=["memory", "disk"])
+def place(request):
+    """An empty directory on tmpfs and on a disk, which must be empty again at the end."""
+    parent = "/dev/shm" if request.param == "memory" else "/var/tmp"
+    with tempfile.TemporaryDirectory(prefix="tokendepot-test-", dir=parent) as directory:
+        yield pathlib.Path(directory)
+        assert os.listdir(directory) == []
+
+
+@pytest.fixture
+def disk():
+    with tempfile.TemporaryDirectory(prefix="tokendepot-test-", dir="/var/tmp") as directory:
+        kind = subprocess.run(["stat", "-f", "-c", "%T", directory], capture_output=True, text=True).stdout.strip()
+        if kind in ("tmpfs", "ramfs"):
+            pytest.skip("/var/tmp is a memory file system here")
+        yield pathlib.Path(directory)
+        assert os.listdir(directory) == []
+
+
+# --- what it reports ---
+
+
+def test_each_cell_has_rate_limit_ratio_latency_cost_and_path(place):
+    found = cells(place, *TOY, "--op", "read,write,mixed,burst", "--request-extents", "2")
+    assert [cell["operation"] for cell in found] == ["read", "write", "mixed", "burst"]
+    for cell in found:
+        assert cell["gb_per_s"] > 0 and cell["limit_gb_per_s"] > 0 and cell["ratio"] > 0
+        assert cell["ops_per_s"] > 0 and cell["cpu_s_per_gb"] > 0
+        assert cell["failed"] == 0 and cell["verified"]["wrong"] == 0 and cell["verified"]["extents"] > 0
+        assert len(cell["rounds"]) == 2
+        path = "mapped" if str(place).startswith("/dev/shm") else "direct"
+        for way in ("loaded", "stored"):
+            assert set(cell["bytes_by_path"][way]) <= {path}
+        for counted in cell["latency"]:
+            assert 0 < counted["p50_ms"] <= counted["p99_ms"] <= counted["p99.9_ms"] <= counted["max_ms"]
+    burst = found[3]["burst"]
+    assert 0 < burst["first_request_s"] <= burst["last_request_s"]
+
+
+def test_tables_name_source_and_verification(place):
+    out = run(place, *TOY, "--op", "read").stdout
+    assert "Throughput" in out and "Latency, ms" in out
+    assert "limit: " in out and "compared byte by byte (all of the extents), 0 wrong" in out
+    assert "nothing to deduplicate or compress" in out
+
+
+def test_processes_work_at_the_same_time_each_in_a_depot_of_its_own(place):
+    (cell,) = cells(place, *TOY, "--op", "read", "--processes", "2")
+    assert cell["processes"] == 2
+    assert cell["verified"]["extents"] >= 2 * 32  # the volume of both
+
+
+def test_results_go_to_a_table_for_programs_and_to_a_picture(place, tmp_path):
+    run(place, *TOY, "--size", "64KiB+256KiB", "--op", "mixed", "--csv", tmp_path / "o.csv", "--plot", tmp_path / "o.png")
+    with open(tmp_path / "o.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["latency_operation"], row["latency_bytes"]) for row in rows} == {
+        (way, size) for way in ("read", "write") for size in ("65536", "262144")
+    }
+    assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sizes_come_from_a_models_shape():
+    assert plan.sizes_of("", "llama-3.1-70b", "8,1", 256, "bf16") == [(10 * MIB,), (80 * MIB,)]
+
+
+def test_a_percentile_is_the_smallest_value_that_so_many_do_not_exceed():
+    buckets = measure.Counter({10: 50, 20: 49, 30: 1})
+    assert [measure.percentile(buckets, share) for share in (0.5, 0.51, 0.99, 0.999)] == [10, 20, 20, 30]
+
+
+# --- honest data, media and clients ---
+
+
+def payloads(root):
+    for extent in tokendepot.list_extents(str(root)):
+        with open(root / "segments" / f"{extent['segment']}.seg", "rb") as file:
+            file.seek(extent["offset"] + plan.PAGE)
+            yield file.read(extent["bytes"] - plan.PAGE)
+
+
+def test_what_is_written_can_be_neither_deduplicated_nor_compressed(disk, tmp_path):
+    stream = tmp_path / "stream"
+    blocks = {512: set(), 4096: set()}
+    for process in range(2):
+        root = tmp_path / f"root-{process}"
+        config = {"roots": [{"path": str(root), "capacity": 64 * MIB, "segment": 8 * MIB}], "slab": "64MiB"}
+        # Several times as much as the memory that it is stored from.
+        workload = Workload.open(
+            json.dumps(config), kind="write", extent_bytes=[2 * MIB], volume_bytes=8 * MIB, in_flight=2, process=process
+        )
+        workload.fill()
+        del workload
+        with open(stream, "ab") as file:
+            for payload in payloads(root):
+                file.write(payload)
+                for size, seen in blocks.items():
+                    seen.update(payload[at : at + size] for at in range(0, len(payload), size))
+    written = stream.stat().st_size
+    assert written >= 64 * MIB
+    for size, seen in blocks.items():
+        assert len(seen) >= 0.999 * written / size
+    compressed = subprocess.run(["zstd", "-1", "-c", stream], capture_output=True, check=True).stdout
+    assert written / len(compressed) <= 1.01
+
+
+def test_direct_reads_come_from_the_device(disk):
+    (cell,) = cells(f"{disk}?transport=direct", *TOY, "--op", "read")
+    assert cell["source"] == "device" and cell["device_read_share"] >= 0.99
+
+
+def test_buffered_reads_come_from_the_device_because_the_cache_is_dropped(disk):
+    (cell,) = cells(f"{disk}?transport=buffered", *TOY, "--op", "read")
+    assert cell["source"] == "device" and cell["device_read_share"] >= 0.99
+    assert cell["bytes_by_path"]["loaded"].keys() == {"buffered"}
+
+
+def test_reads_from_the_page_cache_are_labelled_and_warned_about(disk):
+    result = run(f"{disk}?transport=buffered", *TOY, "--op", "read", "--keep-cache")
+    assert "through the page cache" in result.stderr
+    assert "fastest (cached)" in result.stdout and "fastest (device)" not in result.stdout
+
+
+def test_reads_from_a_memory_file_system_are_labelled_and_warned_about():
+    with tempfile.TemporaryDirectory(prefix="tokendepot-test-", dir="/dev/shm") as directory:
+        result = run(directory, *TOY, "--op", "read")
+    assert "is a memory file system (tmpfs)" in result.stderr
+    assert "fastest (memory)" in result.stdout and "fastest (device)" not in result.stdout
+
+
+def test_latency_is_told_by_size_class_with_unit_and_span(place):
+    document = json.loads(
+        run(place, *TOY, "--size", "64KiB+2MiB+8MiB", "--volume", "32MiB", "--in-flight", "1,16", "--op", "read", "--json").stdout
+    )
+    assert "queue" in document["about"]["latency_spans"] and document["about"]["latency_relative_error"] < 0.01
+    assert [cell["in_flight"] for cell in document["cells"]] == [1, 16]
+    for cell in document["cells"]:
+        assert [counted["bytes"] for counted in cell["latency"]] == [64 << 10, 2 * MIB, 8 * MIB]
+        assert cell["latency"][0]["p50_ms"] <= cell["latency"][2]["p50_ms"]
+
+
+def test_a_client_without_cpu_to_spare_says_so():
+    with tempfile.TemporaryDirectory(prefix="tokendepot-test-", dir="/dev/shm") as directory:
+        one = min(os.sched_getaffinity(0))
+        result = run(directory, *TOY, "--op", "read", "--seconds", "1", preexec_fn=lambda: os.sched_setaffinity(0, {one}))
+    assert "CPU is the limit" in result.stderr and "of 1 CPU" in result.stderr
+
+
+def test_a_byte_that_flips_between_write_and_read_is_found(place):
+    root = place / "own"
+    config = {"roots": [{"path": str(root), "capacity": 32 * MIB, "segment": 4 * MIB}], "slab": "64MiB"}
+    workload = Workload.open(
+        json.dumps(config), kind="read", extent_bytes=[MIB], volume_bytes=8 * MIB, in_flight=2
+    )
+    workload.fill()
+    extent = tokendepot.list_extents(str(root))[3]
+    with open(root / "segments" / f"{extent['segment']}.seg", "r+b") as file:
+        file.seek(extent["offset"] + extent["bytes"] - 1000)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    found = workload.run(0.05)
+    assert found["failed"] == 1 and found["failure"] == "corrupt"
+    assert workload.verify()["wrong"] == 1
+    del workload
+    shutil.rmtree(root)
+
+
+@pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
+def test_fio_takes_turns_with_ours(disk):
+    script = pathlib.Path(__file__).resolve().parents[2] / "bench/fio/compare.py"
+    toy = ["--sizes", "256KiB", "--in-flight", "4", "--volume", "8MiB", "--rounds", "1", "--seconds", "0.05"]
+    done = subprocess.run([sys.executable, script, *toy, disk], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    named = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert named == [f"fio_{way}_256KiB_4{pages}" for way in ("read", "write") for pages in ("", "_huge")]
+
+
+# --- how it ends ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_prints_what_is_done_and_leaves_nothing_behind(place, number):
+    arguments = [str(place), "--volume", "8MiB", "--seconds", "2", "--rounds", "1", "--size", "256KiB", "--in-flight", "1,2,4,8"]
+    process = subprocess.Popen([*COMMAND, *arguments, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("2 of 8"):
+            break
+    time.sleep(0.5)
+    assert os.listdir(place) == [f"tokendepot-bench-{process.pid}"]
+    process.send_signal(number)
+    out, words = process.communicate(timeout=120)
+    assert process.returncode == 130, words
+    document = json.loads(out)
+    assert document["interrupted"] is True
+    assert 1 <= len(document["cells"]) <= 2 and not document["cells"][0]["interrupted"]
+    assert "were measured" in words and "Traceback" not in words
+    assert os.listdir(place) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["/nonexistent"], '"/nonexistent" is not a directory'),
+        (["/proc"], '"/proc"'),
+        ([".", "--device", "gpu"], '"gpu"'),
+        ([".", "--device", "host+host"], "--processes 2"),
+        ([".", "--size", "1KiB"], '"1KiB"'),
+        ([".", "--size", "5000"], '"5000"'),
+        ([".", "--size", "1GiB"], '"1GiB"'),
+        ([".", "--size", "big"], '"big"'),
+        ([".", "--size", "64KiB,"], "empty items"),
+        ([".", "--in-flight", "0"], "--in-flight"),
+        ([".", "--in-flight", "many"], '"many"'),
+        ([".", "--processes", "0"], "--processes"),
+        ([".", "--op", "erase"], '"erase"'),
+        ([".", "--op", "burst", "--size", "64KiB+1MiB"], "burst takes one size"),
+        ([".", "--op", "read", "--size", "1MiB", "--volume", "64KiB"], "nothing to read"),
+        ([".", "--volume", "900TiB"], "free"),
+        ([".", "--volume", "some"], '"some"'),
+        ([".", "--verify", "maybe"], '"maybe"'),
+        ([".", "--engine", "[]"], "--engine"),
+        ([".", "--engine", '{"io_dept": 3}'], "io_dept"),
+        ([".", "--model", "no-such-model"], "no-such-model"),
+        ([".", "--csv", "/nonexistent/out.csv"], "/nonexistent/out.csv"),
+        ([".?transport=fast"], "fast"),
+        ([".?capacity=1MiB"], "capacity"),
+        ([".?read_only=true"], "read_only"),
+        ([".", "."], "named twice"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_touches_nothing(tmp_path, arguments, words):
+    result = run(*arguments, code=2, cwd=tmp_path)
+    assert words in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_root_that_cannot_be_written_is_refused(tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    tmp_path.chmod(0o500)
+    assert "cannot be written" in run(tmp_path, code=2).stderr
+
+
+def test_a_device_that_is_not_there_is_one_sentence(place):
+    result = run(place, *TOY, "--device", "cuda:200", code=2)
+    assert "cuda:200" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("inside", ["", "segments"])
+def test_the_root_of_a_depot_is_never_touched(memory_root, inside):
+    filled_root(memory_root, chunks=4)
+    before = sorted((path, path.stat().st_mtime_ns) for path in memory_root.rglob("*"))
+    result = run(memory_root / inside, *TOY, code=2)
+    assert "the root of a depot" in result.stderr
+    assert sorted((path, path.stat().st_mtime_ns) for path in memory_root.rglob("*")) == before

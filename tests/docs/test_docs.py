@@ -165,7 +165,15 @@ def test_the_table_of_a_benchmark_has_every_option_and_its_default(name: str) ->
     for option in options.keys() - {"--help"}:
         known = options[option]
         default = known.show_default if isinstance(known.show_default, str) else known.default
-        assert listed[option] == {"": "none", None: "none", False: "off"}.get(default, str(default)), option
+        if known.show_default is False:
+            shown = "required"
+        elif default is False:
+            shown = "off"
+        elif default is None or default == "":
+            shown = "none"
+        else:
+            shown = f"{default:g}" if isinstance(default, float) else str(default)
+        assert listed[option] == shown, option
 
 
 def test_the_table_of_exit_codes_has_every_code() -> None:

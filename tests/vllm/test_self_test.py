@@ -54,7 +54,7 @@ def lent(dtype: torch.dtype, made_in=contextlib.nullcontext, *, blocks: int = BL
 
 
 @pytest.mark.parametrize("made_in", (contextlib.nullcontext, torch.inference_mode))
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.uint8))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8))
 def test_caches_of_every_type_pass_and_are_put_back(dtype, made_in, capfd) -> None:
     group = lent(dtype, made_in)
     self_test.run([group], "host")
@@ -66,8 +66,9 @@ def test_blocks_that_kernels_split_pass() -> None:
     self_test.run([lent(torch.bfloat16, splits=2)], "host")
 
 
-def test_two_layers_in_one_place_are_found() -> None:
-    group = lent(torch.bfloat16)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.uint8))
+def test_two_layers_in_one_place_are_found(dtype) -> None:
+    group = lent(dtype)
     layers = group.arguments["layers"]
     mixed = self_test.Lent({**group.arguments, "layers": [layers[0], layers[0], layers[2]]}, group.cells)
     with pytest.raises(RefusedError, match="self-test: layer 1 of group 0 came back with other bytes"):

@@ -133,7 +133,7 @@ def _there_and_back(depot: _core.Depot, namespace: bytes, number: int, lent: Len
         depot.submit_load(2, depot.plan_load(namespace, asked.keys(), [(want, 0, 1, [target])], PATIENCE_S))
         _ended(depot, f"loading a block of group {index}")
         for layer, (cells, wanted) in enumerate(zip(lent.cells, expected, strict=True)):
-            if not torch.equal(cells.of(target), wanted):
+            if not torch.equal(_bytes(cells.of(target)), _bytes(wanted)):
                 raise RefusedError(f"self-test: layer {layer} of group {index} came back with other bytes")
     finally:
         for cells, (of_source, of_target) in zip(lent.cells, before, strict=True):
@@ -161,6 +161,12 @@ def _mark_stream(depot: _core.Depot, lent: Lent) -> None:
 
 
 def _fill(cells: torch.Tensor, layer: int) -> None:
-    """Every cell gets another value than its neighbours and than the same cell of other layers."""
-    place = torch.arange(cells.numel(), device=cells.device)
-    cells.copy_(((place + 104729 * layer) * 2654435761 >> 9).to(cells.dtype).view(cells.shape))
+    """Every byte another value than its neighbours, and than the same byte of other layers: as numbers they may be
+    equal (fp16 and fp8 have few) or not equal to themselves."""
+    place = torch.arange(cells.numel() * cells.element_size(), device=cells.device)
+    noise = ((place + 104729 * layer) * 2654435761 >> 9 & 255).to(torch.uint8)
+    cells.copy_(noise.view(cells.dtype).view(cells.shape))
+
+
+def _bytes(cells: torch.Tensor) -> torch.Tensor:
+    return cells.contiguous().view(torch.uint8)

@@ -120,7 +120,8 @@ class GpuPath {
       const std::string way = store ? "store" : "load";
       const auto depot = [&] { return store ? rig.store(kFlight, seconds) : rig.load(kFlight, seconds); };
       const auto copies = [&] {
-        const auto rate = link_.copy_large(store ? Link::Way::to_host : Link::Way::to_device, seconds);
+        const auto to = store ? Link::Way::to_host : Link::Way::to_device;
+        const auto rate = unwrap(link_->copy_large(to, seconds));
         return Rig::Run{rate.gb_per_s, rate.cpu_s_per_gb, 0};
       };
       measure_beside(*matmul, "copies_" + way, copies);

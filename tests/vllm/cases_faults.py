@@ -9,7 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from tokendepot import _core
-from tokendepot.engines.vllm import self_test, versions
+from tokendepot.engines.vllm import scheduler, self_test, versions
+from tokendepot.engines.vllm.settings import RefusedError
 from tokendepot.engines.vllm.worker import WorkerHalf
 
 from harness import DEFAULT_FAMILY, Engine
@@ -350,6 +351,21 @@ def a_worker_that_refuses_its_cache_switches_the_depot_off(lab: Lab) -> None:
     assert engine.loaded() == 0
     assert len(lines.having("not used", "ERROR")) == 1
     assert engine.stats["switched_off"] == 2, "the rank, and the scheduler's half that heard of it"
+
+
+@case
+def a_scheduler_that_refuses_alone_is_counted_by_the_worker(lab: Lab) -> None:
+    def unidentified(*_) -> dict:
+        raise RefusedError("its weights cannot be identified")
+
+    made, scheduler.manifest = scheduler.manifest, unidentified
+    try:
+        engine = lab.engine()
+    finally:
+        scheduler.manifest = made
+    same(engine.run(PROMPTS, LENGTH), lab.expected())
+    assert engine.half is None and len(lines.having("weights cannot be identified", "ERROR")) == 1
+    assert engine.stats["switched_off"] == 1 and "store_extents" not in engine.stats
 
 
 class Plant(SimpleNamespace):

@@ -84,7 +84,7 @@ class TokendepotConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker_half is not None:
             self._worker_half.turn_off(reason)
         else:
-            self._refusal_uncounted = self.role == KVConnectorRole.WORKER
+            self._refusal_uncounted = True
 
     def _guarded(self, call: Callable[[], Answer], otherwise: Answer) -> Answer:
         """Last line of defence: trouble in a half switches that half off, and the hook answers `otherwise`."""
@@ -123,7 +123,10 @@ class TokendepotConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         half = self._scheduler_half
-        return half.step(scheduler_output) if half is not None else StepOrders()
+        if half is not None:
+            return half.step(scheduler_output)
+        # Only a worker that has a depot counts it for us; one that was refused, too, counts itself.
+        return StepOrders(counts={"switched_off": 1} if self._count_refusal() else {})
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         half = self._scheduler_half
@@ -218,8 +221,13 @@ class TokendepotConnector(KVConnectorBase_V1, SupportsHMA):
         half = self._worker_half
         if half is not None:
             return self._guarded(half.take_stats, None)
+        counted_here = self.role == KVConnectorRole.WORKER and self._count_refusal()
+        return DepotStats(data={"switched_off": 1}) if counted_here else None
+
+    def _count_refusal(self) -> bool:
+        """True once after a refusal."""
         uncounted, self._refusal_uncounted = self._refusal_uncounted, False
-        return DepotStats(data={"switched_off": 1}) if uncounted else None
+        return uncounted
 
     def _orders(self) -> StepOrders:
         """What this step is to do; nothing in runs that are no step (warm-up, graph capture)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -85,6 +86,30 @@ def test_the_directory_has_room_and_may_be_written_to(tmp_path, monkeypatch) -> 
     with pytest.raises(self_test.NoRoomError, match="no temporary directory has room"):
         self_test._directory_for(1 << 60)
     monkeypatch.setattr(os, "access", lambda path, mode: path == str(tmp_path))
+    assert Path(self_test._directory_for(1 << 20)).parent == tmp_path
+
+
+def test_a_directory_that_cannot_be_made_does_not_rule_out_the_other(tmp_path, monkeypatch) -> None:
+    made = self_test.tempfile.mkdtemp
+
+    def without(refused: str):
+        def mkdtemp(prefix: str, dir: str) -> str:
+            if dir == refused:
+                raise OSError(errno.ENOSPC, "no inode is free", dir)
+            return made(prefix=prefix, dir=tmp_path)
+
+        return mkdtemp
+
+    def nowhere() -> str:
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setattr(os, "access", lambda path, mode: True)
+    monkeypatch.setattr(self_test.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 30))
+    monkeypatch.setattr(self_test.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(self_test.tempfile, "mkdtemp", without("/dev/shm"))
+    assert Path(self_test._directory_for(1 << 20)).parent == tmp_path
+    monkeypatch.setattr(self_test.tempfile, "gettempdir", nowhere)
+    monkeypatch.setattr(self_test.tempfile, "mkdtemp", without("elsewhere"))
     assert Path(self_test._directory_for(1 << 20)).parent == tmp_path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from threading import Timer
 from types import SimpleNamespace
 
 import torch
@@ -124,6 +125,34 @@ def a_step_that_takes_no_block_of_a_store_is_not_fenced(lab: Lab) -> None:
     same(engine.run(PROMPTS, 30), lab.expected(length=30))
     assert engine.stats["store_extents"] > 0 and not any(fences), "the pool has room for all"
     assert not engine.half._fence._reading, "nothing is remembered for ever"
+
+
+@case
+def an_engine_that_goes_to_sleep_waits_for_what_touches_its_cache(lab: Lab) -> None:
+    engine = lab.engine(late_gathers=1000)
+    worker = engine.ranks[0].connector
+    names = [engine.add(prompt, LENGTH) for prompt in PROMPTS]
+    engine.step_until_ended(names)
+    assert worker._worker_half._depot._late, "stores that have read nothing yet"
+    worker.unregister_kv_caches()
+    for cells in engine.ranks[0].cells.values():
+        cells.fill_(7.0)
+    lab.stop(engine)
+    engine = lab.engine()
+    same(engine.run(PROMPTS, LENGTH), lab.expected())
+    assert engine.loaded() > 0 and engine.failures() == 0
+    lab.stop(engine)
+
+    engine, depot = _held_back(lab, root=str(lab.root / "loads"))
+    worker = engine.ranks[0].connector
+    name = engine.add(SHARERS[0], LENGTH)
+    engine.step()
+    assert worker._worker_half._loading
+    Timer(0.05, depot.let_go).start()
+    worker.unregister_kv_caches()
+    assert not worker._worker_half._loading
+    engine.finish([name])
+    same([engine.output[name]], lab.expected(prompts=SHARERS[:1]))
 
 
 class CallsInOrder:

@@ -163,6 +163,12 @@ class TokendepotConnector(KVConnectorBase_V1, SupportsHMA):
         if half is not None and not self._refusal:
             self._start(lambda: half.attach(kv_caches))
 
+    def unregister_kv_caches(self) -> None:
+        """The engine goes to sleep (0.33): it drained what it knows of, which does not include stores."""
+        half = self._worker_half
+        if half is not None:
+            self._guarded(half.let_go_of_cache, None)
+
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """Called every step before its loads and its forward pass, and before the metadata is bound."""
         half, orders = self._worker_half, kv_connector_metadata

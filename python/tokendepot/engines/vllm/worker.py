@@ -129,6 +129,16 @@ class WorkerHalf:
         if orders.fence and self._depot is not None and not self._stores_hold_up_step:
             self._wait_gathered(self._depot)
 
+    def let_go_of_cache(self) -> None:
+        """Returns when nothing under way touches the cache any more, whose memory the engine takes away now. It comes back
+        to the same addresses."""
+        if self._depot is None or self._off:
+            return
+        self._wait_gathered(self._depot)
+        while self._loading:  # no longer than load_timeout
+            self.poll()
+            time.sleep(0.001)
+
     # --- loads ---------------------------------------------------------------------------------------------------
 
     def start_loads(self, orders: StepOrders) -> None:

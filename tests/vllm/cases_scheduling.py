@@ -24,6 +24,7 @@ from lab import (
     store_prompts,
 )
 
+from tokendepot import _core
 from tokendepot.engines.vllm.repeats import PROOF
 from tokendepot.engines.vllm.scheduler import SEEN_STORE_S
 
@@ -454,3 +455,27 @@ def after_reset_cache_nothing_older_is_served(lab: Lab) -> None:
     assert ask(engine, PROMPTS[0]) == 128
     lab.stop(engine)
     assert ask(lab.engine(), PROMPTS[0]) == 128
+
+
+@case
+def a_reset_that_cannot_be_registered_switches_the_depot_off_and_is_done(lab: Lab) -> None:
+    class Unwritable:
+        def __init__(self, depot) -> None:
+            self._depot = depot
+
+        def __getattr__(self, name: str):
+            return getattr(self._depot, name)
+
+        def register_namespace(self, manifest: str) -> bytes:
+            raise _core.DepotError("cannot write the manifest", "io")
+
+    store_prompts(lab)
+    engine = lab.engine()
+    assert ask(engine, PROMPTS[0]) == 128
+    engine.half._depot = Unwritable(engine.half._depot)
+    for _ in range(2):
+        assert engine.scheduler.connector.reset_cache() is True
+        assert ask(engine, PROMPTS[0]) == 0
+    same(engine.run(PROMPTS, LENGTH), lab.expected())
+    assert engine.loaded() == 0 and engine.stats["switched_off"] == 1
+    assert len(lines.having("the namespace after a reset cannot be registered", "ERROR")) == 1

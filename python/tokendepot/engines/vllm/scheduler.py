@@ -544,12 +544,13 @@ class SchedulerHalf:
         vLLM resets connectors when the weights may have changed under it, which the manifest cannot see. So this engine
         goes on in a namespace of its own; a restart with the original weights finds the original one.
         """
-        self._manifest["reset"] = uuid.uuid4().hex
-        fresh = self._guard(lambda: self._depot.register_namespace(json.dumps(self._manifest)))
-        if fresh is None:
-            self.turn_off("the namespace after a reset cannot be registered")
-            return False
-        self._namespace = fresh
+        if not self._off:
+            self._manifest["reset"] = uuid.uuid4().hex
+            fresh = self._guard(lambda: self._depot.register_namespace(json.dumps(self._manifest)))
+            if fresh is None:  # switched off it serves nothing older either, and vLLM takes a False for its own failure
+                self.turn_off("the namespace after a reset cannot be registered")
+            else:
+                self._namespace = fresh
         self._storing.clear()
         self._stores.clear()
         for tracked in self._requests.values():

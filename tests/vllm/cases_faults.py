@@ -42,6 +42,7 @@ def corrupt_extents_are_recomputed_and_healed(lab: Lab) -> None:
         engine = lab.engine(hybrid=hybrid, root=str(root), policy="fail")
         same(engine.run(PROMPTS, LENGTH), lab.expected(hybrid))
         assert engine.failures() > 0 and engine.loaded() == 0
+        assert 1 <= engine.stats["failed_requests"] <= len(PROMPTS)
         assert lines.having("kv_load_failure_policy", "WARNING")
         assert lines.having("not loaded (corrupt)", "WARNING")
         before = engine.failures()

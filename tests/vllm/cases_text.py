@@ -23,6 +23,7 @@ def _cold_warm_restart(lab: Lab, **options) -> None:
     same(first.run(PROMPTS, LENGTH), expected)
     assert first.loaded() > 0
     assert first.stats["store_extents"] == stored, "nothing is stored twice"
+    assert first.stats["store_seconds"] > 0 and first.stats["store_bytes"] > 0
     lab.stop(first)
     second = lab.engine(**options)
     same(run_one_by_one(second, PROMPTS), expected)

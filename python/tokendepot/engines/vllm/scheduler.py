@@ -123,6 +123,8 @@ class SchedulerHalf:
         if request.skip_reading_prefix_cache:  # it wants its prompt computed, for the prompt's log probabilities
             return 0
         now = time.monotonic()
+        if self._hold_has_failed(tracked, now):
+            return 0
         if self._sharing.goes_on(request.request_id, local_tokens, now):
             return None
         if self._sharing.end(request.request_id, local_tokens):
@@ -184,12 +186,17 @@ class SchedulerHalf:
             self._sharing.brings(tracked, keys[: hit * _core.KEY_BYTES])
             self._new_holds.append(HoldOrder(job, plan))
             return None
-        if hold.failed or time.monotonic() > hold.until:
-            self._let_go(tracked)
-            tracked.load_failed = True
-            self._count("failed_requests", 1)
-            return 0
         return hold.chunks if hold.ended_by >= self._ranks else None
+
+    def _hold_has_failed(self, tracked: Tracked, now: float) -> bool:
+        """Then the request computes. Asked before the look-up, which does not find any more what has failed."""
+        hold = tracked.hold
+        if hold is None or not (hold.failed or now > hold.until):
+            return False
+        self._let_go(tracked)
+        tracked.load_failed = True
+        self._count("failed_requests", 1)
+        return True
 
     def _let_go(self, tracked: Tracked) -> None:
         """The workers free what they hold for a request that will not use it."""

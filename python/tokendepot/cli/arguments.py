@@ -34,3 +34,8 @@ def print_json(value: Any) -> None:
         raise TypeError(type(item).__name__)
 
     print(json.dumps(value, default=plain, indent=2))
+
+
+def once_each(paths: list[str]) -> list[str]:
+    """Paths without those that lead to a directory which an earlier one has led to, by whatever name."""
+    return list({os.path.realpath(path): path for path in reversed(paths)}.values())[::-1]

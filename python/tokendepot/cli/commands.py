@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import _core
-from . import bench, damage, namespaces, replay, show
+from . import bench, damage, du, namespaces, replay, show
 from .arguments import EXIT_CODES, Json, Root, Roots, print_json
 
 ROWS_SHOWN = 50
@@ -263,5 +263,6 @@ def version(as_json: Json = False) -> None:
         show.say(f"tokendepot {_core.version()}, format {_core.FORMAT_VERSION}")
 
 
+app.command(epilog=EXIT_CODES)(du.du)
 app.command(epilog=EXIT_CODES)(replay.replay)
 app.command(epilog=EXIT_CODES)(replay.plan)

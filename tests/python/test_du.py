@@ -136,6 +136,16 @@ def test_what_a_damaged_journal_spoke_of_is_not_live_and_ends_with_1(two_models,
     assert "Damaged" in run("du", root, "--by", way).stdout
 
 
+def test_a_segment_that_was_cut_short_is_damage_and_has_no_dead_bytes(two_models):
+    root, _, _ = two_models
+    segment = next(s for s in tokendepot.inspect_root(str(root))["segments"] if s["live_bytes"])
+    os.truncate(root / "segments" / segment["file"], 4096)
+    found = run_json("du", root, code=1)
+    assert f"{root}/segments/{segment['file']}" in [d["file"] for d in found["damaged_files"]]
+    assert found["total"]["dead_bytes"] == bytes_of_files(root) - 4096 - (found["total"]["live_bytes"] - segment["live_bytes"])
+    assert sum(row["dead_bytes"] for row in run_json("du", root, "--by", "age", code=1)["rows"]) == found["total"]["dead_bytes"]
+
+
 def test_du_changes_nothing(two_models):
     root, _, _ = two_models
 

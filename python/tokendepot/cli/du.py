@@ -37,12 +37,12 @@ def du(
         "live_bytes": sum(root["live_bytes"] for root in inspected),
         "file_bytes": sum(root["file_bytes"] for root in inspected),
     }
-    total["dead_bytes"] = total["file_bytes"] - total["live_bytes"]
+    total["dead_bytes"] = sum(_dead_bytes(root) for root in inspected)
     rows = {"namespace": _by_namespace, "root": _by_root, "age": _by_age, "group": _by_group}[by](inspected)
     damaged = [
         {"file": f"{root['path']}/{found['file']}", "reason": found["reason"]}
         for root in inspected
-        for found in damage.files(root)
+        for found in [*damage.files(root), *_cut_short(root)]
     ]
     if as_json:
         paths = [root["path"] for root in inspected]
@@ -51,9 +51,23 @@ def du(
         _show(by, rows, total)
         if damaged:
             rows_of_damage = [(d["file"], d["reason"]) for d in damaged]
-            show.table("Damaged: what they spoke of is not counted as live", ("file", "what"), rows_of_damage, wide=0)
+            show.table("Damaged, so that the figures are not exact", ("file", "what"), rows_of_damage, wide=0)
     if damaged:
         raise typer.Exit(1)
+
+
+def _dead_bytes(root: dict[str, Any]) -> int:
+    """Of each segment for itself: what one that was cut short lacks is not made up for by another."""
+    return sum(max(0, segment["file_bytes"] - segment["live_bytes"]) for segment in root["segments"])
+
+
+def _cut_short(root: dict[str, Any]) -> list[dict[str, str]]:
+    """Segments that are certainly shorter than they were; whether all extents are there only `verify` knows."""
+    return [
+        {"file": f"segments/{segment['file']}", "reason": "shorter than the extents that it should hold"}
+        for segment in root["segments"]
+        if segment["live_bytes"] > segment["file_bytes"]
+    ]
 
 
 def _by_namespace(inspected: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -79,7 +93,7 @@ def _by_root(inspected: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "file_system": root["file_system"],
             "extents": root["extents"],
             "live_bytes": root["live_bytes"],
-            "dead_bytes": root["file_bytes"] - root["live_bytes"],
+            "dead_bytes": _dead_bytes(root),
             "file_bytes": root["file_bytes"],
         }
         for root in inspected
@@ -103,7 +117,7 @@ def _by_age(inspected: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row["segments"] += 1
             row["extents"] += segment["extents"]
             row["live_bytes"] += segment["live_bytes"]
-            row["dead_bytes"] += segment["file_bytes"] - segment["live_bytes"]
+            row["dead_bytes"] += _dead_bytes({"segments": [segment]})
             row["file_bytes"] += segment["file_bytes"]
     return [row for row in rows.values() if row["segments"]]
 

@@ -265,6 +265,32 @@ def test_the_innermost_and_last_mount_names_the_file_system():
         assert host.file_system(path) == kind
 
 
+@pytest.mark.parametrize(
+    ("script", "answer"),
+    [
+        ("echo 'H100, 81559 MiB, 570.1'; echo 'H100, 81559 MiB, 570.1'", ["H100, 81559 MiB, 570.1"] * 2),
+        ("echo No devices were found; exit 6", []),
+        ("echo 'NVIDIA-SMI has failed' >&2; exit 9", "NVIDIA-SMI has failed"),
+        ("exit 1", "no reason given"),
+    ],
+)
+def test_gpus_are_what_nvidia_smi_prints_and_its_failure_is_told(tmp_path, monkeypatch, script, answer):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    if isinstance(answer, list):
+        assert Host().nvidia_smi() == answer
+    else:
+        with pytest.raises(OSError, match=answer):
+            Host().nvidia_smi()
+
+
+def test_a_host_without_nvidia_smi_has_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert Host().nvidia_smi() is None
+
+
 # --- this host ---
 
 

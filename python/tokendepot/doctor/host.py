@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import importlib.metadata
 import importlib.util
 import mmap
@@ -155,10 +156,14 @@ class Host:
         return names
 
     def cufile_version(self) -> str | None:
-        """Of libcufile.so.0 as the loader finds it; "" when it does not tell; None when it cannot be loaded."""
-        try:
-            library = ctypes.CDLL("libcufile.so.0")
-        except OSError:
+        """Of libcufile.so.0 as the loader finds it, or in a wheel, from where PyTorch loads it for an engine; "" when it does
+        not tell; None when there is none."""
+        library = None
+        for name in ("libcufile.so.0", *self._in_wheels("libcufile.so.0")):
+            with suppress(OSError):
+                library = ctypes.CDLL(name)
+                break
+        if library is None:
             return None
         number = ctypes.c_int()
         try:
@@ -168,6 +173,12 @@ class Host:
         except AttributeError:
             return ""
         return f"{number.value // 1000}.{number.value % 1000 // 10}" if answered else ""
+
+    def _in_wheels(self, library: str) -> list[str]:
+        """Where NVIDIA's wheels have a library: nvidia/<component>/lib."""
+        spec = importlib.util.find_spec("nvidia")
+        tops = list(spec.submodule_search_locations or ()) if spec else []
+        return [path for top in tops for path in sorted(glob.glob(f"{glob.escape(top)}/*/lib/{library}"))]
 
     def package_version(self, name: str) -> str | None:
         """Of an installed distribution; None when there is none of that name."""

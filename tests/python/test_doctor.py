@@ -12,7 +12,7 @@ import time
 
 import pytest
 from command_line import flip_byte, run, run_json
-from paged import config, filled_root
+from paged import BLOCKS_PER_CHUNK, MANIFEST, Cache, config, filled_root, keys_of, store
 
 from tokendepot import Depot
 from tokendepot.doctor import machine, roots
@@ -359,6 +359,19 @@ def test_a_depot_is_recognized_and_not_changed(root):
     assert {f["state"] for f in found.values()} <= {OK, FALLBACK}
     assert "a depot of format 1: 1 namespace, 3 extents" in found["content"]["value"]
     assert list(found) == ["path", "content", "file system", "transport", "space", "inodes", "clock"]
+
+
+def test_a_running_engine_is_neither_disturbed_nor_a_problem(root):
+    depot = Depot.open(config(root))
+    namespace = depot.register_namespace(MANIFEST)
+    cache = Cache(16 * BLOCKS_PER_CHUNK, seed=3)
+    cache.lend_to(depot)
+    for job in (1, 2):
+        assert store(depot, namespace, keys_of(namespace, 16, first_token=job * 100_000), job=job)["items_ok"] == 16
+        found = {f["name"]: f for f in run_json("doctor", root)["roots"][0]["findings"]}
+        assert PROBLEM not in {f["state"] for f in found.values()}
+        assert f"{16 * job} extents" in found["content"]["value"]
+    depot.close()
 
 
 def test_what_the_doctor_says_of_transport_is_what_an_engine_takes(root, capfd):

@@ -20,7 +20,7 @@ PROBLEMS_FOUND = 1
 def doctor(
     roots: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[ROOT]...", help="Directories that are roots, or are to be.", parser=absolute),
+        typer.Argument(metavar="ROOT", help="Directories that are roots, or are to be.", parser=absolute),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -13,6 +13,7 @@ import sys
 
 import numpy as np
 import pytest
+from command_line import flip_byte, run, run_json
 from paged import BLOCKS_PER_CHUNK, MANIFEST, WANT, Cache, config, filled_root, keys_of, load, store
 
 import tokendepot
@@ -20,31 +21,6 @@ from tokendepot import Depot
 from tokendepot.cli import namespaces, show
 
 OTHER_MANIFEST = json.dumps({"model": "test/model", "kv_dtype": "fp8", "groups": [{"heads": 2}]})
-
-
-def run(*arguments, **more):
-    command = [sys.executable, "-c", "from tokendepot.cli import main; main()", *map(str, arguments)]
-    environment = {**os.environ, "COLUMNS": "80", "PYTHONWARNINGS": "error"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, **more)
-    assert "Traceback" not in result.stderr
-    if "--json" not in arguments:
-        too_long = [line for line in result.stdout.splitlines() if len(line) > 80 and "/tokendepot-test" not in line]
-        assert too_long == []
-    return result
-
-
-def run_json(*arguments, code=0):
-    result = run(*arguments, "--json")
-    assert result.returncode == code, result.stderr
-    return json.loads(result.stdout)
-
-
-def flip_byte(path, offset):
-    with open(path, "r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 0x40]))
 
 
 @pytest.fixture
@@ -77,7 +53,7 @@ def test_the_console_script_is_installed():
 
 
 def test_every_command_documents_its_exit_codes():
-    for command in ("stat", "ls", "verify", "evict", "rm", "replay", "plan", "version"):
+    for command in ("stat", "ls", "du", "verify", "evict", "rm", "doctor", "replay", "plan", "version"):
         assert "Exit codes: 0" in run(command, "--help").stdout
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from typing import Annotated, Any
@@ -11,12 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from .. import _core
-from . import bench, namespaces, replay, show
+from . import bench, damage, doctor, du, namespaces, replay, show
+from .arguments import EXIT_CODES, Json, Root, Roots, print_json
 
-EXIT_CODES = (
-    "Exit codes: 0 all well; 1 something in a root is damaged; 2 wrong usage, or a path that is not the root of a "
-    "depot; 3 the operation could not be done, or was declined."
-)
 ROWS_SHOWN = 50
 BATCH_BYTES = 64 << 20  # of one verify call: short enough to show progress and to be interrupted
 
@@ -29,14 +24,6 @@ app = typer.Typer(
 app.add_typer(bench.app, name="bench")
 
 
-def _absolute(path: str) -> str:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise typer.BadParameter("the path is not UTF-8") from None
-    return os.path.abspath(path)
-
-
 def _size(text: str) -> int:
     try:
         return _core.parse_size(text)
@@ -44,20 +31,8 @@ def _size(text: str) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
-Root = Annotated[str, typer.Argument(metavar="ROOT", help="Directory of a root.", parser=_absolute)]
-Roots = Annotated[list[str], typer.Argument(metavar="ROOT", help="Directories of roots.", parser=_absolute)]
 Namespace = Annotated[str, typer.Option("--namespace", metavar="PREFIX", help="First hex digits of a namespace's digest.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
-
-
-def _print_json(value: Any) -> None:
-    def plain(item: Any) -> Any:
-        if isinstance(item, bytes):
-            return item.hex()
-        raise TypeError(type(item).__name__)
-
-    print(json.dumps(value, default=plain, indent=2))
 
 
 def _select(root: dict[str, Any], prefix: str) -> list[dict[str, Any]]:
@@ -72,25 +47,6 @@ def _extents(path: str, prefix: str) -> list[dict[str, Any]]:
     return namespaces.of_extents(found, _select(_core.inspect_root(path), prefix)) if prefix else found
 
 
-def _damaged_files(root: dict[str, Any]) -> list[dict[str, str]]:
-    damaged = [
-        {"file": f"journals/{j['file']}", "reason": _journal_state(j)} for j in root["journals"] if j["damaged"]
-    ]
-    for n in root["namespaces"]:
-        if n["damaged"]:
-            name = n["digest"] if len(n["digest"]) == 64 else n["digest"] + "*"
-            damaged.append({"file": f"manifests/{name}.json", "reason": "missing or not what its name says"})
-    return damaged
-
-
-def _journal_state(journal: dict[str, Any]) -> str:
-    if journal["bad_records"]:
-        return show.number(journal["bad_records"], "record") + " cannot be read"
-    if journal["damaged"]:
-        return "ends in bytes that are no record"
-    return "live" if journal["in_use"] else "not live"
-
-
 # --- stat ---
 
 
@@ -100,12 +56,12 @@ def stat(roots: Roots, as_json: Json = False) -> None:
     inspected = [_core.inspect_root(path) for path in roots]
     for root in inspected:
         root["differences"] = namespaces.differences(root["namespaces"])
-        root["damaged_files"] = _damaged_files(root)
+        root["damaged_files"] = damage.files(root)
     if as_json:
         for root in inspected:
             for namespace in root["namespaces"]:
                 namespace["manifest"] = namespaces.manifest_of(namespace)
-        _print_json({"roots": inspected})
+        print_json({"roots": inspected})
     else:
         for root in inspected:
             _show_root(root)
@@ -140,7 +96,7 @@ def _show_root(root: dict[str, Any]) -> None:
                 rows.append(("" if i else field, digest[: show.SHORT_DIGEST], "(absent)" if value is None else value))
         show.table("Manifest fields that differ", ("field", "namespace", "value"), rows, wide=2)
     if root["journals"]:
-        rows = [(j["writer"], f"{j['records']:,}", _journal_state(j)) for j in root["journals"]]
+        rows = [(j["writer"], f"{j['records']:,}", damage.journal_state(j)) for j in root["journals"]]
         show.table("Journals", ("writer", ">records", "state"), rows)
     if root["damaged_files"]:
         show.table("Damaged", ("file", "what"), [(d["file"], d["reason"]) for d in root["damaged_files"]], wide=0)
@@ -167,7 +123,7 @@ def list_command(
         limit = 0 if as_json else ROWS_SHOWN
     shown = extents[:limit] if limit else extents
     if as_json:
-        _print_json({"root": root, "total": len(extents), "extents": shown})
+        print_json({"root": root, "total": len(extents), "extents": shown})
         return
     rows = []
     for e in shown:
@@ -225,11 +181,11 @@ def verify(root: Root, namespace: Namespace = "", as_json: Json = False) -> None
     # An engine may have evicted what was just being read: only what is still there is damaged.
     still = {_place(e) for e in _core.list_extents(root)} if failed else set()
     damaged = [{**e, "reason": reason} for e, reason in failed if _place(e) in still]
-    files = _damaged_files(_core.inspect_root(root))
+    files = damage.files(_core.inspect_root(root))
     gone = len(failed) - len(damaged)
     if as_json:
         summary = {"root": root, "extents": len(extents), "bytes": total, "seconds": seconds, "gone": gone}
-        _print_json({**summary, "damaged": damaged, "damaged_files": files})
+        print_json({**summary, "damaged": damaged, "damaged_files": files})
     else:
         rate = f", {total / seconds / 1e9:.1f} GB/s" if total and seconds > show.PATIENCE_S else ""
         show.say(f"{show.number(len(extents), 'extent')}, {show.size(total)} read in {seconds:.1f} s{rate}")
@@ -259,7 +215,7 @@ def evict(
     """Removes the coldest sealed segments until SIZE is free. Running engines drop them at their next poll."""
     evicted = _core.evict_segments(root, count, dry_run)
     if as_json:
-        _print_json({"root": root, "dry_run": dry_run, **evicted})
+        print_json({"root": root, "dry_run": dry_run, **evicted})
         return
     verb = "would evict" if dry_run else "evicted"
     show.say(f"{verb} {show.number(evicted['segments'], 'segment')}, {show.size(evicted['bytes'])}")
@@ -291,7 +247,7 @@ def rm(
     if as_json:
         digests = [n["digest"] for n in found]
         summary = {"root": root, "dry_run": dry_run, "namespaces": digests, "extents": len(extents), "bytes": total}
-        _print_json({**summary, "removed": removed})
+        print_json({**summary, "removed": removed})
     elif dry_run:
         show.say(f"would remove {what}")
     else:
@@ -302,10 +258,12 @@ def rm(
 def version(as_json: Json = False) -> None:
     """The version of tokendepot and of the format that it reads and writes."""
     if as_json:
-        _print_json({"tokendepot": _core.version(), "format": _core.FORMAT_VERSION})
+        print_json({"tokendepot": _core.version(), "format": _core.FORMAT_VERSION})
     else:
         show.say(f"tokendepot {_core.version()}, format {_core.FORMAT_VERSION}")
 
 
+app.command(epilog=doctor.EXIT_CODES)(doctor.doctor)
+app.command(epilog=EXIT_CODES)(du.du)
 app.command(epilog=EXIT_CODES)(replay.replay)
 app.command(epilog=EXIT_CODES)(replay.plan)

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import logging
-import re
 from typing import Any
 
 import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.logger import init_logger
 
-OLDEST = (0, 20)
-NEWEST_TESTED = (0, 33)
+from ..vllm_releases import NEWEST_TESTED, OLDEST, parse
 
 # vLLM gives handlers to its own logger tree only, so ours hangs below it.
 log: logging.Logger = init_logger("vllm.tokendepot")
-
-
-def parse(version: str) -> tuple[int, int]:
-    """(major, minor); a version that has none ("dev") counts as the newest tested."""
-    found = re.match(r"(\d+)\.(\d+)", version)
-    return (int(found[1]), int(found[2])) if found else NEWEST_TESTED
 
 
 VLLM = parse(vllm.__version__)

@@ -331,8 +331,9 @@ void Transfers::scattered(LoadTask& task, ScatterOutcome outcome) {
   // while it has its name nothing has changed in between.
   if (task.scatter.guarded && !task.segment->file.is_at_its_path()) {
     // Recycled, or removed by somebody, who told nobody: unless another root has a copy, it is gone for good.
+    // A path that cannot be looked up just now tells neither.
     const uint32_t elsewhere = segments_.present_in(task.slot) & ~(1u << tiers_[task.tier].root->index());
-    return fail_load(task, Reason::absent, elsewhere == 0);
+    return fail_load(task, Reason::absent, elsewhere == 0 && task.segment->file.was_removed());
   }
   if (task.suspect != nullptr) task.suspect->note_error(task.complaint);
   if (RootWriter* writer = tiers_[task.tier].writer) {

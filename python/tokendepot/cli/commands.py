@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import _core
-from . import bench, namespaces, replay, show
+from . import bench, metrics, namespaces, replay, show
 
 EXIT_CODES = (
     "Exit codes: 0 all well; 1 something in a root is damaged; 2 wrong usage, or a path that is not the root of a "
@@ -307,5 +307,6 @@ def version(as_json: Json = False) -> None:
         show.say(f"tokendepot {_core.version()}, format {_core.FORMAT_VERSION}")
 
 
+app.command(epilog=EXIT_CODES)(metrics.metrics)
 app.command(epilog=EXIT_CODES)(replay.replay)
 app.command(epilog=EXIT_CODES)(replay.plan)

@@ -1,7 +1,7 @@
 """What roots say about themselves, for Prometheus: read from outside, no engine needed.
 
 A scrape does bounded work. A root is inspected in a thread of its own (a file system that hangs must not hang the
-scrape), not again before CACHE_S and nine times the last inspection's duration have passed, and the number of series
+scrape), not again before CACHE_S and REST times the last inspection's duration have passed, and the number of series
 has a bound. Labels are made of digests only: no path, model, salt or request can come into them.
 """
 
@@ -24,6 +24,7 @@ ROOTS_MAX = 8  # as in the configuration of an engine
 SERIES_MAX = 200
 NAMED_NAMESPACES = 8  # of a root; fewer where many roots share the series
 CACHE_S = 5.0
+REST = 10  # so that a root with long journals takes a tenth of a core at most
 PATIENCE_S = 5.0  # of one scrape, for all roots; Prometheus gives up after 10 s
 HUNG_S = 60.0  # an inspection that takes longer says that the root cannot be used
 ID_DIGITS = 8
@@ -159,7 +160,7 @@ class WatchedRoot:
                 self._last, self._running = self._running, None
             if self._running:
                 return self._running
-            if self._last and time.monotonic() - self._last.began < max(CACHE_S, 10 * self._last.seconds):
+            if self._last and time.monotonic() - self._last.began < max(CACHE_S, REST * self._last.seconds):
                 return self._last
             self._running = Inspection()
             threading.Thread(target=self._inspect, args=(self._running,), daemon=True).start()

@@ -168,24 +168,21 @@ class WatchedRoot:
 
     def samples(self, inspection: Inspection, patience_s: float) -> list[Sample]:
         """Those of `inspection` if it ends in time, else of the one before; those of a root that is down otherwise."""
+        reason = ""
         if not inspection.ended.wait(max(0.0, patience_s)):
-            hung = time.monotonic() - inspection.began > HUNG_S
-            if hung or self._last is None:
-                return self._is_down(f"it could not be read in {HUNG_S:g} s")
-            inspection = self._last
+            if time.monotonic() - inspection.began > HUNG_S:
+                reason = f"it could not be read in {HUNG_S:g} s"
+            with self._lock:
+                inspection = self._last or inspection
         if inspection.error:
-            return self._is_down(str(inspection.error))
-        if inspection.root_id[:ID_DIGITS] != self.label:
-            return self._is_down(f"{self.path} now holds the root {inspection.root_id[:ID_DIGITS]}")
-        self._down = False
-        return inspection.samples
-
-    def _is_down(self, reason: str) -> list[Sample]:
-        """Says why, once."""
-        if not self._down:
+            reason = reason or str(inspection.error)
+        elif inspection.root_id[:ID_DIGITS] != self.label:
+            reason = reason or f"{self.path} now holds the root {inspection.root_id[:ID_DIGITS]}"
+        with self._lock:
+            said, self._down = self._down, bool(reason)
+        if reason and not said:
             self._complain(f"root {self.label} is down: {reason}")
-        self._down = True
-        return [Sample("tokendepot_root_up", 0)]
+        return [Sample("tokendepot_root_up", 0)] if reason else inspection.samples
 
     def _inspect(self, inspection: Inspection) -> None:
         try:

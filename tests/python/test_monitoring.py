@@ -26,7 +26,8 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from tokendepot import Depot, exporter
 
 TREE = pathlib.Path(__file__).resolve().parents[2]
-DASHBOARD = json.loads((TREE / "deploy/grafana/tokendepot.json").read_text(encoding="utf-8"))
+DASHBOARD_FILE = TREE / "deploy/grafana/tokendepot.json"
+DASHBOARD = json.loads(DASHBOARD_FILE.read_text(encoding="utf-8"))
 RULES = TREE / "deploy/prometheus/tokendepot-alerts.yml"
 RULES_TEST = TREE / "deploy/prometheus/tokendepot-alerts-test.yml"
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
@@ -209,9 +210,9 @@ def test_variables_that_queries_use_are_defined():
     assert used - {"__rate_interval", "__range"} == defined - {"datasource"}
 
 
-@pytest.mark.parametrize("file", ["deploy/grafana/tokendepot.json", RULES.relative_to(TREE), RULES_TEST.relative_to(TREE)], ids=str)
+@pytest.mark.parametrize("file", [DASHBOARD_FILE, RULES, RULES_TEST], ids=lambda file: file.name)
 def test_metrics_that_are_named_exist(file):
-    text = (TREE / file).read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8")
     known = set(exporter.METRICS) | {f"{name}_total" for name in connector_counters()}
     known |= {f"{name}_total" for name in VLLM_COUNTERS}
     known |= {f"{name}_{part}" for name in VLLM_HISTOGRAMS for part in ("bucket", "sum", "count")}

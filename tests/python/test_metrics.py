@@ -228,7 +228,7 @@ def test_a_root_that_hangs_holds_up_no_scrape(two_roots, complaints, monkeypatch
 
     def hanging(path):
         if path == str(two_roots[0]):
-            go_on.wait()
+            go_on.wait(30)
         return inspect(path)
 
     monkeypatch.setattr(exporter._core, "inspect_root", hanging)

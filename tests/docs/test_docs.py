@@ -99,7 +99,7 @@ def test_relative_links_resolve(document: Path) -> None:
 @documents
 def test_paths_and_functions_that_are_named_exist(document: Path) -> None:
     for piece in re.findall(r"`([^`\n]+)`", prose(document)):
-        found = re.fullmatch(r"((?:src|include|python|tests|scripts|bench|docs|cmake)/[\w./*-]*)(?::([\w:]+))?", piece)
+        found = re.fullmatch(r"((?:src|include|python|tests|scripts|bench|docs|cmake|deploy)/[\w./*-]*)(?::([\w:]+))?", piece)
         if found is None:
             continue
         path, function = found.groups()
@@ -266,16 +266,21 @@ def metrics() -> set[str]:
     return {name for name, _ in counters.values()} | labelled
 
 
+def metrics_of_roots() -> set[str]:
+    return set(literal(TREE / "python/tokendepot/exporter.py", "METRICS"))
+
+
 @documents
 def test_metrics_that_are_named_exist(document: Path) -> None:
-    named = set(re.findall(r"\btokendepot_\w+", document.read_text(encoding="utf-8")))
-    assert {name.removesuffix("_total") for name in named} <= metrics()
+    named = set(re.findall(r"\btokendepot_\w+", document.read_text(encoding="utf-8"))) - {"tokendepot_root_"}
+    assert {name.removesuffix("_total") for name in named} <= metrics() | metrics_of_roots()
 
 
 def test_the_tables_of_metrics_and_reasons_are_complete() -> None:
     first = [cells[0].strip("`") for cells in rows(section(OPERATIONS, "Metrics"))]
     assert {name for name in first if name.startswith("tokendepot_")} == {f"{name}_total" for name in metrics()}
     assert {name for name in first if not name.startswith("tokendepot_")} == set(literal(VLLM / "stats.py", "REASONS"))
+    assert set(table("Metrics of roots")) == metrics_of_roots()
 
 
 @pytest.mark.parametrize(

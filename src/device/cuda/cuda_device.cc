@@ -335,7 +335,7 @@ class CudaDevice final : public Device {
 
   /// The first load and its neighbours. False as above.
   bool take_loads(std::unique_lock<std::mutex>& lock) {
-    take_convoy_locked(kMostConvoy);
+    take_convoy_locked();
     lock.unlock();
     Start start = prepare();
     lock.lock();
@@ -355,11 +355,11 @@ class CudaDevice final : public Device {
     return true;
   }
 
-  void take_convoy_locked(size_t most) {
+  void take_convoy_locked() {
     convoy_.clear();
     const std::byte* begin = nullptr;
     const std::byte* end = nullptr;
-    while (convoy_.size() < most && !free_.empty() && !scatters_.empty()) {
+    while (convoy_.size() < kMostConvoy && !free_.empty() && !scatters_.empty()) {
       ScatterWork* const work = scatters_.front();
       const std::span<const std::byte> payload = work->payload;
       if (convoy_.empty()) {
@@ -416,7 +416,7 @@ class CudaDevice final : public Device {
     const bool on_device = job_of(first).on_device;
     const std::span<std::byte> span(begin.data(), back.data() + back.size());
     uint64_t bytes = on_device ? 0 : span.size();
-    for (const Flight* flight : convoy_) bytes += digest_bytes(*flight);
+    for (const Flight* flight : convoy_) bytes += digest_bytes(job_of(*flight).payload.size());
     first.pieces.clear();
     if (on_device) {
       first.reached = true;
@@ -443,7 +443,7 @@ class CudaDevice final : public Device {
       describe(job, *flight->cache,
                on_device ? job.payload.data() : region + (job.payload.data() - span.data()), digests,
                *flight);
-      digests += digest_bytes(*flight);
+      digests += digest_bytes(job.payload.size());
     }
     last.region = region;
     return Start::ready;

@@ -18,15 +18,18 @@ constexpr uint64_t kNoteBytes = 256 << 10;  // block ids and digests of one work
 
 /// What one work needs besides its payload.
 struct Needs {
-  uint64_t pages;
   uint64_t region_bytes;
   uint64_t note_bytes;
 };
 
+/// Device memory for the digests of a payload's pages.
+inline uint64_t digest_bytes(uint64_t payload_bytes) {
+  return align_up(payload_bytes / kPageBytes * 8, 256);
+}
+
 /// `on_device`: the payload has a place of its own in the device's memory.
 inline Needs needs_of(uint64_t payload_bytes, uint32_t shards, uint64_t blocks, bool on_device = false) {
-  const uint64_t pages = payload_bytes / kPageBytes;
-  return {pages, (on_device ? 0 : payload_bytes) + align_up(pages * 8, 256),
+  return {(on_device ? 0 : payload_bytes) + digest_bytes(payload_bytes),
           align_up(blocks * 4, 8) + uint64_t{shards} * 8 + 8};
 }
 
@@ -69,11 +72,6 @@ struct Job {
   bool on_device;
 };
 Job job_of(const Flight& flight);
-
-/// Device memory for the digests of the pages.
-inline uint64_t digest_bytes(const Flight& flight) {
-  return align_up(job_of(flight).payload.size() / kPageBytes * 8, 256);
-}
 
 /// Writes down what the kernel does: in `move`, and in the note what does not fit there. `payload` and
 /// `digests` are device memory, kept until the kernel has ended.

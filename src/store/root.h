@@ -11,7 +11,7 @@
 #include <optional>
 #include <string>
 
-#include "device/cuda/gds_lane.h"
+#include "device/gds/gds_lane.h"
 #include "format/manifest.h"
 #include "format/marker.h"
 #include "io/engine.h"

@@ -17,7 +17,7 @@ constexpr uint64_t kStorePatienceNs = 1000ull * 1000 * 1000;
 constexpr uint64_t kDeadlineTickMs = 10;
 constexpr uint64_t kLongestWaitNs = 3600ull * 1000 * 1000 * 1000;  // adding more to a clock could overflow
 // Mapped loads have no staging that bounds them; more in motion would only defeat earliest-deadline-first.
-constexpr uint32_t kMostLoadsInMotion = 32;
+constexpr uint32_t kMostLoadsInMotion = 64;
 
 }  // namespace
 

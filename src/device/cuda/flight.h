@@ -51,13 +51,13 @@ struct Flight {
   std::byte* region = nullptr;   // of the slab, given back with this flight; its neighbours use it, too
   std::byte* device = nullptr;   // where the kernel finds the payload
   Flight* lands_with = nullptr;  // the last of those that share a copy, maybe this one: its `done` tells
-  bool is_convoy = false;        // of those that share a copy the last, until all have landed
   std::byte* note = nullptr;     // block ids and digests, in memory that both sides see
   uint64_t* note_digests = nullptr;
   uint32_t* note_outcome = nullptr;
   Counters* counters = nullptr;  // in device memory
   cudaStream_t stream = nullptr;
-  uint32_t lane = 0;  // the number of the stream
+  uint32_t lane = 0;             // the number of the stream
+  cudaEvent_t copied = nullptr;  // behind the copy that this one shares as the last
   cudaEvent_t done = nullptr;
   Move move{};
   bool aligned = false;

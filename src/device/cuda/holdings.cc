@@ -31,7 +31,9 @@ Result<std::unique_ptr<Holdings>> Holdings::make(int ordinal, uint64_t device_sl
 
 Holdings::~Holdings() {
   for (const Flight& flight : flights) {
-    if (flight.done != nullptr) cudaEventDestroy(flight.done);
+    for (cudaEvent_t event : {flight.copied, flight.done}) {
+      if (event != nullptr) cudaEventDestroy(event);
+    }
   }
   if (setup_stream != nullptr) cudaStreamDestroy(setup_stream);
   for (cudaStream_t stream : streams) {
@@ -94,8 +96,9 @@ Status Holdings::make_flights() {
   for (uint32_t i = 0; i < kMostInFlight; ++i) {
     flights[i].counters = static_cast<Counters*>(counters_) + i;
     flights[i].note = static_cast<std::byte*>(notes_) + i * kNoteBytes;
-    if (auto s = check(cudaEventCreateWithFlags(&flights[i].done, cudaEventDisableTiming), "an event"); !s)
-      return s;
+    for (cudaEvent_t* event : {&flights[i].copied, &flights[i].done}) {
+      if (auto s = check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "an event"); !s) return s;
+    }
   }
   return {};
 }

@@ -41,19 +41,25 @@ class Registry {
  private:
   struct Adopted {
     uint64_t bytes = 0;
-    uint64_t registered = 0;
+    uint64_t begun = 0;  // of them, registered or refused
     bool writable = false;
   };
 
   void serve();
   uint64_t registered_locked() const;
   void register_chunk(std::unique_lock<std::mutex>& lock);
+  std::span<std::byte> next_chunk_locked() const;
+  void bring_ahead(std::span<std::byte> chunk);
+  void await_ahead();
   void unregister(std::unique_lock<std::mutex>& lock, std::byte* begin, uint64_t bytes);
 
   const int ordinal_;
-  bool read_only_possible_ = false;  // the thread's own, as are the next two
+  // The thread's own.
+  bool read_only_possible_ = false;
   bool complained_ = false;
   bool told_ = false;
+  std::span<std::byte> ahead_;  // the chunk whose pages were brought while another was registered
+  std::thread bringer_;
   mutable std::mutex mutex_;
   std::condition_variable wake_;
   bool closing_ = false;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <set>
 
 #include "base/clock.h"
 #include "base/errors.h"
@@ -56,6 +57,7 @@ class OpenDepot final : public Depot {
   Result<LoadPlan> plan_load(const NamespaceDigest& ns, std::span<const Key> keys,
                              std::span<const LoadGroup> groups, std::chrono::nanoseconds deadline) override;
   void forget(const Key& key, uint16_t group) override;
+  void condemn(std::span<const Key> keys, const GroupWant& want, std::span<uint8_t> out) override;
   Status attach(const PagedCache& cache) override;
   Status mark_stream(void* stream) override;
   Status submit_load(uint64_t job, LoadPlan plan) override;
@@ -63,6 +65,9 @@ class OpenDepot final : public Depot {
   Status place(uint64_t job, uint64_t held_job, std::span<const HeldBlocks> blocks) override;
   void drop_held(uint64_t held_job) override;
   Status submit_store(uint64_t job, StorePlan plan) override;
+  Status submit_store_objects(uint64_t job, std::span<const Object> objects) override;
+  Status submit_load_objects(uint64_t job, std::span<const Object> objects,
+                             std::chrono::nanoseconds deadline) override;
   bool wait_gathered(std::chrono::nanoseconds timeout) override;
   void cancel(uint64_t job) override;
   std::vector<Completion> poll() override;
@@ -82,6 +87,8 @@ class OpenDepot final : public Depot {
   bool forked() const { return getpid() != pid_; }
   Status plan_chunk(LoadPlan& plan, const Key& key, uint32_t chunk, const GroupWant& want,
                     const std::vector<std::vector<PartId>>& covers, std::span<const int32_t> blocks);
+
+  std::vector<Transfers::ObjectItem> find_objects(std::span<const Object> objects, bool touch);
 
   Status open_cufile(const Options& options, const std::string& library);
 
@@ -255,6 +262,34 @@ void OpenDepot::forget(const Key& key, uint16_t group) {
   if (!forked() && catalog_) catalog_->forget(key, group);
 }
 
+void OpenDepot::condemn(std::span<const Key> keys, const GroupWant& want, std::span<uint8_t> out) {
+  TD_CHECK(out.size() == keys.size());
+  std::ranges::fill(out, uint8_t{0});
+  if (forked() || !catalog_) return;
+  std::set<PartId> parts;
+  for (const auto& cover : catalog_->covers(want)) parts.insert(cover.begin(), cover.end());
+  for (size_t i = 0; i < keys.size(); ++i) {
+    for (const PartId part : parts) {
+      const auto found = catalog_->find(keys[i], part);
+      if (!found) continue;
+      out[i] = 1;
+      const PartShape shape = catalog_->shape_of(part);
+      Record record;
+      record.kind = shape.kind;
+      record.group = shape.group;
+      record.key = keys[i];
+      record.where = {segments_.id_of(found->slot), found->offset, found->bytes};
+      record.part = shape.part;
+      record.tokens = shape.tokens;
+      const uint32_t roots = segments_.present_in(found->slot);
+      for (const Tier& tier : tiers_) {
+        if (tier.writer && (roots >> tier.root->index() & 1u) != 0) tier.writer->condemn_extent(record);
+      }
+    }
+    if (out[i] != 0) catalog_->forget(keys[i], want.group);
+  }
+}
+
 // --- promise
 // -----------------------------------------------------------------------------------------------------
 
@@ -358,6 +393,41 @@ Status OpenDepot::submit_store(uint64_t job, StorePlan plan) {
   if (forked())
     return fail(ErrorKind::closed, "this depot was opened before fork(); open it again in the child");
   return transfers_->submit_store(job, std::move(plan), *keeper_);
+}
+
+std::vector<Transfers::ObjectItem> OpenDepot::find_objects(std::span<const Object> objects, bool touch) {
+  std::vector<Transfers::ObjectItem> items;
+  items.reserve(objects.size());
+  const auto covers = catalog_->covers(object_want());
+  for (const Object& object : objects) {
+    Transfers::ObjectItem& item = items.emplace_back(object, ExtentRef{});
+    for (const auto& cover : covers) {
+      const auto found = catalog_->find(object.key, cover.front());
+      if (!found) continue;
+      if (touch) segments_.touch(found->slot, system_clock().wall_ns());
+      item.where = {segments_.id_of(found->slot), found->offset, found->bytes};
+      break;
+    }
+  }
+  return items;
+}
+
+Status OpenDepot::submit_store_objects(uint64_t job, std::span<const Object> objects) {
+  if (forked())
+    return fail(ErrorKind::closed, "this depot was opened before fork(); open it again in the child");
+  if (!catalog_)
+    return fail(ErrorKind::invalid_argument, "catalog=false: this depot was opened without lookups");
+  return transfers_->submit_store_objects(job, find_objects(objects, false), *keeper_);
+}
+
+Status OpenDepot::submit_load_objects(uint64_t job, std::span<const Object> objects,
+                                      std::chrono::nanoseconds deadline) {
+  if (forked())
+    return fail(ErrorKind::closed, "this depot was opened before fork(); open it again in the child");
+  if (!catalog_)
+    return fail(ErrorKind::invalid_argument, "catalog=false: this depot was opened without lookups");
+  return transfers_->submit_load_objects(job, find_objects(objects, true),
+                                         static_cast<uint64_t>(std::max<int64_t>(0, deadline.count())));
 }
 
 bool OpenDepot::wait_gathered(std::chrono::nanoseconds timeout) {

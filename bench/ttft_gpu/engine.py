@@ -94,7 +94,7 @@ def wait_until_kept(order: dict[str, Any], tokens: int, seen: int) -> int:
 
 def kept(order: dict[str, Any]) -> int:
     folder = order["folder"]
-    if order["system"] == "depot":
+    if order["system"] in ("depot", "lmcache-depot"):  # files of a depot have their size before they are filled
         from tokendepot import _core
 
         return int(_core.inspect_root(folder)["extents"])

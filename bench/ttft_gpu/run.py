@@ -5,7 +5,8 @@ usage: run.py --kit KIT --tokendepot SITE --out DIR [--systems base,depot] [--pl
 KIT is an unpacked folder with vLLM for an offline host (site/ and vllm_env.sh); SITE is where the tokendepot package
 was installed (bench/ttft_gpu/install). Each engine runs in a process of its own; results of earlier runs in --out
 are kept and shown with the new ones, so that several short runs make one table. Systems: base (no connector), depot,
-offload (vLLM's CPU offload), fs (its file-system tier), lmcache (multi-process mode). Places: shm, disk, loop.
+offload (vLLM's CPU offload), fs (its file-system tier), lmcache (multi-process mode), lmcache-depot (the same on a
+depot). Places: shm, disk, loop.
 --decode --systems depot measures what loads cost requests that decode meanwhile.
 """
 
@@ -23,7 +24,7 @@ from typing import Any
 
 import report
 import workload
-from systems import PLACES, SYSTEMS, LMCacheServer, Place, end_session, transfer_config
+from systems import PLACES, SYSTEMS, LMCacheServer, Place, end_session, lmcache_storage, transfer_config
 
 HERE = Path(__file__).parent
 LINK = """
@@ -156,8 +157,9 @@ class Run:
         def serve() -> None:
             while servers:
                 servers.pop().stop()
-            if system == "lmcache" and place is not None:
-                servers.append(LMCacheServer(place.root, self.options.out / "lmcache.log", self.start))
+            if system.startswith("lmcache") and place is not None:
+                adapter = lmcache_storage(system, str(place.root), self.options.capacity)
+                servers.append(LMCacheServer(adapter, self.options.out / f"{system}.server.log", self.start))
 
         try:
             serve()

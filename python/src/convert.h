@@ -127,5 +127,6 @@ void bind_key_chain(nb::module_& module);
 void bind_depot(nb::module_& module);
 void bind_tools(nb::module_& module);
 void bind_workload(nb::module_& module);
+void bind_lmcache(nb::module_& module);
 
 }  // namespace tokendepot::py

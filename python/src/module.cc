@@ -64,4 +64,5 @@ NB_MODULE(_core, module) {
   bind_depot(module);
   bind_tools(module);
   bind_workload(module);
+  bind_lmcache(module);
 }

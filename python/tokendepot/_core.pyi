@@ -152,3 +152,24 @@ class Workload:
         """extents, bytes, wrong, first_wrong."""
     def about(self) -> dict[str, Any]:
         """transport, reason, file_system, in_memory, payload_gb_per_s."""
+
+class LMCacheConnector:
+    """LMCache's storage connector contract over a depot of its own. Keys are LMCache's texts
+    model@rank@group@chunk hash[@salt]; buffers are any objects with the buffer protocol, one a key, that nobody else
+    writes to (set) or uses (get) until their batch is drained. Every submit returns the batch's id at once and never
+    waits for a medium; each batch is drained exactly once, also when the connector is closed meanwhile. Thread-safe."""
+
+    @staticmethod
+    def open(config_json: str, *, namespace_json: str, load_timeout_s: float) -> "LMCacheConnector":
+        """namespace_json: an object that joins every namespace. load_timeout_s: then the rest of a batch of gets fails."""
+    def event_fd(self) -> int:
+        """Readable while completions wait. Belongs to the connector."""
+    def submit_batch_set(self, keys: Sequence[str], buffers: Sequence[Any]) -> int: ...
+    def submit_batch_get(self, keys: Sequence[str], buffers: Sequence[Any]) -> int: ...
+    def submit_batch_exists(self, keys: Sequence[str]) -> int: ...
+    def submit_batch_delete(self, keys: Sequence[str]) -> int: ...
+    def drain_completions(self) -> list[tuple[int, bool, str, list[bool]]]:
+        """(id, all keys succeeded, what failed in words, one answer a key) of each batch that ended."""
+    def stats_json(self) -> str:
+        """The fields of include/tokendepot/stats.h; "{}" once closed."""
+    def close(self) -> None: ...

@@ -154,9 +154,12 @@ Result<RootWriter::Place> RootWriter::reserve(uint64_t bytes) {
     if (!spare_)
       return fail(no_space_ ? ErrorKind::no_space : ErrorKind::busy, "root \"{}\": no segment is ready",
                   root_.path());
-    if (bytes > spare_->bytes)
-      return fail(ErrorKind::no_space, "root \"{}\": segments are smaller than {} bytes", root_.path(),
-                  bytes);
+    if (bytes > spare_->bytes) {
+      // The keeper replaces a spare that extents have outgrown.
+      const bool grows = bytes <= root_.segment_bytes();
+      return fail(grows ? ErrorKind::busy : ErrorKind::no_space,
+                  "root \"{}\": segments are smaller than {} bytes", root_.path(), bytes);
+    }
     Record records[2];
     size_t count = 0;
     if (current_) {

@@ -46,76 +46,76 @@ GroupShape shape_of_extent(const LoadItem& item, const PagedCache& cache) {
 }  // namespace
 
 Status Transfers::submit_load(uint64_t id, LoadPlan plan, bool hold) {
-  const uint64_t now = clock_.steady_ns();
   std::unique_lock lock(mutex_);
-  if (stop_) return fail(ErrorKind::closed, "the depot is closed");
-  if (id_in_use_locked(id) || held_.contains(id)) return fail(ErrorKind::busy, "job {} is in use", id);
-  Job& job = jobs_[id];
-  job.completion.job = id;
-  job.completion.kind = JobKind::load;
-  job.submitted_ns = now;
-  if (plan.deadline_ns != 0) job.deadline_ns = now + std::min(plan.deadline_ns, UINT64_MAX - now);
+  const auto begun = begin_job_locked(id, JobKind::load, plan.deadline_ns);
+  if (!begun) return std::unexpected(begun.error());
   for (uint32_t i = 0; i < plan.items.size(); ++i) {
     LoadItem& item = plan.items[i];
     const auto cache = caches_.find(item.group);
     if (cache == caches_.end() || !item.part.intersects(cache->second->shape.part))
       continue;  // another rank's
-    ++job.unresolved;
-    if (!suits(item, *cache->second) || !check_shape(shape_of_extent(item, *cache->second))) {
-      resolve_locked(job, i, item.chunk, item.group, Reason::mismatch, 0);
-      continue;
-    }
-    // A hold verifies everything and writes nothing.
-    if (hold) std::ranges::fill(item.blocks, kSkipBlock);
-    if (!hold && std::ranges::all_of(item.blocks, [](int32_t block) { return block == kSkipBlock; })) {
-      resolve_locked(job, i, item.chunk, item.group, std::nullopt, 0);
-      continue;
-    }
-    auto owned = std::make_unique<LoadTask>();
-    LoadTask& task = *owned;
-    load_tasks_.emplace(&task, std::move(owned));
-    task.transfers = this;
-    task.job = id;
-    task.hold = hold;
-    task.item_index = i;
-    task.ns = plan.ns;
-    task.cache = cache->second.get();
-    task.submitted_ns = now;
-    task.deadline_ns = job.deadline_ns;
-    task.mark = hold ? 0 : mark_;
-    const GroupShape extent = shape_of_extent(item, *task.cache);
-    const Part& mine = task.cache->shape.part;
-    if (item.kind == LayoutKind::canonical) {
-      const uint16_t begin = std::max(mine.head_begin, item.part.head_begin);
-      task.first_shard = begin - item.part.head_begin;
-      task.shards = std::min(mine.head_end, item.part.head_end) - begin;
-    } else {
-      const uint16_t begin = std::max(mine.layer_begin, item.part.layer_begin);
-      task.first_shard = begin - item.part.layer_begin;
-      task.shards = std::min(mine.layer_end, item.part.layer_end) - begin;
-    }
-    task.header_bytes = extent_header_bytes(extent.shards());
-    task.run_offset = task.first_shard * extent.shard_stride();
-    task.run_bytes = task.shards * extent.shard_stride();
-    task.item = std::move(item);
-    std::optional<Reason> refused;
-    if (task.item.where.bytes != task.header_bytes + extent.payload_bytes()) refused = Reason::mismatch;
-    // Written by a rank with more layers than ours; it would wait for a slab that is never large enough.
-    if ((staged_ || hold) && task.header_bytes + task.run_bytes > device_.slab().size())
-      refused = Reason::dropped;
-    if (refused) {
-      resolve_locked(job, i, task.item.chunk, task.item.group, refused, 0);
-      load_tasks_.erase(&task);
-      continue;
-    }
-    job.loads.push_back(&task);
-    queued_loads_.emplace(task.deadline_ns, &task);
+    queue_load_locked(**begun, i, std::move(item), plan.ns, *cache->second, hold);
   }
   end_job_locked(id);
   work_ = true;
   lock.unlock();
   wake_.notify_one();
   return {};
+}
+
+void Transfers::queue_load_locked(Job& job, uint32_t index, LoadItem item, const NamespaceDigest& ns,
+                                  const PagedCache& cache, bool hold, std::unique_ptr<PagedCache> own) {
+  ++job.unresolved;
+  if (!suits(item, cache) || !check_shape(shape_of_extent(item, cache))) {
+    resolve_locked(job, index, item.chunk, item.group, Reason::mismatch, 0);
+    return;
+  }
+  // A hold verifies everything and writes nothing.
+  if (hold) std::ranges::fill(item.blocks, kSkipBlock);
+  if (!hold && std::ranges::all_of(item.blocks, [](int32_t block) { return block == kSkipBlock; })) {
+    resolve_locked(job, index, item.chunk, item.group, std::nullopt, 0);
+    return;
+  }
+  auto owned = std::make_unique<LoadTask>();
+  LoadTask& task = *owned;
+  load_tasks_.emplace(&task, std::move(owned));
+  task.transfers = this;
+  task.job = job.completion.job;
+  task.hold = hold;
+  task.item_index = index;
+  task.ns = ns;
+  task.cache = &cache;
+  task.own_cache = std::move(own);
+  task.submitted_ns = job.submitted_ns;
+  task.deadline_ns = job.deadline_ns;
+  task.mark = hold ? 0 : mark_;
+  const GroupShape extent = shape_of_extent(item, cache);
+  const Part& mine = cache.shape.part;
+  if (item.kind == LayoutKind::canonical) {
+    const uint16_t begin = std::max(mine.head_begin, item.part.head_begin);
+    task.first_shard = begin - item.part.head_begin;
+    task.shards = std::min(mine.head_end, item.part.head_end) - begin;
+  } else {
+    const uint16_t begin = std::max(mine.layer_begin, item.part.layer_begin);
+    task.first_shard = begin - item.part.layer_begin;
+    task.shards = std::min(mine.layer_end, item.part.layer_end) - begin;
+  }
+  task.header_bytes = extent_header_bytes(extent.shards());
+  task.run_offset = task.first_shard * extent.shard_stride();
+  task.run_bytes = task.shards * extent.shard_stride();
+  task.item = std::move(item);
+  std::optional<Reason> refused;
+  if (task.item.where.bytes != task.header_bytes + extent.payload_bytes()) refused = Reason::mismatch;
+  // Written by a rank with more layers than ours; it would wait for a slab that is never large enough.
+  if ((staged_ || hold) && task.header_bytes + task.run_bytes > device_.slab().size())
+    refused = Reason::dropped;
+  if (refused) {
+    resolve_locked(job, index, task.item.chunk, task.item.group, refused, 0);
+    load_tasks_.erase(&task);
+    return;
+  }
+  job.loads.push_back(&task);
+  queued_loads_.emplace(task.deadline_ns, &task);
 }
 
 bool Transfers::start_load(LoadTask& task) {

@@ -21,52 +21,49 @@ bool suits(const StoreItem& item, const PagedCache& cache) {
 
 Status Transfers::submit_store(uint64_t id, StorePlan plan, Keeper& keeper) {
   RootWriter* writer = keeper.store_target();
-  const uint64_t now = clock_.steady_ns();
   std::unique_lock lock(mutex_);
-  if (stop_) return fail(ErrorKind::closed, "the depot is closed");
-  if (id_in_use_locked(id)) return fail(ErrorKind::busy, "job {} is in use", id);
-  Job& job = jobs_[id];
-  job.completion.job = id;
-  job.completion.kind = JobKind::store;
-  job.submitted_ns = now;
+  const auto begun = begin_job_locked(id, JobKind::store);
+  if (!begun) return std::unexpected(begun.error());
   for (uint32_t i = 0; i < plan.items.size(); ++i) {
     StoreItem& item = plan.items[i];
     const auto cache = caches_.find(item.group);
     if (cache == caches_.end()) continue;  // this worker holds nothing of the group
-    ++job.unresolved;
-    if (!suits(item, *cache->second)) {
-      resolve_locked(job, i, item.chunk, item.group, Reason::mismatch, 0);
-      continue;
-    }
-    const uint64_t bytes = extent_bytes(cache->second->shape);
-    if (writer == nullptr || store_bytes_ + bytes > store_queue_bytes_) {
-      resolve_locked(job, i, item.chunk, item.group, Reason::dropped, 0);
-      continue;
-    }
-    auto owned = std::make_unique<StoreTask>();
-    StoreTask& task = *owned;
-    store_tasks_.emplace(&task, std::move(owned));
-    task.transfers = this;
-    task.job = id;
-    task.item_index = i;
-    task.item = std::move(item);
-    task.ns = plan.ns;
-    task.cache = cache->second.get();
-    task.writer = writer;
-    task.keeper = &keeper;
-    task.bytes = bytes;
-    task.header_bytes = extent_header_bytes(task.cache->shape.shards());
-    task.submitted_ns = now;
-    task.mark = mark_;
-    store_bytes_ += bytes;
-    ++ungathered_;
-    queued_stores_.push_back(&task);
+    queue_store_locked(**begun, i, std::move(item), plan.ns, *cache->second, keeper, writer);
   }
   end_job_locked(id);
   work_ = true;
   lock.unlock();
   wake_.notify_one();
   return {};
+}
+
+void Transfers::queue_store_locked(Job& job, uint32_t index, StoreItem item, const NamespaceDigest& ns,
+                                   const PagedCache& cache, Keeper& keeper, RootWriter* writer,
+                                   std::unique_ptr<PagedCache> own) {
+  ++job.unresolved;
+  if (!suits(item, cache)) return resolve_locked(job, index, item.chunk, item.group, Reason::mismatch, 0);
+  const uint64_t bytes = extent_bytes(cache.shape);
+  if (writer == nullptr || store_bytes_ + bytes > store_queue_bytes_)
+    return resolve_locked(job, index, item.chunk, item.group, Reason::dropped, 0);
+  auto owned = std::make_unique<StoreTask>();
+  StoreTask& task = *owned;
+  store_tasks_.emplace(&task, std::move(owned));
+  task.transfers = this;
+  task.job = job.completion.job;
+  task.item_index = index;
+  task.item = std::move(item);
+  task.ns = ns;
+  task.cache = &cache;
+  task.own_cache = std::move(own);
+  task.writer = writer;
+  task.keeper = &keeper;
+  task.bytes = bytes;
+  task.header_bytes = extent_header_bytes(cache.shape.shards());
+  task.submitted_ns = job.submitted_ns;
+  task.mark = mark_;
+  store_bytes_ += bytes;
+  ++ungathered_;
+  queued_stores_.push_back(&task);
 }
 
 Transfers::Start Transfers::start_store(StoreTask& task) {

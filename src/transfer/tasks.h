@@ -28,6 +28,7 @@ struct LoadTask {
   LoadItem item;
   NamespaceDigest ns;
   const PagedCache* cache = nullptr;
+  std::unique_ptr<PagedCache> own_cache;  // of an object; `cache` points to it
   uint32_t first_shard = 0;
   uint32_t shards = 0;
   uint64_t header_bytes = 0;
@@ -70,6 +71,7 @@ struct StoreTask {
   StoreItem item;
   NamespaceDigest ns;
   const PagedCache* cache = nullptr;
+  std::unique_ptr<PagedCache> own_cache;  // of an object; `cache` points to it
   RootWriter* writer = nullptr;
   Keeper* keeper = nullptr;
   uint64_t header_bytes = 0;

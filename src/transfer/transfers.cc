@@ -73,24 +73,45 @@ void Transfers::close() {
   log_warnings();
 }
 
-Status Transfers::attach(const PagedCache& cache) {
-  if (auto valid = validate(cache); !valid) return valid;
-  if (auto accepted = device_.accept(cache); !accepted) return accepted;
-  const uint64_t bytes = extent_bytes(cache.shape);
+Status Transfers::fit_extent(uint64_t bytes, std::string_view what) {
   for (const Tier& tier : tiers_) {
     if (tier.root->mapped() || bytes <= device_.slab().size()) continue;
-    return fail(ErrorKind::invalid_argument, "slab={} is smaller than one extent of group {} ({} bytes)",
-                device_.slab().size(), cache.shape.group, bytes);
+    return fail(ErrorKind::invalid_argument, "slab={} is smaller than {} ({} bytes)", device_.slab().size(),
+                what, bytes);
   }
   for (const Tier& tier : tiers_) {
     if (tier.writer == nullptr) continue;
     if (auto fits = tier.root->fit_extent(bytes); !fits) return fits;
+  }
+  return {};
+}
+
+Status Transfers::attach(const PagedCache& cache) {
+  if (auto valid = validate(cache); !valid) return valid;
+  if (auto accepted = device_.accept(cache); !accepted) return accepted;
+  if (auto fits =
+          fit_extent(extent_bytes(cache.shape), fmt::format("one extent of group {}", cache.shape.group));
+      !fits) {
+    return fits;
   }
   std::lock_guard lock(mutex_);
   const auto [place, fresh] = caches_.try_emplace(cache.shape.group);
   if (!fresh) return fail(ErrorKind::invalid_argument, "group {} is attached already", cache.shape.group);
   place->second = std::make_unique<PagedCache>(cache);
   return {};
+}
+
+Result<Transfers::Job*> Transfers::begin_job_locked(uint64_t id, JobKind kind, uint64_t deadline_ns) {
+  if (stop_) return fail(ErrorKind::closed, "the depot is closed");
+  if (id_in_use_locked(id) || (kind == JobKind::load && held_.contains(id)))
+    return fail(ErrorKind::busy, "job {} is in use", id);
+  Job& job = jobs_[id];
+  job.completion.job = id;
+  job.completion.kind = kind;
+  job.submitted_ns = clock_.steady_ns();
+  if (deadline_ns != 0)
+    job.deadline_ns = job.submitted_ns + std::min(deadline_ns, UINT64_MAX - job.submitted_ns);
+  return &job;
 }
 
 Status Transfers::mark_stream(void* stream) {

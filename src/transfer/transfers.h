@@ -46,6 +46,13 @@ class Transfers {
   Status place(uint64_t job, uint64_t held_job, std::span<const Depot::HeldBlocks> blocks);
   void drop_held(uint64_t held_job);
   Status submit_store(uint64_t job, StorePlan plan, Keeper& keeper);
+  struct ObjectItem {
+    Depot::Object object;
+    ExtentRef where;  // bytes = 0: not in the catalog
+  };
+  /// Items whose place is known and has the right size are taken as stored.
+  Status submit_store_objects(uint64_t job, std::span<const ObjectItem> items, Keeper& keeper);
+  Status submit_load_objects(uint64_t job, std::span<const ObjectItem> items, uint64_t deadline_ns);
   bool wait_gathered(uint64_t timeout_ns);
   void cancel(uint64_t job);
   std::vector<Completion> poll();
@@ -73,7 +80,14 @@ class Transfers {
   };
 
   void run();
+  Result<Job*> begin_job_locked(uint64_t id, JobKind kind, uint64_t deadline_ns = 0);
+  /// Sees to it that extents of this size can be kept: slab and segments are large enough, or may become it.
+  Status fit_extent(uint64_t bytes, std::string_view what);
+  /// A cache of one block, the object's memory; null where an extent of its size cannot be kept.
+  std::unique_ptr<PagedCache> cache_of(const Depot::Object& object) const;
   // load.cc
+  void queue_load_locked(Job& job, uint32_t index, LoadItem item, const NamespaceDigest& ns,
+                         const PagedCache& cache, bool hold, std::unique_ptr<PagedCache> own = nullptr);
   bool start_load(LoadTask& task);
   bool open_place(LoadTask& task);
   void read_mapped(LoadTask& task);
@@ -105,6 +119,9 @@ class Transfers {
                          uint64_t payload);
   // store.cc
   enum class Start : uint8_t { started, later, over };
+  void queue_store_locked(Job& job, uint32_t index, StoreItem item, const NamespaceDigest& ns,
+                          const PagedCache& cache, Keeper& keeper, RootWriter* writer,
+                          std::unique_ptr<PagedCache> own = nullptr);
   Start start_store(StoreTask& task);
   void gathered(StoreTask& task, bool ok);
   void write_pieces(StoreTask& task);

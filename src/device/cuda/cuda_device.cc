@@ -189,7 +189,7 @@ class CudaDevice final : public Device {
       if (auto s = bounce->start(); !s) return s;
     }
     std::memcpy(secret_.words, XXH3_kSecret, sizeof secret_.words);
-    registry_ = std::make_unique<cuda::Registry>(ordinal_);
+    registry_ = std::make_unique<cuda::Registry>(ordinal_, copies_);
     if (!registry_->running())
       return fail(ErrorKind::busy, "the system refused the CUDA device's second thread");
     return {};
@@ -405,6 +405,7 @@ class CudaDevice final : public Device {
     }
     if (status == cudaSuccess) status = cudaEventRecord(last.done, first.stream);
     if (copies && status == cudaSuccess) copying_.push_back(&last);
+    copies_ = copying_.size();
     for (Flight* flight : convoy_) {
       if (status != cudaSuccess) {
         give_up(*flight, status);
@@ -441,6 +442,7 @@ class CudaDevice final : public Device {
     bool any = std::erase_if(copying_, [](const Flight* flight) {
                  return cudaEventQuery(flight->copied) != cudaErrorNotReady;
                }) > 0;
+    copies_ = copying_.size();
     for (std::deque<Flight*>& lane : flying_) {
       while (!lane.empty()) {
         Flight& flight = *lane.front();
@@ -448,6 +450,7 @@ class CudaDevice final : public Device {
         if (status == cudaErrorNotReady) break;  // those behind it come later
         lane.pop_front();
         std::erase(copying_, &flight);
+        copies_ = copying_.size();
         any = true;
         if (status != cudaSuccess) {
           give_up(flight, status);
@@ -578,6 +581,7 @@ class CudaDevice final : public Device {
   std::unique_ptr<RangeSlab> file_slab_;  // the rest of it; null unless asked for
   cuda::Secret secret_{};
   std::unique_ptr<cuda::Marks> marks_;
+  std::atomic<size_t> copies_ = 0;  // copying_.size(), for the registry
   std::unique_ptr<cuda::Registry> registry_;
   std::vector<std::unique_ptr<cuda::Bounce>> bounces_;
 

@@ -26,6 +26,8 @@ namespace {
 // cost the steps.
 constexpr uint64_t kChunkBytes = 32ull << 20;
 constexpr auto kRest = std::chrono::microseconds(1400);
+constexpr auto kLongestWait = std::chrono::milliseconds(50);
+constexpr auto kLook = std::chrono::microseconds(500);
 // The kernel maps the neighbours of a touched page with it: 90 ms a GiB for one thread, where
 // MADV_POPULATE_WRITE takes 220.
 constexpr uint64_t kFaultAroundBytes = 64 << 10;
@@ -61,7 +63,7 @@ void bring_pages(std::span<const std::byte> chunk) {
 
 }  // namespace
 
-Registry::Registry(int ordinal) : ordinal_(ordinal) {
+Registry::Registry(int ordinal, const std::atomic<size_t>& copies) : ordinal_(ordinal), copies_(copies) {
   thread_ = start_io_thread([](void* self) { static_cast<Registry*>(self)->serve(); }, this);
 }
 
@@ -171,6 +173,11 @@ void Registry::await_ahead() {
   if (bringer_.joinable()) bringer_.join();
 }
 
+void Registry::give_way() const {
+  const auto ends = std::chrono::steady_clock::now() + kLongestWait;
+  while (copies_ > 0 && std::chrono::steady_clock::now() < ends) std::this_thread::sleep_for(kLook);
+}
+
 void Registry::register_chunk(std::unique_lock<std::mutex>& lock) {
   const std::span<std::byte> chunk = next_chunk_locked();
   std::byte* const mapping = waiting_.begin()->second;
@@ -186,6 +193,7 @@ void Registry::register_chunk(std::unique_lock<std::mutex>& lock) {
   await_ahead();
   if (possible && ahead_.data() != chunk.data()) bring_pages(chunk);
   if (possible && !next.empty()) bring_ahead(next);
+  if (possible) give_way();
   const cudaError_t status =
       possible ? cudaHostRegister(chunk.data(), chunk.size(), flags) : cudaErrorNotSupported;
   if (status != cudaSuccess) cudaGetLastError();

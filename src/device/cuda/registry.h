@@ -1,7 +1,9 @@
 // Mapped segments, registered with the driver in the background: what the device reaches without a copy.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -22,7 +24,9 @@ namespace tokendepot::cuda {
 /// with the file and its extents are absent. Nothing of it raises SIGBUS, which only a CPU's access does.
 class Registry {
  public:
-  explicit Registry(int ordinal);
+  /// While `copies`, which outlives this, is not 0, registering waits, for a bounded time: the driver does
+  /// one thing at a time, and copies that are not followed by others in time leave the link idle.
+  Registry(int ordinal, const std::atomic<size_t>& copies);
   /// Everything adopted has been released.
   ~Registry();
   Registry(const Registry&) = delete;
@@ -51,9 +55,11 @@ class Registry {
   std::span<std::byte> next_chunk_locked() const;
   void bring_ahead(std::span<std::byte> chunk);
   void await_ahead();
+  void give_way() const;
   void unregister(std::unique_lock<std::mutex>& lock, std::byte* begin, uint64_t bytes);
 
   const int ordinal_;
+  const std::atomic<size_t>& copies_;
   // The thread's own.
   bool read_only_possible_ = false;
   bool complained_ = false;

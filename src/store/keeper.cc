@@ -11,7 +11,15 @@
 namespace tokendepot {
 namespace {
 
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+
 constexpr auto kSlowInterval = std::chrono::seconds(1);
+constexpr auto kHoldInterval = std::chrono::seconds(1);
+// Reading journals takes at most a twentieth of the time: where a poll is slow (many journals, a slow file
+// system), polls become rarer, until a chunk would not be seen within a second.
+constexpr int kPollShare = 20;
+constexpr auto kRarestPoll = milliseconds(800);
 constexpr uint32_t kRoundsPerTidying = 10;
 constexpr uint64_t kCopyPiece = 4ull << 20;
 
@@ -37,7 +45,15 @@ Keeper::Keeper(std::vector<Tier> tiers, SegmentTable& segments, Catalog* catalog
       poll_ms_(poll_ms),
       space_ready_(std::move(space_ready)) {
   make_space_ready();  // before the first store, which would have to wait for it
-  fast_ = start_io_thread([](void* self) { static_cast<Keeper*>(self)->run_fast(); }, this);
+  for (size_t tier = 0; tier < tiers_.size(); ++tier) {
+    Fast& fast = *fast_.emplace_back(std::make_unique<Fast>(Fast{.keeper = this, .tier = tier}));
+    fast.thread = start_io_thread(
+        [](void* self) {
+          auto* const mine = static_cast<Fast*>(self);
+          mine->keeper->run_fast(*mine);
+        },
+        &fast);
+  }
   slow_ = start_io_thread([](void* self) { static_cast<Keeper*>(self)->run_slow(); }, this);
 }
 
@@ -48,7 +64,9 @@ Keeper::~Keeper() {
   }
   wake_fast_.notify_all();
   wake_slow_.notify_all();
-  if (fast_.joinable()) fast_.join();
+  for (const auto& fast : fast_) {
+    if (fast->thread.joinable()) fast->thread.join();
+  }
   if (slow_.joinable()) slow_.join();
 }
 
@@ -62,18 +80,23 @@ RootWriter* Keeper::store_target() const {
 void Keeper::wake() {
   {
     std::lock_guard lock(mutex_);
-    woken_ = true;
+    for (const auto& fast : fast_) fast->woken = true;
   }
-  wake_fast_.notify_one();
+  wake_fast_.notify_all();
+}
+
+bool Keeper::running() const {
+  return slow_.joinable() &&
+         std::ranges::all_of(fast_, [](const auto& fast) { return fast->thread.joinable(); });
+}
+
+void Keeper::poll_journals(const Tier& tier) {
+  tier.replay->poll();
+  if (tier.replay->take_condemned() && catalog_ != nullptr) catalog_->sweep();
 }
 
 void Keeper::poll_journals() {
-  bool condemned = false;
-  for (const Tier& tier : tiers_) {
-    tier.replay->poll();
-    condemned |= tier.replay->take_condemned();
-  }
-  if (condemned && catalog_ != nullptr) catalog_->sweep();
+  for (const Tier& tier : tiers_) poll_journals(tier);
 }
 
 void Keeper::make_space_ready() {
@@ -93,15 +116,30 @@ void Keeper::make_space_ready() {
   }
 }
 
-void Keeper::run_fast() {
+void Keeper::run_fast(Fast& self) {
+  const Tier& tier = tiers_[self.tier];
+  const bool takes_stores = tier.writer != nullptr && tier.writer == store_target();
+  const auto wanted = milliseconds(poll_ms_);
+  auto next_poll = steady_clock::now() + wanted;
+  auto next_hold = steady_clock::now();
   std::unique_lock lock(mutex_);
   while (!stop_) {
-    wake_fast_.wait_for(lock, std::chrono::milliseconds(poll_ms_), [this] { return woken_ || stop_; });
+    const auto next = tier.writer != nullptr ? std::min(next_poll, next_hold) : next_poll;
+    wake_fast_.wait_until(lock, next, [&] { return (self.woken && takes_stores) || stop_; });
     if (stop_) return;
-    woken_ = false;
+    self.woken = false;
     lock.unlock();
-    make_space_ready();
-    poll_journals();
+    if (tier.writer != nullptr && steady_clock::now() >= next_hold) {
+      tier.writer->confirm_hold();
+      next_hold = steady_clock::now() + kHoldInterval;
+    }
+    if (takes_stores) make_space_ready();
+    if (const auto began = steady_clock::now(); began >= next_poll) {
+      poll_journals(tier);
+      const auto ended = steady_clock::now();
+      const auto rare = std::min<steady_clock::duration>(kPollShare * (ended - began), kRarestPoll);
+      next_poll = ended + std::max<steady_clock::duration>(wanted, rare);
+    }
     lock.lock();
   }
 }

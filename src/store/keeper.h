@@ -1,9 +1,10 @@
 // The background work on all roots of one Depot: tails journals, has space ready, demotes, evicts, tidies up.
 //
-// Two threads: one for what a store may soon wait for (journals, the next segment), one for what takes long
-// (copies between roots, leftovers of the dead). Several processes may run keepers on the same roots; a lock
-// file makes the changes to segment files one process's at a time, and nothing but time is lost when that
-// process dies.
+// Two kinds of threads: for each root one for what a store may soon wait for (journals, the next segment), so
+// that a file system which does not answer holds up no other root; and one for what takes long (copies
+// between roots, leftovers of the dead). Several processes may run keepers on the same roots; a lock file
+// makes the changes to segment files one process's at a time, and nothing but time is lost when that process
+// dies.
 #pragma once
 
 #include <atomic>
@@ -35,15 +36,22 @@ class Keeper {
   RootWriter* store_target() const;
   /// A segment was used up: prepare the next one now.
   void wake();
-  /// One round of journal reading on the caller's thread.
+  /// One round of journal reading, of all roots, on the caller's thread.
   void poll_journals();
 
   /// False: the system refused the threads.
-  bool running() const { return fast_.joinable() && slow_.joinable(); }
+  bool running() const;
   uint64_t demoted(RootIndex root) const { return demoted_[root]; }
 
  private:
-  void run_fast();
+  struct Fast {
+    Keeper* keeper = nullptr;
+    size_t tier = 0;
+    bool woken = false;  // under mutex_
+    std::thread thread = {};
+  };
+  void run_fast(Fast& self);
+  void poll_journals(const Tier& tier);
   void run_slow();
   /// Copies a sealed segment to the next writable tier below unless it is there. False: could not.
   bool demote(size_t tier, uint32_t slot);
@@ -60,10 +68,9 @@ class Keeper {
   std::mutex mutex_;
   std::condition_variable wake_fast_;
   std::condition_variable wake_slow_;
-  bool woken_ = false;
   std::atomic<bool> stop_ = false;
   std::optional<ErrorKind> last_complaint_;  // the message may name another file each time
-  std::thread fast_;
+  std::vector<std::unique_ptr<Fast>> fast_;
   std::thread slow_;
 };
 

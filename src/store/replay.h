@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -43,8 +44,13 @@ class Replay {
   bool take_condemned() { return condemned_.exchange(false); }
 
  private:
-  void find_journals();
-  Status read(JournalReader& reader);
+  /// One listing of the directory: opens what is new, forgets what has gone. Returns the sizes listed, which
+  /// tell what has grown: on network file systems a listing is one request for many files, and newer than
+  /// what open files say of themselves. nullopt: it cannot be listed now.
+  std::optional<std::map<uint64_t, uint64_t>> find_journals();
+  Status read(JournalReader& reader, uint64_t listed_bytes = 0);
+  /// Descriptors of the journals that were read last are kept, of the others given back.
+  void bound_open_journals();
   uint32_t slot_of(const SegmentId& id);
   std::optional<PartId> part_of(const Record& record);
 
@@ -53,6 +59,7 @@ class Replay {
   Catalog* catalog_;
   mutable std::mutex read_mutex_;  // journals_, own_journal_
   std::map<uint64_t, JournalReader> journals_;
+  std::deque<uint64_t> open_journals_;  // in the order of opening
   uint64_t own_journal_ = 0;
   std::mutex apply_mutex_;  // the five below
   std::optional<uint32_t> last_slot_;

@@ -159,6 +159,8 @@ bool Transfers::open_place(LoadTask& task) {
     const bool there = segment && where.bytes <= (*segment)->bytes &&
                        where.offset <= (*segment)->bytes - where.bytes && where.offset % kPageBytes == 0;
     if (!there) {
+      // Its size may be that of a moment ago: whoever asks next opens it again.
+      if (segment) root.files().drop(where.segment);
       if (mask != 0 && (segment || segment.error().kind == ErrorKind::not_found))
         task.missing_in |= 1u << root.index();
       if (!segment && segment.error().kind == ErrorKind::io) {
@@ -370,14 +372,16 @@ void Transfers::leave_place(LoadTask& task) {
 
 void Transfers::condemn_missing(LoadTask& task) {
   for (const Tier& tier : tiers_) {
-    if (tier.writer != nullptr && (task.missing_in >> tier.root->index() & 1u) != 0)
+    if (tier.writer != nullptr && !tier.root->network() && (task.missing_in >> tier.root->index() & 1u) != 0)
       tier.writer->condemn_extent(record_of(task.item));
   }
 }
 
 void Transfers::fail_load(LoadTask& task, Reason reason, bool bad_on_medium) {
   const bool had_place = static_cast<bool>(task.segment);
-  if (had_place && bad_on_medium && tiers_[task.tier].writer != nullptr)
+  // Another host may have journaled what has not arrived here yet. A condemnation is for ever, so none is
+  // written for it: the engine forgets the chunk and stores it again.
+  if (had_place && bad_on_medium && tiers_[task.tier].writer != nullptr && !tiers_[task.tier].root->network())
     tiers_[task.tier].writer->condemn_extent(record_of(task.item));
   let_go(task);
   task.suspect = nullptr;  // the medium's fault, or nobody's

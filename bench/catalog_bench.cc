@@ -46,8 +46,7 @@ double random_reads(uint64_t bytes, bool dependent) {
   return rate;
 }
 
-void run(const std::string& base, bool toy) {
-  const size_t entries = toy ? 20'000 : 1'000'000;
+void run(const std::string& base, size_t entries) {
   SegmentTable segments;
   const uint32_t slot = segments.slot_of({1, 0});
   segments.set_present(slot, 0, 1ull << 40);
@@ -146,8 +145,23 @@ void run(const std::string& base, bool toy) {
 }  // namespace
 }  // namespace tokendepot::bench
 
+// usage: catalog_bench [--toy | --entries N] [DIR]
 int main(int argc, char** argv) {
-  const bool toy = argc > 1 && std::string(argv[1]) == "--toy";
-  const std::string base = argc > (toy ? 2 : 1) ? argv[argc - 1] : "/dev/shm";
-  tokendepot::bench::run(base, toy);
+  size_t entries = 1'000'000;
+  std::string base = "/dev/shm";
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    if (argument == "--toy") {
+      entries = 20'000;
+    } else if (argument == "--entries" && i + 1 < argc) {
+      entries = std::strtoull(argv[++i], nullptr, 10);
+    } else {
+      base = argument;
+    }
+  }
+  if (entries < 1000 || entries > 1'000'000'000) {
+    std::fprintf(stderr, "bench: --entries %zu is out of range; expected 1000 to 1000000000\n", entries);
+    return 2;
+  }
+  tokendepot::bench::run(base, entries);
 }

@@ -102,7 +102,6 @@ void Keeper::poll_journals() {
 void Keeper::make_space_ready() {
   RootWriter* target = store_target();
   if (target == nullptr) return;
-  target->leave_removed_segments();
   if (!target->wants_spare()) return;
   const auto tier = static_cast<size_t>(
       std::ranges::find(tiers_, target, [](const Tier& t) { return t.writer; }) - tiers_.begin());
@@ -131,6 +130,7 @@ void Keeper::run_fast(Fast& self) {
     lock.unlock();
     if (tier.writer != nullptr && steady_clock::now() >= next_hold) {
       tier.writer->confirm_hold();
+      tier.writer->leave_removed_segments();
       next_hold = steady_clock::now() + kHoldInterval;
     }
     if (takes_stores) make_space_ready();

@@ -43,6 +43,8 @@ class Catalog {
 
   /// The newest put of a key and part wins.
   void put(const Key& key, PartId part, uint32_t slot, const ExtentRef& where);
+  /// Starts fetching what put() or find() will look at: in a large catalog that is not in any cache.
+  void prefetch(const Key& key, PartId part) const { prefetch(probe_of(key, part)); }
   /// Forgets the entry of this key and part if it still points at this place.
   void erase_at(const Key& key, PartId part, uint32_t slot, uint64_t offset);
   void forget(const Key& key, uint16_t group);

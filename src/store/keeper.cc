@@ -20,6 +20,7 @@ constexpr auto kHoldInterval = std::chrono::seconds(1);
 // system), polls become rarer, until a chunk would not be seen within a second.
 constexpr int kPollShare = 20;
 constexpr auto kRarestPoll = milliseconds(800);
+constexpr auto kBlindPoll = milliseconds(1000);
 constexpr uint32_t kRoundsPerTidying = 10;
 constexpr uint64_t kCopyPiece = 4ull << 20;
 
@@ -51,19 +52,38 @@ Keeper::Keeper(std::vector<Tier> tiers, SegmentTable& segments, Catalog* catalog
         [](void* self) {
           auto* const mine = static_cast<Fast*>(self);
           mine->keeper->run_fast(*mine);
+          mine->keeper->end_thread();
         },
         &fast);
   }
-  slow_ = start_io_thread([](void* self) { static_cast<Keeper*>(self)->run_slow(); }, this);
+  slow_ = start_io_thread(
+      [](void* self) {
+        auto* const keeper = static_cast<Keeper*>(self);
+        keeper->run_slow();
+        keeper->end_thread();
+      },
+      this);
+  std::lock_guard lock(mutex_);
+  for (const auto& fast : fast_) at_work_ += fast->thread.joinable();
+  at_work_ += slow_.joinable();
+}
+
+void Keeper::end_thread() {
+  std::lock_guard lock(mutex_);
+  --at_work_;
+  ended_.notify_all();
+}
+
+bool Keeper::stop(std::chrono::nanoseconds patience) {
+  std::unique_lock lock(mutex_);
+  stop_ = true;
+  wake_fast_.notify_all();
+  wake_slow_.notify_all();
+  return ended_.wait_for(lock, patience, [this] { return at_work_ == 0; });
 }
 
 Keeper::~Keeper() {
-  {
-    std::lock_guard lock(mutex_);
-    stop_ = true;
-  }
-  wake_fast_.notify_all();
-  wake_slow_.notify_all();
+  (void)stop(std::chrono::nanoseconds(0));
   for (const auto& fast : fast_) {
     if (fast->thread.joinable()) fast->thread.join();
   }
@@ -118,7 +138,8 @@ void Keeper::make_space_ready() {
 void Keeper::run_fast(Fast& self) {
   const Tier& tier = tiers_[self.tier];
   const bool takes_stores = tier.writer != nullptr && tier.writer == store_target();
-  const auto wanted = milliseconds(poll_ms_);
+  // Who looks nothing up reads journals for eviction and demotion only.
+  const auto wanted = std::max(milliseconds(poll_ms_), catalog_ != nullptr ? milliseconds(0) : kBlindPoll);
   auto next_poll = steady_clock::now() + wanted;
   auto next_hold = steady_clock::now();
   std::unique_lock lock(mutex_);

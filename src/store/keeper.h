@@ -8,6 +8,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <functional>
 #include <memory>
@@ -30,7 +31,12 @@ class Keeper {
   /// `catalog` may be null. `space_ready` is called on a keeper thread when a segment became ready.
   Keeper(std::vector<Tier> tiers, SegmentTable& segments, Catalog* catalog, uint32_t poll_ms,
          std::function<void()> space_ready);
+  /// Waits for the threads, however long.
   ~Keeper();
+
+  /// Ends the threads. False: one is still in the kernel after `patience`; this object and all that it uses
+  /// must stay for good.
+  bool stop(std::chrono::nanoseconds patience);
 
   /// The tier that takes stores, or null.
   RootWriter* store_target() const;
@@ -53,6 +59,7 @@ class Keeper {
   void run_fast(Fast& self);
   void poll_journals(const Tier& tier);
   void run_slow();
+  void end_thread();
   /// Copies a sealed segment to the next writable tier below unless it is there. False: could not.
   bool demote(size_t tier, uint32_t slot);
   bool is_wanted_below(size_t tier, uint32_t slot, size_t* below) const;
@@ -69,6 +76,8 @@ class Keeper {
   std::condition_variable wake_fast_;
   std::condition_variable wake_slow_;
   std::atomic<bool> stop_ = false;
+  size_t at_work_ = 0;  // threads that have not ended
+  std::condition_variable ended_;
   std::optional<ErrorKind> last_complaint_;  // the message may name another file each time
   std::vector<std::unique_ptr<Fast>> fast_;
   std::thread slow_;

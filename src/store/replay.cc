@@ -8,6 +8,8 @@
 namespace tokendepot {
 namespace {
 
+constexpr size_t kBatch = 64;
+constexpr size_t kAhead = 12;  // records in which a line of memory arrives
 constexpr size_t kMostBadPlaces = 1 << 20;
 constexpr size_t kMostOpenJournals = 64;  // hundreds of hosts must not use up the descriptors of a process
 
@@ -59,7 +61,16 @@ void Replay::bound_open_journals() {
 Status Replay::read(JournalReader& reader, uint64_t listed_bytes) {
   const uint64_t bad_before = reader.bad_records();
   const bool was_open = reader.is_open();
-  const auto count = reader.read_new([this](const Record& record) { apply(record); }, listed_bytes);
+  const auto count = reader.read_new(
+      [this](const Record& record) {
+        batch_.push_back(record);
+        if (batch_.size() < kBatch) return;
+        apply(batch_);
+        batch_.clear();
+      },
+      listed_bytes);
+  apply(batch_);
+  batch_.clear();
   if (!was_open && reader.is_open()) {
     open_journals_.push_back(reader.writer());
     bound_open_journals();
@@ -155,8 +166,17 @@ std::optional<PartId> Replay::part_of(const Record& record) {
   return last_part_;
 }
 
-void Replay::apply(const Record& record) {
+void Replay::apply(std::span<const Record> records) {
   std::lock_guard lock(apply_mutex_);
+  for (size_t i = 0; i < records.size(); ++i) {
+    if (catalog_ != nullptr && i + kAhead < records.size() && records[i + kAhead].type == RecordType::put) {
+      if (const auto part = part_of(records[i + kAhead])) catalog_->prefetch(records[i + kAhead].key, *part);
+    }
+    apply_locked(records[i]);
+  }
+}
+
+void Replay::apply_locked(const Record& record) {
   const uint32_t slot = slot_of(record.where.segment);
   const RootIndex root = root_.index();
   switch (record.type) {

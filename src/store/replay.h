@@ -8,6 +8,7 @@
 #include <mutex>
 #include <optional>
 #include <set>
+#include <span>
 #include <vector>
 
 #include "store/catalog.h"
@@ -29,7 +30,7 @@ class Replay {
   void poll();
 
   /// Applies a record that this process wrote itself (its own journal is not tailed).
-  void apply(const Record& record);
+  void apply(const Record& record) { apply(std::span(&record, 1)); }
   /// The journal is from now on written by this process.
   void take_over(uint64_t writer);
   /// Reads another writer's journal to its end now. Returns the index behind its last good record.
@@ -51,6 +52,8 @@ class Replay {
   Status read(JournalReader& reader, uint64_t listed_bytes = 0);
   /// Descriptors of the journals that were read last are kept, of the others given back.
   void bound_open_journals();
+  void apply(std::span<const Record> records);
+  void apply_locked(const Record& record);
   uint32_t slot_of(const SegmentId& id);
   std::optional<PartId> part_of(const Record& record);
 
@@ -60,6 +63,7 @@ class Replay {
   mutable std::mutex read_mutex_;  // journals_, own_journal_
   std::map<uint64_t, JournalReader> journals_;
   std::deque<uint64_t> open_journals_;  // in the order of opening
+  std::vector<Record> batch_;           // read and not applied yet
   uint64_t own_journal_ = 0;
   std::mutex apply_mutex_;  // the five below
   std::optional<uint32_t> last_slot_;

@@ -110,11 +110,10 @@ Status Transfers::submit_load(uint64_t id, LoadPlan plan, bool hold) {
     }
     job.loads.push_back(&task);
     queued_loads_.emplace(task.deadline_ns, &task);
+    loads_first_ = true;
   }
   end_job_locked(id);
-  work_ = true;
-  lock.unlock();
-  wake_.notify_one();
+  wake_dispatchers_locked();
   return {};
 }
 
@@ -294,8 +293,7 @@ void Transfers::start_scatter(LoadTask& task, std::span<const std::byte> run, bo
       let_go(task);  // outside: it may unmap a whole segment
       lock.lock();
       --loads_in_motion_;
-      work_ = true;
-      wake_.notify_one();
+      wake_dispatchers_locked();
       return retire(task);
     }
     task.state = LoadTask::State::scattering;
@@ -352,8 +350,7 @@ void Transfers::scattered(LoadTask& task, ScatterOutcome outcome) {
   const bool wanted = !task.resolved && !stop_;
   resolve_load_locked(task, std::nullopt);
   --loads_in_motion_;
-  work_ = true;
-  wake_.notify_one();
+  wake_dispatchers_locked();
   if (!task.hold || !wanted) return retire(task);
   task.state = LoadTask::State::held;
   held_[task.job].push_back(&task);
@@ -387,8 +384,7 @@ void Transfers::fail_load(LoadTask& task, Reason reason, bool bad_on_medium) {
   task.suspect = nullptr;  // the medium's fault, or nobody's
   std::lock_guard lock(mutex_);
   --loads_in_motion_;
-  work_ = true;
-  wake_.notify_one();
+  wake_dispatchers_locked();
   if (!task.resolved && had_place) {
     note_failure_locked(
         task.job, fmt::format("chunk {} of group {} in \"{}\" {} at {}: {}", task.item.chunk, task.item.group,

@@ -63,9 +63,7 @@ Status Transfers::submit_store(uint64_t id, StorePlan plan, Keeper& keeper) {
     queued_stores_.push_back(&task);
   }
   end_job_locked(id);
-  work_ = true;
-  lock.unlock();
-  wake_.notify_one();
+  wake_dispatchers_locked();
   return {};
 }
 
@@ -86,6 +84,15 @@ Transfers::Start Transfers::start_store(StoreTask& task) {
   }
   task.place = std::move(*place);
   segments_.acquire(task.place.slot);
+  {
+    std::unique_lock lock(mutex_);
+    task.starting = false;
+    if (task.given_up) {
+      lock.unlock();
+      finish_store(task, false, Reason::dropped);
+      return Start::over;
+    }
+  }
   if (task.lane != nullptr && !task.place.segment->gds) {
     // cuFile did not take this segment.
     give_store_memory(task);
@@ -223,8 +230,7 @@ void Transfers::finish_store(StoreTask& task, bool stored, Reason reason) {
                  stored ? std::nullopt : std::optional(reason), task.bytes);
   end_job_locked(task.job);
   store_tasks_.erase(&task);
-  work_ = true;
-  wake_.notify_one();
+  wake_dispatchers_locked();
   settled_.notify_all();
 }
 

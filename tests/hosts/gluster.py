@@ -25,7 +25,15 @@ import threading
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
-PING_TIMEOUT_S = 5  # GlusterFS's own default is 42: operations on a brick that is gone hang for so long
+PING_TIMEOUT_S = 14  # GlusterFS's own default is 42: operations on a brick that is gone hang for so long
+OPTIONS = {
+    "network.ping-timeout": PING_TIMEOUT_S,
+    # How soon the server frees the locks of a host that has gone: 2 + 3 x 1 s.
+    "server.keepalive-time": 2,
+    "server.keepalive-interval": 1,
+    "server.keepalive-count": 3,
+}
+CLOSE_S = 12.0  # the depot's patience is 10
 LOAD_TIMEOUT_S = 3.0
 CHUNKS = 8  # of a prompt, as in host.py
 SERVER = "10.77.0.1"
@@ -75,7 +83,8 @@ class Volume:
             (base / name).mkdir()
             bricks.append(f"{SERVER}:{base / name}/data")
         run("gluster", "--mode=script", "volume", "create", "depot", "replica", "2", *bricks, "force")
-        run("gluster", "--mode=script", "volume", "set", "depot", "network.ping-timeout", str(PING_TIMEOUT_S))
+        for option, value in OPTIONS.items():
+            run("gluster", "--mode=script", "volume", "set", "depot", option, str(value))
         run("gluster", "--mode=script", "volume", "start", "depot")
         self.clients = {}
         for host in HOSTS:
@@ -312,6 +321,7 @@ class Trials:
 
     def bricks_stopped(self):
         """Nothing answers and nothing says so: loads end by their deadline, look-ups do not notice."""
+        other = self.open("b")
         pids = self.volume.brick_pids()
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
@@ -330,15 +340,27 @@ class Trials:
             "no answer" if answer is None else f"{answer['loaded']} loaded, back after {answer['longest_s']:.2f} s of {LOAD_TIMEOUT_S} s",
             hang=answer is None,
         )
-        prompts = self.fresh(1)
+        # The first ones wait until the journal's lock is too old to append, the last one for space in a segment.
+        prompts = self.fresh(3)
+        self.a.send("store", prompts=prompts)
         begin = time.monotonic()
-        answer = self.a.ask("store", 90, prompts=prompts)
+        answer = other.ask("close", 60)
         took = time.monotonic() - begin
-        self.note(prompts, answer)
-        self.table.row("stores", answer is not None, f"back after {took:.1f} s", hang=answer is None)
+        other.kill()
+        self.table.row(
+            "a process closes", answer is not None and took < CLOSE_S, f"after {took:.1f} s of {CLOSE_S} s", hang=answer is None
+        )
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
-        time.sleep(PING_TIMEOUT_S + 3)
+        answer = self.a.answer(90)
+        self.note(prompts, answer)
+        self.table.row(
+            "stores do not hold up the engine",
+            answer is not None and answer["gathered_s"] < 2,
+            "no answer" if answer is None else f"for {answer['gathered_s']:.2f} s of 2 s at most",
+            hang=answer is None,
+        )
+        time.sleep(PING_TIMEOUT_S / 2 + 3)
         for name, host in (("a", self.a), ("b", self.b)):
             chunks, _ = self.store(host, 5)
             self.table.row(f"they answer again: host {name} stores", chunks == 5 * CHUNKS, f"{chunks} chunks")
@@ -374,9 +396,9 @@ class Trials:
         self.b.kill()
         self.b = self.open("b")  # may take over what it finds unlocked: a's journal, if its lock has gone
         self.table.row("host b starts again meanwhile", True, f"open {time.monotonic() - begin:.1f} s")
-        time.sleep(max(0.0, PING_TIMEOUT_S * 2 + 2 - took))
+        time.sleep(max(0.0, PING_TIMEOUT_S + 8 - took))
         self.volume.link("a", "up")
-        time.sleep(PING_TIMEOUT_S + 3)
+        time.sleep(8)
         stored = []
         for process in (self.a, self.b, self.a, self.b):
             stored.append(self.store(process, 5)[0])

@@ -55,6 +55,7 @@ class Host:
             layers=layers,
         )
         self.jobs = 0
+        self.gathered_s = 0.0  # the longest that a store has held up its caller
 
     def keys(self, prompt):
         chain = KeyChain(self.namespace, CHUNK_TOKENS)
@@ -81,7 +82,9 @@ class Host:
         ]
         self.jobs += 1
         self.depot.submit_store(self.jobs, plan_store(self.namespace, items))
+        begin = time.monotonic()
         gathered = self.depot.wait_gathered(timeout)
+        self.gathered_s = max(self.gathered_s, time.monotonic() - begin)
         done = self.ended(self.jobs, timeout)
         return done["items_ok"] if gathered and done else 0
 
@@ -119,8 +122,9 @@ class Host:
         what, prompts = command["do"], command.get("prompts", [])
         begin = time.monotonic()
         if what == "store":
+            self.gathered_s = 0.0
             acknowledged = [self.store(prompt) for prompt in prompts]
-            return {"acknowledged": acknowledged, "s": time.monotonic() - begin}
+            return {"acknowledged": acknowledged, "s": time.monotonic() - begin, "gathered_s": self.gathered_s}
         if what == "load":
             longest, totals = 0.0, np.zeros(3, int)
             for prompt in prompts:

@@ -1,4 +1,5 @@
-// A journal whose lock was lost, as on a network file system after a broken connection.
+// Several writers on one root as on several hosts: locks that a broken connection has freed, clocks that
+// differ, more journals than descriptors.
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -10,7 +11,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-class Hold : public ::testing::Test {
+class SharedRoot : public ::testing::Test {
  protected:
   /// A process that writes to the root.
   struct Process {
@@ -21,7 +22,7 @@ class Hold : public ::testing::Test {
     std::unique_ptr<RootWriter> writer;
   };
 
-  std::unique_ptr<Process> start() {
+  std::unique_ptr<Process> start(const Clock& clock = system_clock()) {
     auto process = std::make_unique<Process>();
     Options options;
     const RootOptions root{
@@ -31,7 +32,7 @@ class Hold : public ::testing::Test {
     process->replay = std::make_unique<Replay>(*process->root, process->segments, process->catalog.get());
     EXPECT_TRUE(process->replay->first());
     process->writer =
-        std::move(*RootWriter::open(*process->root, *process->replay, process->segments, system_clock(), 0));
+        std::move(*RootWriter::open(*process->root, *process->replay, process->segments, clock, 0));
     EXPECT_TRUE(process->writer->prepare_spare(nullptr));
     return process;
   }
@@ -68,7 +69,7 @@ class Hold : public ::testing::Test {
   TemporaryDirectory directory_{"/dev/shm"};
 };
 
-TEST_F(Hold, ALockThatNobodyTookMeanwhileIsTakenBack) {
+TEST_F(SharedRoot, ALockThatNobodyTookMeanwhileIsTakenBack) {
   const auto owner = start();
   const auto before = owner->writer->writer_id();
   lose_lock(journal_of(*owner));
@@ -78,7 +79,7 @@ TEST_F(Hold, ALockThatNobodyTookMeanwhileIsTakenBack) {
   EXPECT_TRUE(is_locked(journal_of(*owner)));
 }
 
-TEST_F(Hold, AJournalThatAnotherProcessTookOverIsLeftToIt) {
+TEST_F(SharedRoot, AJournalThatAnotherProcessTookOverIsLeftToIt) {
   const auto owner = start();
   const auto first = owner->writer->reserve(4096);
   ASSERT_TRUE(first);
@@ -113,7 +114,7 @@ TEST_F(Hold, AJournalThatAnotherProcessTookOverIsLeftToIt) {
   EXPECT_EQ(taker->catalog->entries(), 3u);
 }
 
-TEST_F(Hold, AJournalThatAnotherProcessTookOverAndLeftIsLeft) {
+TEST_F(SharedRoot, AJournalThatAnotherProcessTookOverAndLeftIsLeft) {
   const auto owner = start();
   const auto first = owner->writer->reserve(4096);
   ASSERT_TRUE(first);
@@ -131,13 +132,77 @@ TEST_F(Hold, AJournalThatAnotherProcessTookOverAndLeftIsLeft) {
   EXPECT_NE(journal_of(*owner), lost);
 }
 
-TEST_F(Hold, AJournalThatWasRemovedIsReplaced) {
+TEST_F(SharedRoot, AJournalThatWasRemovedIsReplaced) {
   const auto owner = start();
   const std::string removed = journal_of(*owner);
   fs::remove(removed);
   owner->writer->confirm_hold();
   EXPECT_NE(journal_of(*owner), removed);
   EXPECT_TRUE(fs::exists(journal_of(*owner)));
+}
+
+class SkewedClock final : public Clock {
+ public:
+  explicit SkewedClock(std::chrono::hours ahead) : ahead_(ahead) {}
+  uint64_t steady_ns() const override { return system_clock().steady_ns(); }
+  uint64_t wall_ns() const override {
+    return system_clock().wall_ns() + static_cast<uint64_t>(std::chrono::nanoseconds(ahead_).count());
+  }
+
+ private:
+  const std::chrono::hours ahead_;
+};
+
+TEST_F(SharedRoot, ClocksAMonthApartLoseNothingAndKeepTheCapacity) {
+  const SkewedClock ahead(std::chrono::hours(24 * 30));
+  const SkewedClock behind(-std::chrono::hours(24 * 30));
+  const auto first = start(ahead);
+  const auto second = start(behind);
+  constexpr uint64_t kExtent = 512 << 10;
+  const PartShape shape{0, LayoutKind::canonical, {0, 2, 0, 4}, 64};
+  uint8_t key = 0;
+  for (int round = 0; round < 40; ++round) {
+    for (const auto& [writer, reader] : {std::pair(first.get(), second.get()), {second.get(), first.get()}}) {
+      auto place = writer->writer->reserve(kExtent);
+      if (!place) {
+        ASSERT_TRUE(writer->writer->prepare_spare(nullptr)) << round;
+        place = writer->writer->reserve(kExtent);
+      }
+      ASSERT_TRUE(place) << place.error().message;
+      const Record put = put_of(++key);
+      ASSERT_TRUE(writer->writer->acknowledge(*place, put));
+      writer->writer->touch(place->slot);
+      reader->replay->poll();
+      EXPECT_TRUE(reader->catalog->find(put.key, *reader->catalog->part_id(shape))) << round;
+      uint64_t bytes = 0;
+      for (const auto& file : fs::directory_iterator(writer->root->segments_dir())) bytes += file.file_size();
+      EXPECT_LE(bytes, writer->root->capacity());
+    }
+  }
+  EXPECT_GT(first->writer->evicted_segments() + second->writer->evicted_segments(), 8u);
+}
+
+TEST_F(SharedRoot, ManyJournalsAreTailedThroughFewDescriptors) {
+  const auto reader = start();
+  const auto descriptors = [] {
+    return std::distance(fs::directory_iterator("/proc/self/fd"), fs::directory_iterator());
+  };
+  const auto before = descriptors();
+  std::vector<JournalWriter> others;
+  for (int i = 0; i < 200; ++i)
+    others.push_back(std::move(*JournalWriter::create(reader->root->journals_dir())));
+  for (uint8_t round = 1; round <= 3; ++round) {
+    for (JournalWriter& other : others) {
+      Record put = put_of(round);
+      const uint64_t writer = other.writer();
+      std::memcpy(put.key.bytes.data() + 8, &writer, sizeof writer);
+      put.where = {{writer, 0}, uint64_t{round} * 4096, 4096};
+      ASSERT_TRUE(other.append(put));
+    }
+    reader->replay->poll();
+    EXPECT_EQ(reader->catalog->entries(), 200u * round);
+    EXPECT_LE(descriptors() - before, 200 + 64);
+  }
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 #include <span>
 #include <vector>
 
+#include "io/huge_memory.h"
 #include "store/segment_table.h"
 #include "tokendepot/depot.h"
 #include "tokendepot/key.h"
@@ -83,9 +84,10 @@ class Catalog {
     uint16_t unused = 0;
   };
   static_assert(sizeof(Entry) == 32);
+  using Table = std::vector<Entry, HugeAllocator<Entry>>;
   struct alignas(64) Shard {
     mutable std::mutex mutex;
-    std::vector<Entry> table;
+    Table table;
     size_t size = 0;
   };
   struct Probe {
@@ -98,9 +100,9 @@ class Catalog {
   Shard& shard_of(const Probe& probe) { return shards_[probe.high >> 58]; }
   const Shard& shard_of(const Probe& probe) const { return shards_[probe.high >> 58]; }
   static size_t home(const Probe& probe, size_t capacity);
-  static Entry* seek(std::vector<Entry>& table, const Probe& probe);
-  static const Entry* seek(const std::vector<Entry>& table, const Probe& probe);
-  static void insert(std::vector<Entry>& table, const Entry& entry);
+  static Entry* seek(Table& table, const Probe& probe);
+  static const Entry* seek(const Table& table, const Probe& probe);
+  static void insert(Table& table, const Entry& entry);
   static void erase(Shard& shard, Entry* entry);
   static void grow(Shard& shard);
   bool present(const Probe& probe) const;

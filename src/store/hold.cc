@@ -14,7 +14,7 @@ constexpr uint64_t kAbandonedNs = 15ull * 1000 * 1000 * 1000;
 }  // namespace
 
 bool RootWriter::holds_journal_locked() const {
-  return !root_.network() || clock_.steady_ns() - confirmed_ns_ <= kHoldNs;
+  return !root_.network() || confirmed_ns_ == 0 || clock_.steady_ns() - confirmed_ns_ <= kHoldNs;
 }
 
 void RootWriter::confirm_hold() {

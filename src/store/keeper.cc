@@ -46,16 +46,23 @@ Keeper::Keeper(std::vector<Tier> tiers, SegmentTable& segments, Catalog* catalog
       poll_ms_(poll_ms),
       space_ready_(std::move(space_ready)) {
   make_space_ready();  // before the first store, which would have to wait for it
-  for (size_t tier = 0; tier < tiers_.size(); ++tier) {
-    Fast& fast = *fast_.emplace_back(std::make_unique<Fast>(Fast{.keeper = this, .tier = tier}));
-    fast.thread = start_io_thread(
+  for (const Tier& tier : tiers_) {
+    Tail& tail = *tails_.emplace_back(std::make_unique<Tail>(Tail{.keeper = this, .tier = &tier}));
+    tail.thread = start_io_thread(
         [](void* self) {
-          auto* const mine = static_cast<Fast*>(self);
-          mine->keeper->run_fast(*mine);
+          const auto* const mine = static_cast<Tail*>(self);
+          mine->keeper->run_tail(*mine->tier);
           mine->keeper->end_thread();
         },
-        &fast);
+        &tail);
   }
+  space_ = start_io_thread(
+      [](void* self) {
+        auto* const keeper = static_cast<Keeper*>(self);
+        keeper->run_space();
+        keeper->end_thread();
+      },
+      this);
   slow_ = start_io_thread(
       [](void* self) {
         auto* const keeper = static_cast<Keeper*>(self);
@@ -64,7 +71,8 @@ Keeper::Keeper(std::vector<Tier> tiers, SegmentTable& segments, Catalog* catalog
       },
       this);
   std::lock_guard lock(mutex_);
-  for (const auto& fast : fast_) at_work_ += fast->thread.joinable();
+  for (const auto& tail : tails_) at_work_ += tail->thread.joinable();
+  at_work_ += space_.joinable();
   at_work_ += slow_.joinable();
 }
 
@@ -77,16 +85,18 @@ void Keeper::end_thread() {
 bool Keeper::stop(std::chrono::nanoseconds patience) {
   std::unique_lock lock(mutex_);
   stop_ = true;
-  wake_fast_.notify_all();
+  wake_tails_.notify_all();
+  wake_space_.notify_all();
   wake_slow_.notify_all();
   return ended_.wait_for(lock, patience, [this] { return at_work_ == 0; });
 }
 
 Keeper::~Keeper() {
   (void)stop(std::chrono::nanoseconds(0));
-  for (const auto& fast : fast_) {
-    if (fast->thread.joinable()) fast->thread.join();
+  for (const auto& tail : tails_) {
+    if (tail->thread.joinable()) tail->thread.join();
   }
+  if (space_.joinable()) space_.join();
   if (slow_.joinable()) slow_.join();
 }
 
@@ -100,14 +110,14 @@ RootWriter* Keeper::store_target() const {
 void Keeper::wake() {
   {
     std::lock_guard lock(mutex_);
-    for (const auto& fast : fast_) fast->woken = true;
+    woken_ = true;
   }
-  wake_fast_.notify_all();
+  wake_space_.notify_one();
 }
 
 bool Keeper::running() const {
-  return slow_.joinable() &&
-         std::ranges::all_of(fast_, [](const auto& fast) { return fast->thread.joinable(); });
+  return slow_.joinable() && space_.joinable() &&
+         std::ranges::all_of(tails_, [](const auto& tail) { return tail->thread.joinable(); });
 }
 
 void Keeper::poll_journals(const Tier& tier) {
@@ -135,32 +145,40 @@ void Keeper::make_space_ready() {
   }
 }
 
-void Keeper::run_fast(Fast& self) {
-  const Tier& tier = tiers_[self.tier];
-  const bool takes_stores = tier.writer != nullptr && tier.writer == store_target();
+void Keeper::run_tail(const Tier& tier) {
   // Who looks nothing up reads journals for eviction and demotion only.
   const auto wanted = std::max(milliseconds(poll_ms_), catalog_ != nullptr ? milliseconds(0) : kBlindPoll);
   auto next_poll = steady_clock::now() + wanted;
   auto next_hold = steady_clock::now();
   std::unique_lock lock(mutex_);
-  while (!stop_) {
+  while (true) {
     const auto next = tier.writer != nullptr ? std::min(next_poll, next_hold) : next_poll;
-    wake_fast_.wait_until(lock, next, [&] { return (self.woken && takes_stores) || stop_; });
+    wake_tails_.wait_until(lock, next, [this] { return stop_.load(); });
     if (stop_) return;
-    self.woken = false;
     lock.unlock();
     if (tier.writer != nullptr && steady_clock::now() >= next_hold) {
       tier.writer->confirm_hold();
       tier.writer->leave_removed_segments();
       next_hold = steady_clock::now() + kHoldInterval;
     }
-    if (takes_stores) make_space_ready();
     if (const auto began = steady_clock::now(); began >= next_poll) {
       poll_journals(tier);
       const auto ended = steady_clock::now();
       const auto rare = std::min<steady_clock::duration>(kPollShare * (ended - began), kRarestPoll);
       next_poll = ended + std::max<steady_clock::duration>(wanted, rare);
     }
+    lock.lock();
+  }
+}
+
+void Keeper::run_space() {
+  std::unique_lock lock(mutex_);
+  while (true) {
+    wake_space_.wait_for(lock, milliseconds(poll_ms_), [this] { return woken_ || stop_; });
+    if (stop_) return;
+    woken_ = false;
+    lock.unlock();
+    make_space_ready();
     lock.lock();
   }
 }

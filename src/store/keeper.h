@@ -1,10 +1,10 @@
 // The background work on all roots of one Depot: tails journals, has space ready, demotes, evicts, tidies up.
 //
-// Two kinds of threads: for each root one for what a store may soon wait for (journals, the next segment), so
-// that a file system which does not answer holds up no other root; and one for what takes long (copies
-// between roots, leftovers of the dead). Several processes may run keepers on the same roots; a lock file
-// makes the changes to segment files one process's at a time, and nothing but time is lost when that process
-// dies.
+// Threads: for each root one that tails journals and keeps the own one, so that a file system which does not
+// answer holds up no other root; one that has the next segment ready before a store needs it; and one for
+// what takes long (copies between roots, leftovers of the dead). Several processes may run keepers on the
+// same roots; a lock file makes the changes to segment files one process's at a time, and nothing but time is
+// lost when that process dies.
 #pragma once
 
 #include <atomic>
@@ -50,13 +50,13 @@ class Keeper {
   uint64_t demoted(RootIndex root) const { return demoted_[root]; }
 
  private:
-  struct Fast {
+  struct Tail {
     Keeper* keeper = nullptr;
-    size_t tier = 0;
-    bool woken = false;  // under mutex_
+    const Tier* tier = nullptr;
     std::thread thread = {};
   };
-  void run_fast(Fast& self);
+  void run_tail(const Tier& tier);
+  void run_space();
   void poll_journals(const Tier& tier);
   void run_slow();
   void end_thread();
@@ -73,13 +73,16 @@ class Keeper {
   std::atomic<uint64_t> demoted_[kMaxRoots] = {};
 
   std::mutex mutex_;
-  std::condition_variable wake_fast_;
+  std::condition_variable wake_tails_;
+  std::condition_variable wake_space_;
   std::condition_variable wake_slow_;
+  bool woken_ = false;
   std::atomic<bool> stop_ = false;
   size_t at_work_ = 0;  // threads that have not ended
   std::condition_variable ended_;
   std::optional<ErrorKind> last_complaint_;  // the message may name another file each time
-  std::vector<std::unique_ptr<Fast>> fast_;
+  std::vector<std::unique_ptr<Tail>> tails_;
+  std::thread space_;
   std::thread slow_;
 };
 

@@ -39,8 +39,8 @@ RootWriter::~RootWriter() = default;
 Result<std::unique_ptr<RootWriter>> RootWriter::open(Root& root, Replay& replay, SegmentTable& segments,
                                                      const Clock& clock, uint64_t free_space_reserve) {
   std::unique_ptr<RootWriter> writer(new RootWriter(root, replay, segments, clock, free_space_reserve));
-  writer->confirmed_ns_ = clock.steady_ns();
   if (auto ready = writer->adopt_or_create(); !ready) return std::unexpected(ready.error());
+  writer->confirmed_ns_ = clock.steady_ns();
   return writer;
 }
 

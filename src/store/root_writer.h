@@ -125,7 +125,7 @@ class RootWriter {
     uint64_t bytes = 0;
   };
   uint32_t hold_ = 0;          // journals lost so far
-  uint64_t confirmed_ns_ = 0;  // steady clock
+  uint64_t confirmed_ns_ = 0;  // steady clock; 0 = still taking over what was found
   std::optional<Current> current_;
   std::optional<Current> spare_;
   std::map<uint64_t, uint64_t> free_since_;  // writer -> steady clock; the slow keeper's only

@@ -45,6 +45,8 @@ const char* name(ItemFailure::Reason reason) {
 
 namespace {
 
+constexpr auto kKeeperPatience = std::chrono::seconds(10);
+
 class OpenDepot final : public Depot {
  public:
   static Result<std::unique_ptr<Depot>> open(const Options& options, std::unique_ptr<Device> device,
@@ -83,6 +85,8 @@ class OpenDepot final : public Depot {
     std::unique_ptr<RootWriter> writer;
   };
 
+  /// Gives up all that threads may still use.
+  void leak();
   /// Threads do not survive fork(): a child must not touch locks that one of them may have held.
   bool forked() const { return getpid() != pid_; }
   Status plan_chunk(LoadPlan& plan, const Key& key, uint32_t chunk, const GroupWant& want,
@@ -93,7 +97,7 @@ class OpenDepot final : public Depot {
   Status open_cufile(const Options& options, const std::string& library);
 
   const pid_t pid_ = getpid();
-  SegmentTable segments_;
+  std::unique_ptr<SegmentTable> segments_ = std::make_unique<SegmentTable>();
   std::unique_ptr<Catalog> catalog_;
   std::unique_ptr<Device> device_;  // before the roots: they give their mappings back to it
   std::unique_ptr<CuFile> cufile_;  // before the roots: their files are registered with it
@@ -161,17 +165,17 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::uniq
   depot->device_ = std::move(device);
   if (auto cufile = depot->open_cufile(options, cufile_library); !cufile)
     return std::unexpected(cufile.error());
-  if (options.catalog) depot->catalog_ = std::make_unique<Catalog>(depot->segments_);
+  if (options.catalog) depot->catalog_ = std::make_unique<Catalog>(*depot->segments_);
   for (const RootOptions& wanted : options.roots) {
     Tier& tier = depot->tiers_.emplace_back();
     auto root = Root::open(wanted, static_cast<RootIndex>(depot->tiers_.size() - 1), options,
                            depot->device_.get(), depot->cufile_.get());
     if (!root) return std::unexpected(root.error());
     tier.root = std::move(*root);
-    tier.replay = std::make_unique<Replay>(*tier.root, depot->segments_, depot->catalog_.get());
+    tier.replay = std::make_unique<Replay>(*tier.root, *depot->segments_, depot->catalog_.get());
     if (auto read = tier.replay->first(); !read) return std::unexpected(read.error());
     if (!options.writer || !tier.root->writable()) continue;
-    auto writer = RootWriter::open(*tier.root, *tier.replay, depot->segments_, system_clock(),
+    auto writer = RootWriter::open(*tier.root, *tier.replay, *depot->segments_, system_clock(),
                                    options.free_space_reserve);
     if (!writer) return std::unexpected(writer.error());
     tier.writer = std::move(*writer);
@@ -185,10 +189,10 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::uniq
     transfer_tiers.push_back({tier.root.get(), tier.writer.get()});
     keeper_tiers.push_back({tier.root.get(), tier.replay.get(), tier.writer.get()});
   }
-  depot->transfers_ = std::make_unique<Transfers>(*depot->device_, transfer_tiers, depot->segments_,
+  depot->transfers_ = std::make_unique<Transfers>(*depot->device_, transfer_tiers, *depot->segments_,
                                                   system_clock(), options.store_queue_bytes);
   depot->keeper_ =
-      std::make_unique<Keeper>(keeper_tiers, depot->segments_, depot->catalog_.get(), options.poll_ms,
+      std::make_unique<Keeper>(keeper_tiers, *depot->segments_, depot->catalog_.get(), options.poll_ms,
                                [transfers = depot->transfers_.get()] { transfers->space_ready(); });
   if (!depot->transfers_->running() || !depot->keeper_->running()) {
     return fail(
@@ -207,23 +211,35 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::uniq
 
 OpenDepot::~OpenDepot() {
   if (forked()) {
-    // The parent's threads are not here to be joined, and its files are not ours to unlock: leak on purpose.
-    keeper_.release();     // NOLINT(bugprone-unused-return-value)
-    transfers_.release();  // NOLINT(bugprone-unused-return-value)
-    device_.release();     // NOLINT(bugprone-unused-return-value)
-    cufile_.release();     // NOLINT(bugprone-unused-return-value)
-    for (Tier& tier : tiers_) {
-      tier.writer.release();  // NOLINT(bugprone-unused-return-value)
-      tier.replay.release();  // NOLINT(bugprone-unused-return-value)
-      tier.root.release();    // NOLINT(bugprone-unused-return-value)
-    }
-    catalog_.release();  // NOLINT(bugprone-unused-return-value)
+    leak();  // the parent's threads are not here to be joined, and its files are not ours to unlock
     return;
   }
   // The keeper's callback and the transfers' wake-ups point at each other: work ends first, then the threads.
-  if (transfers_) transfers_->close();
-  keeper_.reset();
-  transfers_.reset();
+  const bool settled = !transfers_ || transfers_->close();
+  const bool ended = !keeper_ || keeper_->stop(settled ? kKeeperPatience : std::chrono::nanoseconds(0));
+  if (settled && ended) {
+    keeper_.reset();
+    transfers_.reset();
+    return;
+  }
+  log(LogLevel::error,
+      "closed while a file system does not answer: threads that wait for it and their memory are left "
+      "behind");
+  leak();
+}
+
+void OpenDepot::leak() {
+  keeper_.release();     // NOLINT(bugprone-unused-return-value)
+  transfers_.release();  // NOLINT(bugprone-unused-return-value)
+  device_.release();     // NOLINT(bugprone-unused-return-value)
+  cufile_.release();     // NOLINT(bugprone-unused-return-value)
+  for (Tier& tier : tiers_) {
+    tier.writer.release();  // NOLINT(bugprone-unused-return-value)
+    tier.replay.release();  // NOLINT(bugprone-unused-return-value)
+    tier.root.release();    // NOLINT(bugprone-unused-return-value)
+  }
+  catalog_.release();   // NOLINT(bugprone-unused-return-value)
+  segments_.release();  // NOLINT(bugprone-unused-return-value)
 }
 
 // --- arrive
@@ -301,14 +317,14 @@ Status OpenDepot::plan_chunk(LoadPlan& plan, const Key& key, uint32_t chunk, con
     for (const PartId id : cover) {
       const auto found = catalog_->find(key, id);
       if (!found) break;
-      segments_.touch(found->slot, system_clock().wall_ns());
+      segments_->touch(found->slot, system_clock().wall_ns());
       items.push_back({key,
                        chunk,
                        want.group,
                        want.kind,
                        catalog_->shape_of(id).part,
                        want.tokens,
-                       {segments_.id_of(found->slot), found->offset, found->bytes},
+                       {segments_->id_of(found->slot), found->offset, found->bytes},
                        std::vector<int32_t>(blocks.begin(), blocks.end())});
     }
     if (items.size() != cover.size()) continue;
@@ -479,7 +495,7 @@ DepotStats OpenDepot::stats() const {
     root.capacity_bytes = tier.root->capacity();
     root.writable = tier.root->writable();
     stats.device.mapped_bytes += tier.root->files().mapped_bytes();
-    for (const auto& [slot, segment] : segments_.present_segments(tier.root->index())) {
+    for (const auto& [slot, segment] : segments_->present_segments(tier.root->index())) {
       root.used_bytes += segment.roots[tier.root->index()].file_bytes;
       ++root.segments;
     }

@@ -71,7 +71,7 @@ size_t Catalog::home(const Probe& probe, size_t capacity) {
                              32);  // a shard has far fewer than 2^32 entries
 }
 
-const Catalog::Entry* Catalog::seek(const std::vector<Entry>& table, const Probe& probe) {
+const Catalog::Entry* Catalog::seek(const Table& table, const Probe& probe) {
   for (size_t at = home(probe, table.size());; at = at + 1 == table.size() ? 0 : at + 1) {
     const Entry& entry = table[at];
     if (entry.pages == 0) return nullptr;
@@ -79,18 +79,18 @@ const Catalog::Entry* Catalog::seek(const std::vector<Entry>& table, const Probe
   }
 }
 
-Catalog::Entry* Catalog::seek(std::vector<Entry>& table, const Probe& probe) {
+Catalog::Entry* Catalog::seek(Table& table, const Probe& probe) {
   return const_cast<Entry*>(seek(std::as_const(table), probe));
 }
 
-void Catalog::insert(std::vector<Entry>& table, const Entry& entry) {
+void Catalog::insert(Table& table, const Entry& entry) {
   size_t at = home({entry.high, entry.low}, table.size());
   while (table[at].pages != 0) at = at + 1 == table.size() ? 0 : at + 1;
   table[at] = entry;
 }
 
 void Catalog::grow(Shard& shard) {
-  std::vector<Entry> bigger(shard.table.size() + shard.table.size() / 2);
+  Table bigger(shard.table.size() + shard.table.size() / 2);
   for (const Entry& entry : shard.table) {
     if (entry.pages != 0) insert(bigger, entry);
   }

@@ -13,6 +13,7 @@
 #include <span>
 #include <vector>
 
+#include "io/huge_memory.h"
 #include "store/segment_table.h"
 #include "tokendepot/depot.h"
 #include "tokendepot/key.h"
@@ -43,6 +44,8 @@ class Catalog {
 
   /// The newest put of a key and part wins.
   void put(const Key& key, PartId part, uint32_t slot, const ExtentRef& where);
+  /// Starts fetching what put() or find() will look at: in a large catalog that is not in any cache.
+  void prefetch(const Key& key, PartId part) const { prefetch(probe_of(key, part)); }
   /// Forgets the entry of this key and part if it still points at this place.
   void erase_at(const Key& key, PartId part, uint32_t slot, uint64_t offset);
   void forget(const Key& key, uint16_t group);
@@ -81,9 +84,10 @@ class Catalog {
     uint16_t unused = 0;
   };
   static_assert(sizeof(Entry) == 32);
+  using Table = std::vector<Entry, HugeAllocator<Entry>>;
   struct alignas(64) Shard {
     mutable std::mutex mutex;
-    std::vector<Entry> table;
+    Table table;
     size_t size = 0;
   };
   struct Probe {
@@ -96,9 +100,9 @@ class Catalog {
   Shard& shard_of(const Probe& probe) { return shards_[probe.high >> 58]; }
   const Shard& shard_of(const Probe& probe) const { return shards_[probe.high >> 58]; }
   static size_t home(const Probe& probe, size_t capacity);
-  static Entry* seek(std::vector<Entry>& table, const Probe& probe);
-  static const Entry* seek(const std::vector<Entry>& table, const Probe& probe);
-  static void insert(std::vector<Entry>& table, const Entry& entry);
+  static Entry* seek(Table& table, const Probe& probe);
+  static const Entry* seek(const Table& table, const Probe& probe);
+  static void insert(Table& table, const Entry& entry);
   static void erase(Shard& shard, Entry* entry);
   static void grow(Shard& shard);
   bool present(const Probe& probe) const;

@@ -8,44 +8,73 @@
 namespace tokendepot {
 namespace {
 
+constexpr size_t kBatch = 64;
+constexpr size_t kAhead = 12;  // records in which a line of memory arrives
 constexpr size_t kMostBadPlaces = 1 << 20;
+constexpr size_t kMostOpenJournals = 64;  // hundreds of hosts must not use up the descriptors of a process
 
 }  // namespace
 
 Replay::Replay(Root& root, SegmentTable& segments, Catalog* catalog)
     : root_(root), segments_(segments), catalog_(catalog) {}
 
-void Replay::find_journals() {
+std::optional<std::map<uint64_t, uint64_t>> Replay::find_journals() {
   const auto entries = list_directory(root_.journals_dir());
-  if (!entries) return;
-  std::set<uint64_t> listed;
+  if (!entries) return std::nullopt;
+  std::map<uint64_t, uint64_t> listed;
   for (const DirectoryEntry& entry : *entries) {
     const auto writer = writer_of_journal(entry.name);
     if (!writer || !entry.regular) continue;
-    listed.insert(*writer);
+    listed.emplace(*writer, entry.bytes);
     if (*writer == own_journal_ || journals_.contains(*writer)) continue;
     auto reader = JournalReader::open(root_.journals_dir() + "/" + entry.name, *writer);
     if (reader) {
       journals_.emplace(*writer, std::move(*reader));
+      open_journals_.push_back(*writer);
+      bound_open_journals();
     } else if (reader.error().kind != ErrorKind::not_found) {
       log(LogLevel::warning, "root \"{}\": journal {} is left alone: {}", root_.path(), entry.name,
           reader.error().message);
     }
   }
-  // A journal that was compacted away has been read to its end through the open descriptor first.
+  // A journal that was compacted away is read to its end through the open descriptor first.
   for (auto at = journals_.begin(); at != journals_.end();) {
     if (listed.contains(at->first)) {
       ++at;
       continue;
     }
-    (void)read(at->second);
+    if (at->second.is_open()) (void)read(at->second);
+    std::erase(open_journals_, at->first);
     at = journals_.erase(at);
+  }
+  return listed;
+}
+
+void Replay::bound_open_journals() {
+  while (open_journals_.size() > kMostOpenJournals) {
+    if (const auto idle = journals_.find(open_journals_.front()); idle != journals_.end())
+      idle->second.close();
+    open_journals_.pop_front();
   }
 }
 
-Status Replay::read(JournalReader& reader) {
+Status Replay::read(JournalReader& reader, uint64_t listed_bytes) {
   const uint64_t bad_before = reader.bad_records();
-  const auto count = reader.read_new([this](const Record& record) { apply(record); });
+  const bool was_open = reader.is_open();
+  const auto count = reader.read_new(
+      [this](const Record& record) {
+        batch_.push_back(record);
+        if (batch_.size() < kBatch) return;
+        apply(batch_);
+        batch_.clear();
+      },
+      listed_bytes);
+  apply(batch_);
+  batch_.clear();
+  if (!was_open && reader.is_open()) {
+    open_journals_.push_back(reader.writer());
+    bound_open_journals();
+  }
   if (count) records_ += *count;
   const uint64_t bad = reader.bad_records() - bad_before;
   if (bad > 0) {
@@ -78,7 +107,7 @@ Status Replay::first() {
   for (const auto& [slot, segment] : segments_.present_segments(root_.index())) {
     if (const auto file = files.find(segment.id); file != files.end()) {
       segments_.set_present(slot, root_.index(), file->second);
-    } else {
+    } else if (!root_.network()) {  // there a listing may be older than a journal
       segments_.condemn(slot, root_.index());
       condemned_ = true;
     }
@@ -88,8 +117,12 @@ Status Replay::first() {
 
 void Replay::poll() {
   std::lock_guard lock(read_mutex_);
-  find_journals();
-  for (auto& [writer, reader] : journals_) (void)read(reader);
+  const auto listed = find_journals();
+  if (!listed) return;
+  for (auto& [writer, reader] : journals_) {
+    const auto bytes = listed->find(writer);
+    if (bytes != listed->end() && !reader.has_read(bytes->second)) (void)read(reader, bytes->second);
+  }
 }
 
 std::vector<uint64_t> Replay::writers() const {
@@ -103,6 +136,7 @@ void Replay::take_over(uint64_t writer) {
   std::lock_guard lock(read_mutex_);
   own_journal_ = writer;
   journals_.erase(writer);
+  std::erase(open_journals_, writer);
 }
 
 Result<uint64_t> Replay::catch_up(uint64_t writer) {
@@ -132,8 +166,17 @@ std::optional<PartId> Replay::part_of(const Record& record) {
   return last_part_;
 }
 
-void Replay::apply(const Record& record) {
+void Replay::apply(std::span<const Record> records) {
   std::lock_guard lock(apply_mutex_);
+  for (size_t i = 0; i < records.size(); ++i) {
+    if (catalog_ != nullptr && i + kAhead < records.size() && records[i + kAhead].type == RecordType::put) {
+      if (const auto part = part_of(records[i + kAhead])) catalog_->prefetch(records[i + kAhead].key, *part);
+    }
+    apply_locked(records[i]);
+  }
+}
+
+void Replay::apply_locked(const Record& record) {
   const uint32_t slot = slot_of(record.where.segment);
   const RootIndex root = root_.index();
   switch (record.type) {

@@ -3,10 +3,12 @@
 
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <optional>
 #include <set>
+#include <span>
 #include <vector>
 
 #include "store/catalog.h"
@@ -28,7 +30,7 @@ class Replay {
   void poll();
 
   /// Applies a record that this process wrote itself (its own journal is not tailed).
-  void apply(const Record& record);
+  void apply(const Record& record) { apply(std::span(&record, 1)); }
   /// The journal is from now on written by this process.
   void take_over(uint64_t writer);
   /// Reads another writer's journal to its end now. Returns the index behind its last good record.
@@ -43,8 +45,15 @@ class Replay {
   bool take_condemned() { return condemned_.exchange(false); }
 
  private:
-  void find_journals();
-  Status read(JournalReader& reader);
+  /// One listing of the directory: opens what is new, forgets what has gone. Returns the sizes listed, which
+  /// tell what has grown: on network file systems a listing is one request for many files, and newer than
+  /// what open files say of themselves. nullopt: it cannot be listed now.
+  std::optional<std::map<uint64_t, uint64_t>> find_journals();
+  Status read(JournalReader& reader, uint64_t listed_bytes = 0);
+  /// Descriptors of the journals that were read last are kept, of the others given back.
+  void bound_open_journals();
+  void apply(std::span<const Record> records);
+  void apply_locked(const Record& record);
   uint32_t slot_of(const SegmentId& id);
   std::optional<PartId> part_of(const Record& record);
 
@@ -53,6 +62,8 @@ class Replay {
   Catalog* catalog_;
   mutable std::mutex read_mutex_;  // journals_, own_journal_
   std::map<uint64_t, JournalReader> journals_;
+  std::deque<uint64_t> open_journals_;  // in the order of opening
+  std::vector<Record> batch_;           // read and not applied yet
   uint64_t own_journal_ = 0;
   std::mutex apply_mutex_;  // the five below
   std::optional<uint32_t> last_slot_;

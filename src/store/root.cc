@@ -200,6 +200,7 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
   const auto system = file_system_of(options.path);
   if (!system) return std::unexpected(system.error());
   root->writable_ = !options.read_only && !system->read_only && writable_directory(options.path);
+  root->network_ = system->network;
   if (!options.read_only && !root->writable_) {
     log(LogLevel::warning, "root \"{}\" is not writable ({}): serving what it holds, storing nothing there",
         options.path, system->read_only ? "read-only file system" : "no permission");

@@ -37,6 +37,9 @@ class Root {
   const std::string& path() const { return options_.path; }
   uint64_t capacity() const { return options_.capacity_bytes; }
   bool writable() const { return writable_; }
+  /// Other hosts may write here: a file that is missing, short or not what its journal says may be so for a
+  /// moment only, and a lock may be lost to a broken connection.
+  bool network() const { return network_; }
   bool mapped() const { return mapped_; }
   /// Only where not mapped.
   IoEngine& engine() const { return *engine_; }
@@ -84,6 +87,7 @@ class Root {
   Marker marker_;
   bool writable_ = false;
   bool mapped_ = false;
+  bool network_ = false;
   bool direct_ = false;
   std::atomic<uint64_t> segment_bytes_ = 0;
   std::string transport_;

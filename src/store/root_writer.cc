@@ -40,6 +40,7 @@ Result<std::unique_ptr<RootWriter>> RootWriter::open(Root& root, Replay& replay,
                                                      const Clock& clock, uint64_t free_space_reserve) {
   std::unique_ptr<RootWriter> writer(new RootWriter(root, replay, segments, clock, free_space_reserve));
   if (auto ready = writer->adopt_or_create(); !ready) return std::unexpected(ready.error());
+  writer->confirmed_ns_ = clock.steady_ns();
   return writer;
 }
 
@@ -54,6 +55,9 @@ Status RootWriter::append(Record record) {
 }
 
 Status RootWriter::append_locked(std::span<Record> records) {
+  if (!holds_journal_locked())
+    return fail(ErrorKind::busy, "root \"{}\": its file system has not confirmed the journal's lock for {} s",
+                root_.path(), kHoldNs / 1'000'000'000);
   auto written = journal_.append(records);
   if (!written && written.error().kind == ErrorKind::no_space) cramped_ = true;
   return written;
@@ -98,7 +102,10 @@ Status RootWriter::adopt_or_create() {
       }
       used = *end;
     }
-    const bool keep = state.condemned ? false : (journaled ? !current_ && used < entry.bytes : !spare_);
+    // Over a network "dead" may mean cut off: a segment into which its owner may still write is not filled
+    // up.
+    const bool fill = !root_.network() && !current_ && used < entry.bytes;
+    const bool keep = state.condemned ? false : (journaled ? fill : !spare_);
     if (!keep) {
       if (journaled) {
         Record seal;
@@ -148,6 +155,8 @@ Result<uint64_t> RootWriter::recover_tail(JournalWriter& journal, const SegmentI
 
 Result<RootWriter::Place> RootWriter::reserve(uint64_t bytes) {
   std::lock_guard lock(mutex_);
+  if (!holds_journal_locked())
+    return fail(ErrorKind::busy, "root \"{}\": waiting for its file system", root_.path());
   // Somebody took the file away (a tool, a damaged journal): it may be another segment by now.
   if (current_ && segments_.condemned(current_->slot, root_.index())) current_.reset();
   while (!current_ || current_->used + bytes > current_->bytes) {
@@ -175,7 +184,8 @@ Result<RootWriter::Place> RootWriter::reserve(uint64_t bytes) {
     current_ = std::move(spare_);
     spare_.reset();
   }
-  Place place{current_->slot, {current_->id, current_->used, bytes}, root_.files().share(current_->segment)};
+  Place place{
+      current_->slot, {current_->id, current_->used, bytes}, root_.files().share(current_->segment), hold_};
   current_->used += bytes;
   return place;
 }
@@ -183,7 +193,16 @@ Result<RootWriter::Place> RootWriter::reserve(uint64_t bytes) {
 Status RootWriter::acknowledge(const Place& place, Record put) {
   put.type = RecordType::put;
   put.where = place.where;
-  return append(put);
+  put.time_ns = clock_.wall_ns();
+  {
+    std::lock_guard lock(mutex_);
+    if (place.hold != hold_)
+      return fail(ErrorKind::closed, "root \"{}\": {} is another process's by now", root_.path(),
+                  segment_name(place.where.segment));
+    if (auto written = append_locked(std::span(&put, 1)); !written) return written;
+  }
+  replay_.apply(put);
+  return {};
 }
 
 void RootWriter::condemn_extent(Record record) {
@@ -417,7 +436,7 @@ uint32_t RootWriter::tend_dead_writers() {
   unsealed.erase(writer_id());
   for (const uint64_t other : replay_.writers()) {
     const auto found = unsealed.extract(other);
-    if (!found) continue;
+    if (!found || !is_abandoned(other)) continue;
     auto locked = JournalWriter::lock(root_.journals_dir() + "/" + journal_name(other), other);
     if (!locked || !*locked) continue;
     const auto next_index = replay_.catch_up(other);
@@ -469,7 +488,7 @@ void RootWriter::remove_orphans() {
           log(LogLevel::info, "root \"{}\": removed the condemned {}", root_.path(), entry.name);
         continue;
       }
-      if (id->writer == own) continue;
+      if (id->writer == own || !is_abandoned(id->writer)) continue;
       auto owner = JournalWriter::lock(root_.journals_dir() + "/" + journal_name(id->writer), id->writer);
       if (owner && !*owner) continue;  // a live writer's spare
       if (!owner && owner.error().kind != ErrorKind::not_found) continue;

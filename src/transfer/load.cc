@@ -57,9 +57,7 @@ Status Transfers::submit_load(uint64_t id, LoadPlan plan, bool hold) {
     queue_load_locked(**begun, i, std::move(item), plan.ns, *cache->second, hold);
   }
   end_job_locked(id);
-  work_ = true;
-  lock.unlock();
-  wake_.notify_one();
+  wake_dispatchers_locked();
   return {};
 }
 
@@ -116,6 +114,7 @@ void Transfers::queue_load_locked(Job& job, uint32_t index, LoadItem item, const
   }
   job.loads.push_back(&task);
   queued_loads_.emplace(task.deadline_ns, &task);
+  loads_first_ = true;
 }
 
 bool Transfers::start_load(LoadTask& task) {
@@ -159,6 +158,8 @@ bool Transfers::open_place(LoadTask& task) {
     const bool there = segment && where.bytes <= (*segment)->bytes &&
                        where.offset <= (*segment)->bytes - where.bytes && where.offset % kPageBytes == 0;
     if (!there) {
+      // Its size may be that of a moment ago: whoever asks next opens it again.
+      if (segment) root.files().drop(where.segment);
       if (mask != 0 && (segment || segment.error().kind == ErrorKind::not_found))
         task.missing_in |= 1u << root.index();
       if (!segment && segment.error().kind == ErrorKind::io) {
@@ -292,8 +293,7 @@ void Transfers::start_scatter(LoadTask& task, std::span<const std::byte> run, bo
       let_go(task);  // outside: it may unmap a whole segment
       lock.lock();
       --loads_in_motion_;
-      work_ = true;
-      wake_.notify_one();
+      wake_dispatchers_locked();
       return retire(task);
     }
     task.state = LoadTask::State::scattering;
@@ -350,8 +350,7 @@ void Transfers::scattered(LoadTask& task, ScatterOutcome outcome) {
   const bool wanted = !task.resolved && !stop_;
   resolve_load_locked(task, std::nullopt);
   --loads_in_motion_;
-  work_ = true;
-  wake_.notify_one();
+  wake_dispatchers_locked();
   if (!task.hold || !wanted) return retire(task);
   task.state = LoadTask::State::held;
   held_[task.job].push_back(&task);
@@ -370,21 +369,22 @@ void Transfers::leave_place(LoadTask& task) {
 
 void Transfers::condemn_missing(LoadTask& task) {
   for (const Tier& tier : tiers_) {
-    if (tier.writer != nullptr && (task.missing_in >> tier.root->index() & 1u) != 0)
+    if (tier.writer != nullptr && !tier.root->network() && (task.missing_in >> tier.root->index() & 1u) != 0)
       tier.writer->condemn_extent(record_of(task.item));
   }
 }
 
 void Transfers::fail_load(LoadTask& task, Reason reason, bool bad_on_medium) {
   const bool had_place = static_cast<bool>(task.segment);
-  if (had_place && bad_on_medium && tiers_[task.tier].writer != nullptr)
+  // Another host may have journaled what has not arrived here yet. A condemnation is for ever, so none is
+  // written for it: the engine forgets the chunk and stores it again.
+  if (had_place && bad_on_medium && tiers_[task.tier].writer != nullptr && !tiers_[task.tier].root->network())
     tiers_[task.tier].writer->condemn_extent(record_of(task.item));
   let_go(task);
   task.suspect = nullptr;  // the medium's fault, or nobody's
   std::lock_guard lock(mutex_);
   --loads_in_motion_;
-  work_ = true;
-  wake_.notify_one();
+  wake_dispatchers_locked();
   if (!task.resolved && had_place) {
     note_failure_locked(
         task.job, fmt::format("chunk {} of group {} in \"{}\" {} at {}: {}", task.item.chunk, task.item.group,

@@ -61,10 +61,9 @@ Status Transfers::submit_store_objects(uint64_t id, std::span<const ObjectItem> 
                        std::move(cache));
   }
   end_job_locked(id);
-  work_ = true;
+  wake_dispatchers_locked();
   lock.unlock();
   if (largest > 0) keeper.wake();  // the next segment may have to be larger now
-  wake_.notify_one();
   return {};
 }
 
@@ -88,9 +87,7 @@ Status Transfers::submit_load_objects(uint64_t id, std::span<const ObjectItem> i
                       object.ns, lent, false, std::move(cache));
   }
   end_job_locked(id);
-  work_ = true;
-  lock.unlock();
-  wake_.notify_one();
+  wake_dispatchers_locked();
   return {};
 }
 

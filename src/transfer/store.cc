@@ -31,9 +31,7 @@ Status Transfers::submit_store(uint64_t id, StorePlan plan, Keeper& keeper) {
     queue_store_locked(**begun, i, std::move(item), plan.ns, *cache->second, keeper, writer);
   }
   end_job_locked(id);
-  work_ = true;
-  lock.unlock();
-  wake_.notify_one();
+  wake_dispatchers_locked();
   return {};
 }
 
@@ -83,6 +81,15 @@ Transfers::Start Transfers::start_store(StoreTask& task) {
   }
   task.place = std::move(*place);
   segments_.acquire(task.place.slot);
+  {
+    std::unique_lock lock(mutex_);
+    task.starting = false;
+    if (task.given_up) {
+      lock.unlock();
+      finish_store(task, false, Reason::dropped);
+      return Start::over;
+    }
+  }
   if (task.lane != nullptr && !task.place.segment->gds) {
     // cuFile did not take this segment.
     give_store_memory(task);
@@ -220,8 +227,7 @@ void Transfers::finish_store(StoreTask& task, bool stored, Reason reason) {
                  stored ? std::nullopt : std::optional(reason), task.bytes);
   end_job_locked(task.job);
   store_tasks_.erase(&task);
-  work_ = true;
-  wake_.notify_one();
+  wake_dispatchers_locked();
   settled_.notify_all();
 }
 

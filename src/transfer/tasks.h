@@ -79,8 +79,10 @@ struct StoreTask {
   uint64_t submitted_ns = 0;
   uint64_t mark = 0;  // see ScatterWork::after
 
-  bool counted_ungathered = true;  // guarded by Transfers::mutex_, as is the next
+  bool counted_ungathered = true;  // guarded by Transfers::mutex_, as are the next three
   bool spoilt = false;             // its blocks may have changed while they were read
+  bool starting = false;           // the dispatcher has it in hand, nothing has read its blocks yet
+  bool given_up = false;           // while it was starting: its blocks must not be read any more
   RootWriter::Place place;
   std::byte* staging = nullptr;  // the extent, or its header only where the shards go through a lane
   uint64_t staged_bytes = 0;

@@ -42,21 +42,29 @@ Transfers::Transfers(Device& device, std::vector<Tier> tiers, SegmentTable& segm
       clock_(clock),
       store_queue_bytes_(store_queue_bytes),
       staged_(std::ranges::any_of(tiers_, [](const Tier& tier) { return !tier.root->mapped(); })) {
+  dispatching_ = 2;
   dispatcher_ = start_io_thread([](void* self) { static_cast<Transfers*>(self)->run(); }, this);
+  store_dispatcher_ = start_io_thread([](void* self) { static_cast<Transfers*>(self)->run_stores(); }, this);
+  for (const std::thread* thread : {&dispatcher_, &store_dispatcher_}) {
+    if (!thread->joinable()) --dispatching_;
+  }
 }
 
 Transfers::~Transfers() {
-  close();
+  TD_CHECK(stop_);
+  for (std::thread* thread : {&dispatcher_, &store_dispatcher_}) {
+    if (thread->joinable()) thread->join();
+  }
 }
 
-void Transfers::close() {
-  {
-    std::lock_guard lock(mutex_);
-    if (std::exchange(stop_, true)) return;
-  }
-  wake_.notify_all();
-  if (dispatcher_.joinable()) dispatcher_.join();
+bool Transfers::close() {
+  const auto end = std::chrono::steady_clock::now() + std::chrono::nanoseconds(kClosePatienceNs);
   std::unique_lock lock(mutex_);
+  stop_ = true;
+  wake_.notify_all();
+  wake_stores_.notify_all();
+  give_up_starting_locked(UINT64_MAX);
+  const bool idle = settled_.wait_until(lock, end, [this] { return dispatching_ == 0; });
   while (!queued_loads_.empty()) abandon(*queued_loads_.begin()->second, Reason::cancelled);
   while (!queued_stores_.empty()) {
     StoreTask& task = *queued_stores_.front();
@@ -68,9 +76,34 @@ void Transfers::close() {
   for (const auto& [job, tasks] : std::exchange(held_, {})) {
     for (LoadTask* task : tasks) retire(*task);
   }
-  settled_.wait(lock, [this] { return load_tasks_.empty() && store_tasks_.empty(); });
+  const bool settled =
+      settled_.wait_until(lock, end, [this] { return load_tasks_.empty() && store_tasks_.empty(); });
+  if (!settled) {
+    // What is still being read shall end there and not go on to the paged cache.
+    for (const auto& [task, owned] : load_tasks_) {
+      if (task->state != LoadTask::State::scattering) abandon(*task, Reason::cancelled);
+    }
+  }
   lock.unlock();
   log_warnings();
+  return idle && settled;
+}
+
+void Transfers::wake_dispatchers_locked() {
+  work_ = true;
+  wake_.notify_one();
+  if (queued_stores_.empty()) return;
+  store_work_ = true;
+  wake_stores_.notify_one();
+}
+
+void Transfers::give_up_starting_locked(uint64_t submitted_until_ns) {
+  for (const auto& [task, owned] : store_tasks_) {
+    if (!task->starting || task->given_up || task->submitted_ns > submitted_until_ns) continue;
+    task->given_up = true;
+    task->counted_ungathered = false;
+    --ungathered_;
+  }
 }
 
 Status Transfers::fit_extent(uint64_t bytes, std::string_view what) {
@@ -207,8 +240,7 @@ void Transfers::end_job_locked(uint64_t id) {
                                                         tokendepot::name(first.reason))
                                           : job.first_failure,
                                       job.completion.failures.size() > 1 ? ", and others" : ""));
-      work_ = true;
-      wake_.notify_one();
+      wake_dispatchers_locked();
     }
   }
   job.completion.nanoseconds = clock_.steady_ns() - job.submitted_ns;
@@ -246,6 +278,7 @@ bool Transfers::wait_gathered(uint64_t timeout_ns) {
     lock.unlock();
     for (StoreTask* task : late) finish_store(*task, false, Reason::dropped);
     lock.lock();
+    give_up_starting_locked(begin);
     const uint64_t now = clock_.steady_ns();
     const uint64_t rest = end > now ? end - now : 0;
     const uint64_t tick = std::min(rest, kDeadlineTickMs * 1000 * 1000);
@@ -264,25 +297,22 @@ bool Transfers::flush(uint64_t timeout_ns) {
 }
 
 void Transfers::space_ready() {
-  {
-    std::lock_guard lock(mutex_);
-    work_ = true;
-  }
-  wake_.notify_one();
+  std::lock_guard lock(mutex_);
+  wake_dispatchers_locked();
 }
 
 void Transfers::run() {
   std::unique_lock lock(mutex_);
   while (true) {
-    // The tick serves stores that wait for slab or segments, and deadlines when nobody polls.
-    const bool waiting = !queued_loads_.empty() || !queued_stores_.empty() || !jobs_.empty();
+    // The tick serves loads that wait for slab, and deadlines when nobody polls.
+    const bool waiting = !queued_loads_.empty() || !jobs_.empty();
     const auto woken = [this] { return work_ || stop_; };
     if (waiting) {
       wake_.wait_for(lock, std::chrono::milliseconds(kDeadlineTickMs), woken);
     } else {
       wake_.wait(lock, woken);
     }
-    if (stop_) return;
+    if (stop_) break;
     work_ = false;
     if (!warnings_.empty()) {
       lock.unlock();
@@ -309,18 +339,50 @@ void Transfers::run() {
       queued_loads_.emplace(task.deadline_ns, &task);
       break;
     }
+    loads_first_ = false;
+    if (!queued_stores_.empty()) wake_stores_.notify_one();
+  }
+  --dispatching_;
+  settled_.notify_all();
+}
+
+void Transfers::run_stores() {
+  constexpr auto kTick = std::chrono::milliseconds(kDeadlineTickMs);
+  std::unique_lock lock(mutex_);
+  while (true) {
+    // The tick serves stores that wait for slab or segments.
+    const auto woken = [this] { return store_work_ || stop_; };
+    if (queued_stores_.empty()) {
+      wake_stores_.wait(lock, woken);
+    } else {
+      wake_stores_.wait_for(lock, kTick, woken);
+    }
+    // Bounded: loads may be held up by a root that does not answer.
+    wake_stores_.wait_for(lock, kTick, [this] { return !loads_first_ || stop_; });
+    if (stop_) break;
+    store_work_ = false;
     while (!stop_ && !queued_stores_.empty()) {
       StoreTask& task = *queued_stores_.front();
       queued_stores_.pop_front();
+      task.starting = true;
       task.piece_bytes = piece_bytes_for(store_tasks_.size());
       lock.unlock();
       const Start start = start_store(task);
       lock.lock();
       if (start != Start::later) continue;
+      task.starting = false;
+      if (task.given_up) {
+        lock.unlock();
+        finish_store(task, false, Reason::dropped);
+        lock.lock();
+        continue;
+      }
       queued_stores_.push_front(&task);
       break;
     }
   }
+  --dispatching_;
+  settled_.notify_all();
 }
 
 void Transfers::add_to(DepotStats& stats) const {

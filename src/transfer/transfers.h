@@ -1,7 +1,8 @@
 // Loads and stores in motion: queues, bounds, deadlines, and the steps of each extent over io and device.
 //
-// One dispatcher thread starts work; I/O and device threads drive what is started from step to step. Loads
-// are started before stores, earliest deadline first. Lock order: mutex_ before anything of the store rooms.
+// Two dispatcher threads start work, one loads and one stores: to take space for a store may need a file
+// system that does not answer. I/O and device threads drive what is started from step to step. Loads are
+// started before stores, earliest deadline first. Lock order: mutex_ before anything of the store rooms.
 #pragma once
 
 #include <atomic>
@@ -37,8 +38,10 @@ class Transfers {
   /// close() has been called.
   ~Transfers();
 
-  /// Cancels what is queued, waits for what is in motion; further submits answer `closed`. Idempotent.
-  void close();
+  /// Cancels what is queued, waits for what is in motion; further submits answer `closed`. False: the kernel
+  /// has not answered after kClosePatienceNs. Nothing will touch a paged cache any more, but threads are
+  /// still in the kernel: this object and all that it uses must stay for good. Once.
+  bool close();
 
   Status attach(const PagedCache& cache);
   Status mark_stream(void* stream);
@@ -61,8 +64,10 @@ class Transfers {
   /// A segment became ready: stores that waited for it may start.
   void space_ready();
   void add_to(DepotStats& stats) const;
-  /// False: the system refused the dispatcher's thread; nothing may be submitted.
-  bool running() const { return dispatcher_.joinable(); }
+  /// False: the system refused the dispatchers' threads; nothing may be submitted.
+  bool running() const { return dispatcher_.joinable() && store_dispatcher_.joinable(); }
+
+  static constexpr uint64_t kClosePatienceNs = 10ull * 1000 * 1000 * 1000;
 
  private:
   friend struct LoadTask;
@@ -85,6 +90,9 @@ class Transfers {
   Status fit_extent(uint64_t bytes, std::string_view what);
   /// A cache of one block, the object's memory; null where an extent of its size cannot be kept.
   std::unique_ptr<PagedCache> cache_of(const Depot::Object& object) const;
+  void run_stores();
+  void wake_dispatchers_locked();
+  void give_up_starting_locked(uint64_t submitted_until_ns);
   // load.cc
   void queue_load_locked(Job& job, uint32_t index, LoadItem item, const NamespaceDigest& ns,
                          const PagedCache& cache, bool hold, std::unique_ptr<PagedCache> own = nullptr);
@@ -145,12 +153,16 @@ class Transfers {
   const bool staged_;  // some root is not mapped
 
   mutable std::mutex mutex_;
-  std::condition_variable wake_;      // the dispatcher
-  std::condition_variable settled_;   // wait_gathered, flush, the destructor
-  std::condition_variable reported_;  // wait_ended
+  std::condition_variable wake_;         // the dispatcher of loads
+  std::condition_variable wake_stores_;  // the dispatcher of stores
+  std::condition_variable settled_;      // wait_gathered, flush, the destructor
+  std::condition_variable reported_;     // wait_ended
   bool stop_ = false;
   bool work_ = false;
-  uint64_t mark_ = 0;  // of the engine's stream: what is submitted now waits for it
+  bool store_work_ = false;
+  bool loads_first_ = false;  // loads wait to be started
+  uint32_t dispatching_ = 0;  // dispatchers that have not ended
+  uint64_t mark_ = 0;         // of the engine's stream: what is submitted now waits for it
   std::map<uint16_t, std::unique_ptr<PagedCache>> caches_;
   std::unordered_map<uint64_t, Job> jobs_;
   std::vector<Completion> ended_;
@@ -168,6 +180,7 @@ class Transfers {
   TransferStats load_stats_;
   TransferStats store_stats_;
   std::thread dispatcher_;
+  std::thread store_dispatcher_;
 };
 
 }  // namespace tokendepot

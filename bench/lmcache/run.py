@@ -5,13 +5,14 @@ usage: run.py [--toy] [--chunk-bytes N] [--chunks N] [--rounds N] [--systems dep
 LMCache must be importable (scripts/setup lmcache; PYTHONPATH). Each FOLDER is a medium: on tmpfs the limit is memcpy by
 two threads, elsewhere plain O_DIRECT reads and writes of one preallocated file, and all systems use O_DIRECT. Lines:
 RESULT lmcache_<medium>_<what>_<system> value unit limit value ratio value; values and ratios are medians over the rounds,
-in which the systems and the limit take turns. Default folders: /dev/shm and TOKENDEPOT_BENCH_DIR (/var/tmp).
+in which the systems and the limit take turns. On tmpfs one bit of each is changed at the end. Default folders: /dev/shm and TOKENDEPOT_BENCH_DIR (/var/tmp).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import resource
 import shutil
@@ -26,6 +27,8 @@ from pathlib import Path
 
 os.environ["LMCACHE_TRACK_USAGE"] = "false"
 os.environ.setdefault("LMCACHE_LOG_LEVEL", "WARNING")
+
+import torch  # noqa: E402
 
 from tokendepot import _core  # noqa: E402
 
@@ -160,12 +163,34 @@ class Medium:
                     self.limits(raw)
             if "depot" in self.options.systems:
                 self.look_up_below_lmcache(keys_of(number, self.options.chunks))
+            if self.memory:
+                for storage in storages:
+                    self.flip_one_bit(storage, number + 1)
         finally:
             for storage in storages:
                 storage.close()
             if raw is not None:
                 raw.close()
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def flip_one_bit(self, storage: Storage, number: int) -> None:
+        """Stores a round anew, changes one bit on the medium and counts the chunks that LMCache is then given wrong."""
+        keys = keys_of(number, self.options.chunks)
+        self.given.stamp(number)
+        storage.store(keys, self.given)
+        wanted = bytes(self.given.objects[0].byte_array[:64])  # the stamp makes it the only one
+        for file in storage.folder.rglob("*"):
+            if not file.is_file() or file.stat().st_size == 0:
+                continue
+            with open(file, "r+b") as opened, mmap.mmap(opened.fileno(), 0) as content:
+                at = content.find(wanted)
+                if at >= 0:
+                    content[at] ^= 1
+        self.back.tensor.fill_(0)
+        answers = storage.answers(keys, self.back)
+        pairs = zip(answers, self.back.objects, self.given.objects, strict=True)
+        wrong = sum(told and not torch.equal(got.raw_data, given.raw_data) for told, got, given in pairs)
+        line(f"{self.name}_flipped_bit_given_{storage.system}", wrong, "wrong chunks")
 
     def show(self) -> None:
         for (what, system), values in self.rates.items():

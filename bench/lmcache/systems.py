@@ -125,13 +125,18 @@ class Storage:
             raise RuntimeError(f"{self.system}: a store failed")
 
     def load(self, keys: list[ObjectKey], arena: Arena) -> None:
+        missed = self.answers(keys, arena).count(False)
+        if missed:
+            raise RuntimeError(f"{self.system}: {missed} of {len(keys)} chunks were not loaded")
+
+    def answers(self, keys: list[ObjectKey], arena: Arena) -> list[bool]:
+        """Loads; whether LMCache is told that it has got each chunk."""
         task = self.adapter.submit_load_task(keys, arena.objects)
         found = None
         while found is None:
             self._wait(self.adapter.get_load_event_fd())
             found = self.adapter.query_load_result(task)
-        if found.popcount() != len(keys):
-            raise RuntimeError(f"{self.system}: {len(keys) - found.popcount()} of {len(keys)} chunks were not loaded")
+        return [bool(found.test(number)) for number in range(len(keys))]
 
     def exists(self, keys: list[ObjectKey]) -> int:
         task = self.adapter.submit_lookup_and_lock_task(keys, {})

@@ -27,6 +27,7 @@ def test_every_system_moves_the_same_bytes_and_is_measured(environment: dict[str
         for system in ("depot", "fs_native", "fs", "raw_block"):
             for what in ("store", "store_cpu", "load", "load_cpu", "exists", "exists_single"):
                 assert (medium, f"{what}_{system}") in found
+    assert "RESULT lmcache_tmpfs_flipped_bit_given_depot 0 wrong chunks" in done.stdout
 
 
 def test_wrong_options_are_refused_by_what_is_allowed(environment: dict[str, str]) -> None:

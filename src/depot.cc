@@ -294,10 +294,10 @@ void OpenDepot::condemn(std::span<const Key> keys, const GroupWant& want, std::s
       record.kind = shape.kind;
       record.group = shape.group;
       record.key = keys[i];
-      record.where = {segments_.id_of(found->slot), found->offset, found->bytes};
+      record.where = {segments_->id_of(found->slot), found->offset, found->bytes};
       record.part = shape.part;
       record.tokens = shape.tokens;
-      const uint32_t roots = segments_.present_in(found->slot);
+      const uint32_t roots = segments_->present_in(found->slot);
       for (const Tier& tier : tiers_) {
         if (tier.writer && (roots >> tier.root->index() & 1u) != 0) tier.writer->condemn_extent(record);
       }
@@ -420,8 +420,8 @@ std::vector<Transfers::ObjectItem> OpenDepot::find_objects(std::span<const Objec
     for (const auto& cover : covers) {
       const auto found = catalog_->find(object.key, cover.front());
       if (!found) continue;
-      if (touch) segments_.touch(found->slot, system_clock().wall_ns());
-      item.where = {segments_.id_of(found->slot), found->offset, found->bytes};
+      if (touch) segments_->touch(found->slot, system_clock().wall_ns());
+      item.where = {segments_->id_of(found->slot), found->offset, found->bytes};
       break;
     }
   }

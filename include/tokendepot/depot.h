@@ -186,7 +186,7 @@ class Depot {
   /// 1 GiB of the depot's device, of any alignment.
   struct Object {
     NamespaceDigest ns;  // checked when it is read: another namespace under the same key is a miss
-    Key key;             // names the object in the catalog
+    Key key;             // names the object in the catalog; made from the namespace too, as KeyChain does
     std::span<std::byte> memory;
   };
   /// What stored(), forget() and condemn() are asked about objects.

@@ -161,6 +161,7 @@ class LMCacheConnector {
 
   /// What is under way is cancelled and reported as failed.
   void close() {
+    if (getpid() != owner_) return;
     nb::gil_scoped_release unlocked;
     std::lock_guard lock(closing_);
     if (stop_.exchange(true)) return;

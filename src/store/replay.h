@@ -13,6 +13,7 @@
 #include "store/journal_file.h"
 #include "store/root.h"
 #include "store/segment_table.h"
+#include "tokendepot/stats.h"
 
 namespace tokendepot {
 
@@ -39,12 +40,16 @@ class Replay {
 
   uint64_t records() const { return records_; }
   uint64_t bad_records() const { return bad_records_; }
+  /// From the time of each put that another process wrote to the poll that found it. What was there at the
+  /// journal's first reading is not counted.
+  LatencyCounts lag() const;
   /// A segment was condemned since the last call: its catalog entries want sweeping.
   bool take_condemned() { return condemned_.exchange(false); }
 
  private:
   void find_journals();
   Status read(JournalReader& reader);
+  void note_lag(const Record& record);
   uint32_t slot_of(const SegmentId& id);
   std::optional<PartId> part_of(const Record& record);
 
@@ -54,12 +59,13 @@ class Replay {
   mutable std::mutex read_mutex_;  // journals_, own_journal_
   std::map<uint64_t, JournalReader> journals_;
   uint64_t own_journal_ = 0;
-  std::mutex apply_mutex_;  // the five below
+  mutable std::mutex apply_mutex_;  // the six below
   std::optional<uint32_t> last_slot_;
   SegmentId last_segment_;
   std::optional<PartId> last_part_;
   PartShape last_shape_;
   std::set<std::pair<uint32_t, uint64_t>> bad_places_;  // (slot, offset): condemned extents, bounded
+  LatencyCounts lag_;
   std::atomic<uint64_t> records_ = 0;
   std::atomic<uint64_t> bad_records_ = 0;
   std::atomic<bool> condemned_ = false;

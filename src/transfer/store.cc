@@ -40,6 +40,7 @@ Status Transfers::submit_store(uint64_t id, StorePlan plan, Keeper& keeper) {
     }
     const uint64_t bytes = extent_bytes(cache->second->shape);
     if (writer == nullptr || store_bytes_ + bytes > store_queue_bytes_) {
+      ++(writer == nullptr ? drops_.no_root : drops_.queue_full);
       resolve_locked(job, i, item.chunk, item.group, Reason::dropped, 0);
       continue;
     }
@@ -81,7 +82,7 @@ Transfers::Start Transfers::start_store(StoreTask& task) {
       give_store_memory(task);
       return Start::later;
     }
-    finish_store(task, false, Reason::dropped);
+    drop_store(task, &DropCounts::no_space);
     return Start::over;
   }
   task.place = std::move(*place);
@@ -90,7 +91,7 @@ Transfers::Start Transfers::start_store(StoreTask& task) {
     // cuFile did not take this segment.
     give_store_memory(task);
     if (!take_store_memory(task, nullptr)) {
-      finish_store(task, false, Reason::dropped);
+      drop_store(task, &DropCounts::no_space);
       return Start::over;
     }
   }
@@ -131,7 +132,7 @@ void Transfers::gathered(StoreTask& task, bool ok) {
     spoilt = task.spoilt;
     settled_.notify_all();
   }
-  if (spoilt) return finish_store(task, false, Reason::dropped);
+  if (spoilt) return drop_store(task, &DropCounts::late);
   if (!ok) return finish_store(task, false, Reason::io_error);
   if (!task.gather.guarded) {
     encode_extent_header(task.header, {task.staging, task.header_bytes});
@@ -204,6 +205,14 @@ void Transfers::pieces_written(StoreTask& task) {
   finish_store(task, true, Reason::dropped);
 }
 
+void Transfers::drop_store(StoreTask& task, uint64_t DropCounts::* why) {
+  {
+    std::lock_guard lock(mutex_);
+    ++(drops_.*why);
+  }
+  finish_store(task, false, Reason::dropped);
+}
+
 void Transfers::finish_store(StoreTask& task, bool stored, Reason reason) {
   const GdsLane* const lane = task.lane;
   give_store_memory(task);
@@ -217,6 +226,9 @@ void Transfers::finish_store(StoreTask& task, bool stored, Reason reason) {
   if (stored) {
     count_path(store_stats_.by_path, task.writer->root(), lane, task.header_bytes,
                task.bytes - task.header_bytes);
+    RootTraffic& root = traffic_[task.writer->root().index()].stored;
+    root.bytes += task.bytes;
+    root.tokens += tokens_locked(*task.cache, task.cache->shape.part);
   }
   Job& job = jobs_.at(task.job);
   resolve_locked(job, task.item_index, task.item.chunk, task.item.group,

@@ -243,7 +243,11 @@ Result<std::vector<ChunkChange>> RootWatch::poll() {
   for (const auto& [id, names] : state.segments) {
     if (!present.contains(id)) missing.push_back(id);
   }
-  for (const SegmentId& id : missing) state.drop_segment(id);
+  for (const SegmentId& id : missing) {
+    // A listing may be older than the journal, on file systems that cache it: an open asks anew.
+    const auto file = File::open(state.path + "/segments/" + segment_name(id), {});
+    if (!file && file.error().kind == ErrorKind::not_found) state.drop_segment(id);
+  }
 
   std::vector<ChunkChange> changes;
   for (const ChunkName& name : std::exchange(state.touched, {})) {

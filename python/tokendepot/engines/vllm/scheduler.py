@@ -155,9 +155,9 @@ class SchedulerHalf:
         keys = chain.keys(0, chunks)
         hit = self._depot.longest_prefix(keys, self._wants)
         tracked.found = hit > 0
+        tracked.asked_chunks, tracked.missing, tracked.local_tokens = chunks, hit, local_tokens
         if hit and self._drop_last_chunk:
             hit = self._depot.longest_prefix(chain.keys(0, hit - 1), self._wants)
-        tracked.asked_chunks, tracked.missing, tracked.local_tokens = chunks, hit, local_tokens
         external = hit * self._chunk - local_tokens
         if external < self._settings.min_load_tokens:
             return 0
@@ -492,15 +492,12 @@ class SchedulerHalf:
     def _load_failed(self, job: int, chunk: int, group: int, reason: str) -> None:
         hold = self._holds.get(job)
         if hold is not None:
-            self._forget(hold.keys, chunk, group, reason)
+            self._missed_chunk(hold, chunk, self._forget(hold.keys, chunk, group, reason))
             return
         load = self._loads.get(job)
         if load is None:
             return
-        cause = self._forget(load.keys, chunk, group, reason)
-        if chunk not in load.missed:
-            load.missed.add(chunk)
-            self._count(f"{MISSED}{cause}", self._chunk)
+        self._missed_chunk(load, chunk, self._forget(load.keys, chunk, group, reason))
         if not load.failed:
             load.failed = True
             self._sharing.brings_nothing(load.request_id)
@@ -508,6 +505,12 @@ class SchedulerHalf:
             tracked = self._requests.get(load.request_id)
             if tracked is not None:
                 tracked.load_failed = True
+
+    def _missed_chunk(self, of: Load | Hold, chunk: int, cause: str) -> None:
+        """Once for all groups and ranks."""
+        if chunk not in of.missed:
+            of.missed.add(chunk)
+            self._count(f"{MISSED}{cause}", self._chunk)
 
     def _store_ended(self, job: int, ranks: int) -> None:
         store = self._stores.get(job)

@@ -26,6 +26,7 @@ class Hold:
     until: float  # when it is given up
     ended_by: int = 0
     failed: bool = False
+    missed: set[int] = field(default_factory=set)  # chunks that failed
 
 
 @dataclass

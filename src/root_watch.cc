@@ -4,7 +4,6 @@
 #include <map>
 #include <optional>
 #include <set>
-#include <tuple>
 #include <unordered_map>
 #include <utility>
 
@@ -222,7 +221,7 @@ Result<std::unique_ptr<RootWatch>> RootWatch::open(const std::string& path) {
   return std::unique_ptr<RootWatch>(new RootWatch(std::move(state)));
 }
 
-Result<std::vector<ChunkChange>> RootWatch::poll() {
+Result<std::vector<ChunkChange>> RootWatch::poll(size_t most) {
   State& state = *state_;
   const auto marker = marker_of(state.path);
   if (!marker) return std::unexpected(marker.error());
@@ -250,7 +249,9 @@ Result<std::vector<ChunkChange>> RootWatch::poll() {
   }
 
   std::vector<ChunkChange> changes;
-  for (const ChunkName& name : std::exchange(state.touched, {})) {
+  size_t seen = 0;
+  for (; seen < state.touched.size() && changes.size() < most; ++seen) {
+    const ChunkName& name = state.touched[seen];
     const auto found = state.chunks.find(name);
     Chunk& chunk = found->second;
     chunk.listed = false;
@@ -258,6 +259,7 @@ Result<std::vector<ChunkChange>> RootWatch::poll() {
       changes.push_back({chunk.whole, name.key, name.ns_prefix, name.group, chunk.tokens});
     if (chunk.pieces.empty()) state.chunks.erase(found);
   }
+  state.touched.erase(state.touched.begin(), state.touched.begin() + static_cast<ptrdiff_t>(seen));
   return changes;
 }
 

@@ -2,6 +2,7 @@
 // run.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -31,10 +32,10 @@ class RootWatch {
   static Result<std::unique_ptr<RootWatch>> open(const std::string& path);
   ~RootWatch();
 
-  /// What changed since the last call, each chunk once; the first call gives all that is stored. Errors: the
-  /// root cannot be read any more, or another one has taken its place (`not_found`); what is known stays
-  /// known.
-  Result<std::vector<ChunkChange>> poll();
+  /// What changed since the last call, each chunk once; at first all that is stored. At most `most` changes,
+  /// the rest at the next call. Errors: the root cannot be read any more, or another one has taken its place
+  /// (`not_found`); what is known stays known.
+  Result<std::vector<ChunkChange>> poll(size_t most = SIZE_MAX);
   /// All chunks that are whole, as of the last poll.
   std::vector<ChunkChange> stored() const;
 

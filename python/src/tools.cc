@@ -184,8 +184,8 @@ class Watch {
  public:
   explicit Watch(std::unique_ptr<RootWatch> watch) : watch_(std::move(watch)) {}
 
-  nb::list poll() {
-    return changes_to([this] { return unwrap(watch_->poll()); });
+  nb::list poll(size_t most) {
+    return changes_to([this, most] { return unwrap(watch_->poll(most)); });
   }
   nb::list stored() {
     return changes_to([this] { return watch_->stored(); });
@@ -221,7 +221,7 @@ Watch* watch_root(const std::string& path) {
 
 void bind_tools(nb::module_& module) {
   nb::class_<Watch>(module, "RootWatch")
-      .def("poll", &Watch::poll)
+      .def("poll", &Watch::poll, nb::arg("most"))
       .def("stored", &Watch::stored)
       .def_prop_ro("root_id", &Watch::root_id)
       .def_prop_ro("in_memory", &Watch::in_memory);

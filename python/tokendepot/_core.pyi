@@ -133,8 +133,8 @@ class RootWatch:
     """What comes into a root and what goes. Changes are (stored, key, namespace, group, tokens): namespace = the first
     16 hex digits of its digest, tokens = held. See include/tokendepot/watch.h."""
 
-    def poll(self) -> list[tuple[bool, bytes, str, int, int]]:
-        """Since the last call; the first call gives all that is stored. Raises DepotError when the root cannot be read
+    def poll(self, most: int) -> list[tuple[bool, bytes, str, int, int]]:
+        """Since the last call, at most `most`; at first all that is stored. Raises DepotError when the root cannot be read
         or is another one now; what is known stays known."""
     def stored(self) -> list[tuple[bool, bytes, str, int, int]]:
         """All that is stored, as of the last poll."""

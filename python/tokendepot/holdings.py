@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from . import _core
 
+CHANGES_A_POLL = 4096  # of each root: a list of millions would hold up every other thread of the interpreter
 CPU, STORAGE = "CPU", "STORAGE"  # as vLLM names media: host memory, and everything that outlives the host's power
 
 
@@ -37,7 +38,7 @@ class Holdings:
         return [watch.root_id for _, watch in self._watches if watch]
 
     def poll(self) -> list[Change]:
-        """What changed since the last call; the first call gives everything."""
+        """What changed since the last call, at first everything; what is too much for one call comes with the next."""
         found: list[Change] = []
         for root in range(len(self._watches)):
             found += self._poll_root(root)
@@ -58,7 +59,7 @@ class Holdings:
             if watch is None:
                 watch = _core.watch_root(path)
                 self._watches[root] = (path, watch)
-            return self._merge(root, watch.poll())
+            return self._merge(root, watch.poll(CHANGES_A_POLL))
         except _core.DepotError as error:
             if watch is None:
                 return []

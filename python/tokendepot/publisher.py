@@ -137,8 +137,9 @@ def follow(holdings: Holdings, publisher: Publisher, wire: Wire, stopped: Callab
     fresh_start_due = time.monotonic() + FRESH_START_EVERY_S
     lacking = False
     while not stopped():
-        publisher.send([wire.event(change) for change in holdings.poll()])
-        lacking |= publisher.answer_replays(POLL_MS)
+        changes = holdings.poll()
+        publisher.send([wire.event(change) for change in changes])
+        lacking |= publisher.answer_replays(0 if changes else POLL_MS)
         if lacking and time.monotonic() >= fresh_start_due:
             lacking, fresh_start_due = False, time.monotonic() + FRESH_START_EVERY_S
             publisher.send(list(_all(holdings, wire)))

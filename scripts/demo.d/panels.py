@@ -23,7 +23,8 @@ from server import free_port
 
 DASHBOARD = pathlib.Path(__file__).resolve().parents[2] / "deploy/grafana/tokendepot.json"
 SCRAPE_S = 1.0
-WAIT_S = 20.0
+WAIT_S = 60.0
+SERVICE_UNAVAILABLE = 503
 # As Grafana would set them; $root and $model stand for all.
 VARIABLES = {"$__rate_interval": "5m", "$__range": "1h", "$root": ".*", "$model": ".*"}
 # Without these the demo has shown nothing.
@@ -118,6 +119,8 @@ class Watch:
             with urllib.request.urlopen(address, timeout=10) as answer:
                 result = json.load(answer)["data"]["result"]
         except urllib.error.HTTPError as error:
+            if error.code == SERVICE_UNAVAILABLE:
+                raise  # it is starting
             raise ServerFault(f"Prometheus refused {query}: {error.read().decode(errors='replace')}") from None
         return [(series["metric"], float(series["value"][1])) for series in result]
 

@@ -53,8 +53,13 @@ def engine():
 def said(root="00000000", **counters):
     """Metrics of an engine as text."""
     values = dict.fromkeys(("queried_tokens", "hit_tokens", "load_bytes", "store_bytes", "saved_seconds"), 0) | counters
-    lines = [f"# TYPE tokendepot_{name} counter\ntokendepot_{name}_total{{engine=\"0\"}} {value}" for name, value in values.items()]
-    lines.append(f'# TYPE tokendepot_missed_tokens counter\ntokendepot_missed_tokens_total{{cause="evicted"}} {values["load_bytes"]}')
+    lines = []
+    for name, value in values.items():
+        lines.append(f'# TYPE tokendepot_{name} counter\ntokendepot_{name}_total{{engine="0"}} {value}')
+    lines.append(
+        "# TYPE tokendepot_missed_tokens counter\n"
+        f'tokendepot_missed_tokens_total{{cause="evicted"}} {values["load_bytes"]}'
+    )
     lines.append(
         "# TYPE tokendepot_root_moved_bytes counter\n"
         f'tokendepot_root_moved_bytes_total{{root="{root}",operation="load"}} {values["load_bytes"]}'

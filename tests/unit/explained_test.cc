@@ -178,6 +178,20 @@ TEST(RootWatch, AChunkIsThereWhenAllRanksHaveStoredTheirParts) {
   EXPECT_EQ((*watch)->stored().size(), 1u);
 }
 
+TEST(RootWatch, GivesNoMoreThanIsAskedForAndTheRestLater) {
+  const TemporaryDirectory directory("/dev/shm");
+  const std::string root = directory.path() + "/root";
+  auto depot = open_at(root);
+  const NamespaceDigest ns = depot->register_namespace(R"({"model":"m"})").value();
+  HostCache cache(small_shape(), 10 * kBlocksPerChunk);
+  ASSERT_TRUE(depot->attach(cache.paged()));
+  ASSERT_EQ(store_chunks(*depot, 1, ns, prompt_keys(ns, 1, 10), 0, 10).items_ok, 10u);
+  auto watch = RootWatch::open(root);
+  ASSERT_TRUE(watch) << watch.error().message;
+  for (const size_t expected : {4u, 4u, 2u, 0u}) EXPECT_EQ((*watch)->poll(4).value().size(), expected);
+  EXPECT_EQ((*watch)->stored().size(), 10u);
+}
+
 TEST(RootWatch, AnotherRootInTheSamePlaceIsNotTakenForTheFirst) {
   const TemporaryDirectory directory("/dev/shm");
   const std::string root = directory.path() + "/root";

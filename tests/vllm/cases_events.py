@@ -133,7 +133,8 @@ def events_tell_the_tokens_and_the_parent_of_what_this_engine_stores(lab: Lab) -
     while at in by_parent:
         event = by_parent.pop(at)
         assert event.block_size == engine.options.chunk == len(event.token_ids)
-        assert event.extra_keys == ([["tenant"]] if at is None else None) or event.extra_keys == [("tenant",)]
+        extras = [tuple(extra) for extra in event.extra_keys or ()]
+        assert extras == ([("tenant",)] if at is None else [])
         tokens += event.token_ids
         at = event.block_hashes[0]
     assert not by_parent and tokens == (prompt + engine.output["r0"])[: len(tokens)] and len(tokens) >= 128

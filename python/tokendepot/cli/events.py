@@ -40,7 +40,9 @@ def events(
     hashes: Annotated[
         Hashes, typer.Option(help="Block hashes: the last 8 bytes of a key as a number, as vLLM's are, or its 32 bytes.")
     ] = Hashes.number,
-    form: Annotated[Form, typer.Option(help="Events as maps, as vLLM sends them from 0.24 on, or arrays, as before.")] = Form.map,
+    form: Annotated[
+        Form, typer.Option(help="Events as maps, as vLLM sends them from 0.24 on, or arrays, as before.")
+    ] = Form.map,
 ) -> None:
     """Publishes what comes into roots and what goes as KV events, in vLLM's format, until SIGTERM."""
     try:

@@ -17,7 +17,7 @@ DROPS = ("no_root", "queue_full", "no_space", "late")
 DROPPED = "drops:"  # prefix of "drops:<reason>" in the data
 CAUSES = ("absent", "evicted", "corrupt", "other_namespace", "timed_out", "failed", "not_worth_loading")
 MISSED = "missed:"  # prefix of "missed:<cause>" in the data
-EVICTIONS = ("capacity", "corrupt")
+EVICTIONS = {"capacity": "evicted_bytes", "corrupt": "corrupt_bytes"}  # cause -> what a root's statistics call it
 ROOT = "root:"  # prefix of "root:<what>:<root>[:<more>]" in the data
 ROOT_DIGITS = 8  # of a root's id in labels, as the exporter has them
 NAMED_ROOTS = 4  # with labels of their own; so that all series of an engine stay below 200
@@ -187,11 +187,8 @@ class EngineCounters:
         return {key: value for key, value in change.items() if value}
 
     def _of_root(self, label: str, root: dict[str, Any]) -> dict[str, float]:
-        found = {
-            f"{ROOT}written_bytes:{label}": root["written_bytes"],
-            f"{ROOT}evicted_bytes:{label}:capacity": root["evicted_bytes"],
-            f"{ROOT}evicted_bytes:{label}:corrupt": root["corrupt_bytes"],
-        }
+        found = {f"{ROOT}evicted_bytes:{label}:{cause}": root[key] for cause, key in EVICTIONS.items()}
+        found[f"{ROOT}written_bytes:{label}"] = root["written_bytes"]
         for way, traffic in (("load", root["loaded"]), ("store", root["stored"])):
             found[f"{ROOT}moved_bytes:{label}:{way}"] = traffic["bytes"]
             if self._rank == 0:  # each rank has a part of the same tokens

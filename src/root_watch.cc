@@ -235,8 +235,10 @@ Result<std::vector<ChunkChange>> RootWatch::poll(size_t most) {
   const auto files = list_directory(state.path + "/segments");
   if (!files && files.error().kind != ErrorKind::not_found) return std::unexpected(files.error());
   std::set<SegmentId> present;
-  for (const DirectoryEntry& entry : files ? *files : std::vector<DirectoryEntry>()) {
-    if (const auto id = segment_of_name(entry.name)) present.insert(*id);
+  if (files) {
+    for (const DirectoryEntry& entry : *files) {
+      if (const auto id = segment_of_name(entry.name)) present.insert(*id);
+    }
   }
   std::vector<SegmentId> missing;
   for (const auto& [id, names] : state.segments) {

@@ -152,7 +152,7 @@ class DepotStats(KVConnectorStats):
         return line
 
     def is_empty(self) -> bool:
-        return not any(self.data.values())
+        return not self.data
 
 
 class EngineCounters:
@@ -183,8 +183,9 @@ class EngineCounters:
                 now[f"{CARRIED}{way}:{path}"] = counts["by_path"][path]
         now["gds_errors"] = sum(root["gds_errors"] for root in stats["roots"])
         change = {key: value - self._before.get(key, 0) for key, value in now.items()}
-        self._before = now
-        return {key: value for key, value in change.items() if value}
+        # Series of roots begin with the first message: with 0, or Prometheus would take what follows for their beginning.
+        first, self._before = not self._before, now
+        return {key: value for key, value in change.items() if value or (first and key.startswith(ROOT))}
 
     def _of_root(self, label: str, root: dict[str, Any]) -> dict[str, float]:
         found = {f"{ROOT}evicted_bytes:{label}:{cause}": root[key] for cause, key in EVICTIONS.items()}
@@ -294,8 +295,8 @@ class DepotPromMetrics(KVConnectorPromMetrics):
                 self._gauges[name].labels(*values).inc(value)
             elif kind + ":" == BUCKETS and name in self._histograms:
                 _add_to_bucket(self._histograms[name].labels(*values), more[0], value)
-            elif kind + ":" == ROOT and name in self._of_roots and value > 0:
-                self._of_roots[name].labels(*values, *more).inc(value)
+            elif kind + ":" == ROOT and name in self._of_roots:
+                self._of_roots[name].labels(*values, *more).inc(max(0, value))
             elif (counter := self._counters.get(key)) is not None and value > 0:
                 counter[engine_idx].inc(value)
 

@@ -76,6 +76,7 @@ class OpenDepot final : public Depot {
   bool wait_ended(std::chrono::nanoseconds timeout) override;
   bool flush(std::chrono::nanoseconds timeout) override;
   void refresh() override;
+  KeyHistory history(const Key& key) const override;
   DepotStats stats() const override;
 
  private:
@@ -473,10 +474,13 @@ void OpenDepot::refresh() {
   if (!forked()) keeper_->poll_journals();
 }
 
+KeyHistory OpenDepot::history(const Key& key) const {
+  return forked() || !catalog_ ? KeyHistory::never : catalog_->history(key);
+}
+
 DepotStats OpenDepot::stats() const {
   DepotStats stats;
   if (forked()) return stats;
-  transfers_->add_to(stats);
   if (catalog_) {
     stats.entries = catalog_->entries();
     stats.catalog_bytes = catalog_->memory_bytes();
@@ -489,6 +493,7 @@ DepotStats OpenDepot::stats() const {
     stats.bad_records += tier.replay->bad_records();
     RootStats& root = stats.roots.emplace_back();
     root.path = tier.root->path();
+    root.id = tier.root->id();
     root.transport = tier.root->transport();
     root.reason = tier.root->reason();
     root.read_bytes_per_second = tier.root->read_bytes_per_second();
@@ -501,13 +506,18 @@ DepotStats OpenDepot::stats() const {
     }
     if (tier.writer) {
       root.evicted_segments = tier.writer->evicted_segments();
+      root.evicted_bytes = tier.writer->evicted_bytes();
+      root.corrupt_bytes = tier.writer->condemned_bytes();
+      root.written_bytes = tier.writer->written_bytes();
       root.suspended = tier.writer->failing();
       root.used_bytes += tier.writer->spare_bytes();
     }
     root.gds_errors = tier.root->gds_errors();
     root.mended_manifests = tier.root->mended_manifests();
     root.demoted_segments = keeper_->demoted(tier.root->index());
+    root.journal_lag = tier.replay->lag();
   }
+  transfers_->add_to(stats);
   return stats;
 }
 

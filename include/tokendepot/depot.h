@@ -93,6 +93,12 @@ struct Completion {
   std::vector<ItemFailure> failures;
 };
 
+enum class KeyHistory : uint8_t {
+  never,   // no extent was ever seen
+  stored,  // some extent can be looked up
+  gone,    // evicted, condemned or removed
+};
+
 class Depot {
  public:
   /// Opens (and where needed creates) every root, replays the journals and starts the background work.
@@ -130,6 +136,11 @@ class Depot {
   virtual Result<LoadPlan> plan_load(const NamespaceDigest& ns, std::span<const Key> keys,
                                      std::span<const LoadGroup> groups,
                                      std::chrono::nanoseconds deadline) = 0;
+
+  /// What this process knows of a chunk, whatever groups and parts: memory only, for explaining a miss.
+  /// `gone` is an estimate: at most 1 in 65,535 chunks that never were here are taken for gone, and what has
+  /// gone is forgotten when about a million others have gone after it. `never` without a catalog.
+  virtual KeyHistory history(const Key& key) const = 0;
 
   /// Drops every extent of this chunk and group from this process's catalog until it is stored again.
   virtual void forget(const Key& key, uint16_t group) = 0;

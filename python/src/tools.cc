@@ -1,8 +1,12 @@
 #include "tokendepot/tools.h"
 
+#include "tokendepot/watch.h"
+
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/tuple.h>
+
+#include <mutex>
 
 #include "convert.h"
 
@@ -175,9 +179,53 @@ nb::dict evict(const std::string& path, uint64_t bytes, bool dry_run) {
   return out;
 }
 
+/// Calls of several threads take turns.
+class Watch {
+ public:
+  explicit Watch(std::unique_ptr<RootWatch> watch) : watch_(std::move(watch)) {}
+
+  nb::list poll(size_t most) {
+    return changes_to([this, most] { return unwrap(watch_->poll(most)); });
+  }
+  nb::list stored() {
+    return changes_to([this] { return watch_->stored(); });
+  }
+  std::string root_id() const { return watch_->root_id_hex(); }
+  bool in_memory() const { return watch_->in_memory(); }
+
+ private:
+  template <typename Call>
+  nb::list changes_to(Call call) {
+    const std::vector<ChunkChange> changes = [&] {
+      nb::gil_scoped_release unlocked;
+      const std::lock_guard lock(mutex_);
+      return call();
+    }();
+    nb::list out;
+    for (const ChunkChange& c : changes)
+      out.append(
+          nb::make_tuple(c.stored, digest_to_bytes(c.key), prefix_to_hex(c.ns_prefix), c.group, c.tokens));
+    return out;
+  }
+
+  std::mutex mutex_;
+  const std::unique_ptr<RootWatch> watch_;
+};
+
+Watch* watch_root(const std::string& path) {
+  nb::gil_scoped_release unlocked;
+  return new Watch(unwrap(RootWatch::open(path)));  // the module owns it
+}
+
 }  // namespace
 
 void bind_tools(nb::module_& module) {
+  nb::class_<Watch>(module, "RootWatch")
+      .def("poll", &Watch::poll, nb::arg("most"))
+      .def("stored", &Watch::stored)
+      .def_prop_ro("root_id", &Watch::root_id)
+      .def_prop_ro("in_memory", &Watch::in_memory);
+  module.def("watch_root", &watch_root, nb::arg("path"), nb::rv_policy::take_ownership);
   module.def("inspect_root", &inspect, nb::arg("path"));
   module.def("list_extents", &list, nb::arg("path"));
   module.def("verify_extents", &verify, nb::arg("path"), nb::arg("extents"));

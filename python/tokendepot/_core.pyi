@@ -63,6 +63,9 @@ class Depot:
         """groups: (want, first_chunk, blocks_per_chunk, block ids with SKIP_BLOCK where nothing is wanted).
         Raises DepotError(not_found) when an extent has gone since the lookup."""
     def forget(self, key: bytes, group: int) -> None: ...
+    def history(self, key: bytes) -> str:
+        """"never", "stored" (some extent of the chunk, whatever group and part) or "gone" (evicted, condemned or
+        removed; an estimate, see include/tokendepot/depot.h)."""
     # worker half
     def attach(
         self,
@@ -125,6 +128,22 @@ def remove_extents(path: str, extents: Sequence[dict[str, Any]]) -> int:
 def evict_segments(path: str, bytes: int, dry_run: bool = False) -> dict[str, int]:
     """Evicts the coldest sealed segments until `bytes` of the root are freed; returns segments and bytes. With
     `dry_run` only says what it would do."""
+
+class RootWatch:
+    """What comes into a root and what goes. Changes are (stored, key, namespace, group, tokens): namespace = the first
+    16 hex digits of its digest, tokens = held. See include/tokendepot/watch.h."""
+
+    def poll(self, most: int) -> list[tuple[bool, bytes, str, int, int]]:
+        """Since the last call, at most `most`; at first all that is stored. Raises DepotError when the root cannot be read
+        or is another one now; what is known stays known."""
+    def stored(self) -> list[tuple[bool, bytes, str, int, int]]:
+        """All that is stored, as of the last poll."""
+    @property
+    def root_id(self) -> str: ...
+    @property
+    def in_memory(self) -> bool: ...
+
+def watch_root(path: str) -> RootWatch: ...
 
 # --- workload: a depot of its own beside the limits of its medium and link (include/tokendepot/workload.h) ---
 class Workload:

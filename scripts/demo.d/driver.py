@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import client
 import document
 import model as checkpoint
+import panels
 import report
 import server
 
@@ -46,6 +47,7 @@ class Demo:
         if shutil.disk_usage("/dev/shm").free >= 3 * GIB:
             self.memory = pathlib.Path(tempfile.mkdtemp(prefix="tokendepot-demo-", dir="/dev/shm"))
         self.start_s = 0.0
+        self.panels: list[panels.Value] = []
 
     def close(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
@@ -119,7 +121,7 @@ class Demo:
         second = {c: prompt + answer.text + document.SECOND_QUESTION for c, (prompt, answer) in first.items()}
 
         warm: dict[int, tuple[client.Answer, float, float]] = {}
-        with self.running("same depot", model, with_depot) as api:
+        with self.running("same depot", model, with_depot) as api, self.watched(api):
             for context, prompt in second.items():
                 bytes_before, seconds_before = self.loaded(api)
                 answer = self.ask(api, prompt, f"turn 2, {context:,} tokens, from the depot")
@@ -159,6 +161,20 @@ class Demo:
     def stored_bytes(self, api: client.Client) -> float:
         return api.metrics().get(STORED_BYTES, 0.0)
 
+    @contextmanager
+    def watched(self, api: client.Client):
+        """With --metrics: Prometheus scrapes meanwhile, and at the end says what the dashboard shows."""
+        if not self.options.metrics:
+            yield
+            return
+        watch = panels.Watch(self.work, api.url, self.roots())
+        try:
+            watch.wait_scraped()
+            yield
+            self.panels = watch.values()
+        finally:
+            watch.close()
+
     def settle(self, api: client.Client) -> None:
         """Until the depot has acknowledged what it was given: a user takes longer to think than this."""
         stored, since = -1.0, time.monotonic()
@@ -177,6 +193,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--contexts", default="1000,2000,4000,8000", help="tokens of the document, ascending")
     parser.add_argument("--minutes", type=float, default=13.0, help="time for everything; larger contexts are left out")
     parser.add_argument("--model", type=pathlib.Path, help="a model directory of your own")
+    parser.add_argument("--metrics", action="store_true", help="show what the dashboard shows, by a Prometheus of its own")
     parser.add_argument("--tiny", action="store_true", help="a tiny random model: quicker, with answers that mean nothing")
     parser.add_argument("--cache", type=pathlib.Path, default=pathlib.Path(".cache"), help="where the model is built")
     parser.add_argument("--server", help="a command that takes the arguments of vLLM's API server, instead of it")
@@ -215,13 +232,16 @@ def main(argv: list[str] | None = None, kind: type[Demo] = Demo) -> int:
             return 1
         finally:
             demo.close()
-    return conclude(rows, about, options, console)
+    return conclude(rows, demo.panels, about, options, console)
 
 
-def conclude(rows: list[report.Row], about: str, options: argparse.Namespace, console: Console) -> int:
+def conclude(rows: list[report.Row], shown: list[panels.Value], about: str, options: argparse.Namespace, console: Console) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     console.print(report.table(rows))
     found = report.complaints(rows)
+    if options.metrics:
+        console.print(panels.table(shown))
+        found += panels.complaints(shown)
     report.write_json(rows, {"model": options.model.name, "complaints": found}, options.out / "ttft.json")
     report.write_plot(rows, options.model.name, options.out / "ttft.png")
     for line in (

@@ -139,7 +139,13 @@ void Catalog::erase_at(const Key& key, PartId part, uint32_t slot, uint64_t offs
   Shard& shard = shard_of(probe);
   std::lock_guard lock(shard.mutex);
   Entry* entry = seek(shard.table, probe);
-  if (entry != nullptr && entry->slot == slot && entry->page == offset / kPageBytes) erase(shard, entry);
+  if (entry == nullptr || entry->slot != slot || entry->page != offset / kPageBytes) return;
+  gone_.add(probe.high);
+  erase(shard, entry);
+}
+
+void Catalog::note_gone(const Key& key) {
+  gone_.add(probe_of(key, 0).high);
 }
 
 void Catalog::forget(const Key& key, uint16_t group) {
@@ -305,12 +311,36 @@ size_t Catalog::longest_prefix(std::span<const Key> keys, std::span<const GroupW
   return limit;
 }
 
+KeyHistory Catalog::history(const Key& key) const {
+  size_t parts = 0;
+  {
+    std::shared_lock lock(parts_mutex_);
+    parts = parts_.size();
+  }
+  bool dead = false;  // of a segment that has gone and was not swept yet
+  for (size_t part = 0; part < parts; ++part) {
+    const Probe probe = probe_of(key, static_cast<PartId>(part));
+    const Shard& shard = shard_of(probe);
+    std::lock_guard lock(shard.mutex);
+    const Entry* entry = seek(shard.table, probe);
+    if (entry == nullptr) continue;
+    if (segments_.alive(entry->slot)) return KeyHistory::stored;
+    dead = true;
+  }
+  return dead || gone_.holds(probe_of(key, 0).high) ? KeyHistory::gone : KeyHistory::never;
+}
+
 void Catalog::sweep() {
   for (Shard& shard : shards_) {
     std::lock_guard lock(shard.mutex);
     std::vector<Entry> alive;
     for (const Entry& entry : shard.table) {
-      if (entry.pages != 0 && segments_.alive(entry.slot)) alive.push_back(entry);
+      if (entry.pages == 0) continue;
+      if (segments_.alive(entry.slot)) {
+        alive.push_back(entry);
+      } else {
+        gone_.add(entry.high);
+      }
     }
     if (alive.size() == shard.size) continue;
     std::ranges::fill(shard.table, Entry{});

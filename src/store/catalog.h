@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "io/huge_memory.h"
+#include "store/gone_keys.h"
 #include "store/segment_table.h"
 #include "tokendepot/depot.h"
 #include "tokendepot/key.h"
@@ -49,6 +50,8 @@ class Catalog {
   /// Forgets the entry of this key and part if it still points at this place.
   void erase_at(const Key& key, PartId part, uint32_t slot, uint64_t offset);
   void forget(const Key& key, uint16_t group);
+  /// For history(): an extent of this key was stored once and is gone.
+  void note_gone(const Key& key);
 
   struct Found {
     uint32_t slot = 0;
@@ -66,6 +69,8 @@ class Catalog {
   void presence(std::span<const Key> keys, const GroupWant& want, std::span<uint8_t> out,
                 bool stop_at_gap) const;
   size_t longest_prefix(std::span<const Key> keys, std::span<const GroupWant> wants) const;
+  /// Of all groups and parts. "gone" is an estimate: see GoneKeys.
+  KeyHistory history(const Key& key) const;
 
   /// Removes entries whose segment is gone from every root.
   void sweep();
@@ -113,6 +118,7 @@ class Catalog {
   std::array<Shard, kShards> shards_;
   mutable std::shared_mutex parts_mutex_;
   std::vector<PartShape> parts_;
+  GoneKeys gone_;
 };
 
 }  // namespace tokendepot

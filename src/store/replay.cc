@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "base/clock.h"
 #include "base/errors.h"
 #include "base/log.h"
 
@@ -61,8 +62,12 @@ void Replay::bound_open_journals() {
 Status Replay::read(JournalReader& reader, uint64_t listed_bytes) {
   const uint64_t bad_before = reader.bad_records();
   const bool was_open = reader.is_open();
+  const bool tailing = reader.next_index() > 0;
+  SegmentId copy;  // puts of a demoted segment have the time of their first root
   const auto count = reader.read_new(
-      [this](const Record& record) {
+      [this, tailing, &copy](const Record& record) {
+        if (record.type == RecordType::adopt_segment) copy = record.where.segment;
+        if (tailing && record.type == RecordType::put && record.where.segment != copy) note_lag(record);
         batch_.push_back(record);
         if (batch_.size() < kBatch) return;
         apply(batch_);
@@ -84,6 +89,17 @@ Status Replay::read(JournalReader& reader, uint64_t listed_bytes) {
   }
   if (!count) return std::unexpected(count.error());
   return {};
+}
+
+void Replay::note_lag(const Record& record) {
+  const uint64_t now = system_clock().wall_ns();
+  std::lock_guard lock(apply_mutex_);
+  lag_.add(now - std::min(now, record.time_ns));  // clocks of other hosts may be ahead
+}
+
+LatencyCounts Replay::lag() const {
+  std::lock_guard lock(apply_mutex_);
+  return lag_;
 }
 
 Status Replay::first() {
@@ -184,11 +200,17 @@ void Replay::apply_locked(const Record& record) {
     case RecordType::adopt_segment:
       if (!segments_.condemned(slot, root)) segments_.set_present(slot, root, record.where.bytes);
       break;
-    case RecordType::put:
-      if (!segments_.add_extent(slot, root, record.where.offset + record.where.bytes, record.time_ns)) break;
-      if (catalog_ == nullptr || bad_places_.contains({slot, record.where.offset})) break;
+    case RecordType::put: {
+      const uint64_t end = record.where.offset + record.where.bytes;
+      const bool alive = segments_.add_extent(slot, root, end, record.time_ns);
+      if (catalog_ == nullptr) break;
+      if (!alive || bad_places_.contains({slot, record.where.offset})) {
+        catalog_->note_gone(record.key);  // the journal that condemned it was read first
+        break;
+      }
       if (const auto part = part_of(record)) catalog_->put(record.key, *part, slot, record.where);
       break;
+    }
     case RecordType::seal:
       segments_.seal(slot, root, record.where.offset);
       break;

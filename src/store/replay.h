@@ -15,6 +15,7 @@
 #include "store/journal_file.h"
 #include "store/root.h"
 #include "store/segment_table.h"
+#include "tokendepot/stats.h"
 
 namespace tokendepot {
 
@@ -41,6 +42,9 @@ class Replay {
 
   uint64_t records() const { return records_; }
   uint64_t bad_records() const { return bad_records_; }
+  /// From the time of each put that another process wrote to the poll that found it. What was there at the
+  /// journal's first reading is not counted.
+  LatencyCounts lag() const;
   /// A segment was condemned since the last call: its catalog entries want sweeping.
   bool take_condemned() { return condemned_.exchange(false); }
 
@@ -54,6 +58,7 @@ class Replay {
   void bound_open_journals();
   void apply(std::span<const Record> records);
   void apply_locked(const Record& record);
+  void note_lag(const Record& record);
   uint32_t slot_of(const SegmentId& id);
   std::optional<PartId> part_of(const Record& record);
 
@@ -65,12 +70,13 @@ class Replay {
   std::deque<uint64_t> open_journals_;  // in the order of opening
   std::vector<Record> batch_;           // read and not applied yet
   uint64_t own_journal_ = 0;
-  std::mutex apply_mutex_;  // the five below
+  mutable std::mutex apply_mutex_;  // the six below
   std::optional<uint32_t> last_slot_;
   SegmentId last_segment_;
   std::optional<PartId> last_part_;
   PartShape last_shape_;
   std::set<std::pair<uint32_t, uint64_t>> bad_places_;  // (slot, offset): condemned extents, bounded
+  LatencyCounts lag_;
   std::atomic<uint64_t> records_ = 0;
   std::atomic<uint64_t> bad_records_ = 0;
   std::atomic<bool> condemned_ = false;

@@ -41,6 +41,12 @@ bool writable_directory(const std::string& path) {
 
 }  // namespace
 
+std::string Root::id() const {
+  std::string text;
+  for (const uint8_t byte : marker_.root_id) text += fmt::format("{:02x}", byte);
+  return text;
+}
+
 Status Root::open_marker() {
   const std::string file = path() + "/DEPOT";
   auto content = read_file(file, 1 << 16);

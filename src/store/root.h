@@ -35,6 +35,8 @@ class Root {
 
   RootIndex index() const { return index_; }
   const std::string& path() const { return options_.path; }
+  /// Of the marker, 32 hex digits.
+  std::string id() const;
   uint64_t capacity() const { return options_.capacity_bytes; }
   bool writable() const { return writable_; }
   /// Other hosts may write here: a file that is missing, short or not what its journal says may be so for a

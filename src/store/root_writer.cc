@@ -59,6 +59,7 @@ Status RootWriter::append_locked(std::span<Record> records) {
     return fail(ErrorKind::busy, "root \"{}\": its file system has not confirmed the journal's lock for {} s",
                 root_.path(), kHoldNs / 1'000'000'000);
   auto written = journal_.append(records);
+  if (written) written_bytes_ += records.size() * kRecordBytes;
   if (!written && written.error().kind == ErrorKind::no_space) cramped_ = true;
   return written;
 }
@@ -207,6 +208,7 @@ Status RootWriter::acknowledge(const Place& place, Record put) {
 
 void RootWriter::condemn_extent(Record record) {
   record.type = RecordType::condemn_extent;
+  condemned_bytes_ += record.where.bytes;
   if (auto written = append(record); !written) {
     log(LogLevel::warning, "root \"{}\": {}", root_.path(), written.error().message);
   }
@@ -276,6 +278,7 @@ Status RootWriter::evict_coldest(const std::function<void(uint32_t)>& before_evi
       continue;
     }
     ++evicted_;
+    evicted_bytes_ += segment.roots[root_.index()].file_bytes;
     *recycled = fits;
     return {};
   }
@@ -552,6 +555,7 @@ Status RootWriter::publish_copy(const SegmentId& id, const File& copy, uint64_t 
       return written;
     }
   }
+  written_bytes_ += used_bytes;
   for (const Record& record : records) replay_.apply(record);
   return {};
 }

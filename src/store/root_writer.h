@@ -76,6 +76,11 @@ class RootWriter {
   Status publish_copy(const SegmentId& id, const File& copy, uint64_t used_bytes);
 
   uint64_t evicted_segments() const { return evicted_; }
+  uint64_t evicted_bytes() const { return evicted_bytes_; }
+  /// Of extents that condemn_extent() was called for.
+  uint64_t condemned_bytes() const { return condemned_bytes_; }
+  /// Of copies and journal records; stores are counted where they happen.
+  uint64_t written_bytes() const { return written_bytes_; }
   /// The last attempt to have space ready failed; it is repeated in the background.
   bool failing() const { return failing_; }
   uint64_t writer_id() const;
@@ -130,6 +135,9 @@ class RootWriter {
   std::optional<Current> spare_;
   std::map<uint64_t, uint64_t> free_since_;  // writer -> steady clock; the slow keeper's only
   std::atomic<uint64_t> evicted_ = 0;
+  std::atomic<uint64_t> evicted_bytes_ = 0;
+  std::atomic<uint64_t> condemned_bytes_ = 0;
+  std::atomic<uint64_t> written_bytes_ = 0;
   std::atomic<bool> failing_ = false;
   std::atomic<bool> no_space_ = false;
   std::atomic<bool> cramped_ = false;  // the file system has no room for a journal record

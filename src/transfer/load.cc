@@ -412,7 +412,11 @@ void Transfers::resolve_load_locked(LoadTask& task, std::optional<Reason> failur
   Job& job = found->second;
   std::erase(job.loads, &task);
   if (!failure && !std::exchange(task.counted_path, true)) {
-    count_path(load_stats_.by_path, *tiers_[task.tier].root, task.lane, task.header_bytes, task.run_bytes);
+    const Root& root = *tiers_[task.tier].root;
+    count_path(load_stats_.by_path, root, task.lane, task.header_bytes, task.run_bytes);
+    RootTraffic& loaded = traffic_[root.index()].loaded;
+    loaded.bytes += task.header_bytes + task.run_bytes;
+    loaded.tokens += tokens_locked(*task.cache, task.item.part);
   }
   resolve_locked(job, task.item_index, task.item.chunk, task.item.group, failure,
                  task.header_bytes + task.run_bytes);

@@ -41,8 +41,10 @@ void Transfers::queue_store_locked(Job& job, uint32_t index, StoreItem item, con
   ++job.unresolved;
   if (!suits(item, cache)) return resolve_locked(job, index, item.chunk, item.group, Reason::mismatch, 0);
   const uint64_t bytes = extent_bytes(cache.shape);
-  if (writer == nullptr || store_bytes_ + bytes > store_queue_bytes_)
+  if (writer == nullptr || store_bytes_ + bytes > store_queue_bytes_) {
+    ++(writer == nullptr ? drops_.no_root : drops_.queue_full);
     return resolve_locked(job, index, item.chunk, item.group, Reason::dropped, 0);
+  }
   auto owned = std::make_unique<StoreTask>();
   StoreTask& task = *owned;
   store_tasks_.emplace(&task, std::move(owned));
@@ -76,7 +78,7 @@ Transfers::Start Transfers::start_store(StoreTask& task) {
       give_store_memory(task);
       return Start::later;
     }
-    finish_store(task, false, Reason::dropped);
+    drop_store(task, &DropCounts::no_space);
     return Start::over;
   }
   task.place = std::move(*place);
@@ -86,7 +88,7 @@ Transfers::Start Transfers::start_store(StoreTask& task) {
     task.starting = false;
     if (task.given_up) {
       lock.unlock();
-      finish_store(task, false, Reason::dropped);
+      drop_store(task, &DropCounts::late);
       return Start::over;
     }
   }
@@ -94,7 +96,7 @@ Transfers::Start Transfers::start_store(StoreTask& task) {
     // cuFile did not take this segment.
     give_store_memory(task);
     if (!take_store_memory(task, nullptr)) {
-      finish_store(task, false, Reason::dropped);
+      drop_store(task, &DropCounts::no_space);
       return Start::over;
     }
   }
@@ -135,7 +137,7 @@ void Transfers::gathered(StoreTask& task, bool ok) {
     spoilt = task.spoilt;
     settled_.notify_all();
   }
-  if (spoilt) return finish_store(task, false, Reason::dropped);
+  if (spoilt) return drop_store(task, &DropCounts::late);
   if (!ok) return finish_store(task, false, Reason::io_error);
   if (!task.gather.guarded) {
     encode_extent_header(task.header, {task.staging, task.header_bytes});
@@ -208,6 +210,14 @@ void Transfers::pieces_written(StoreTask& task) {
   finish_store(task, true, Reason::dropped);
 }
 
+void Transfers::drop_store(StoreTask& task, uint64_t DropCounts::* why) {
+  {
+    std::lock_guard lock(mutex_);
+    ++(drops_.*why);
+  }
+  finish_store(task, false, Reason::dropped);
+}
+
 void Transfers::finish_store(StoreTask& task, bool stored, Reason reason) {
   const GdsLane* const lane = task.lane;
   give_store_memory(task);
@@ -221,6 +231,9 @@ void Transfers::finish_store(StoreTask& task, bool stored, Reason reason) {
   if (stored) {
     count_path(store_stats_.by_path, task.writer->root(), lane, task.header_bytes,
                task.bytes - task.header_bytes);
+    RootTraffic& root = traffic_[task.writer->root().index()].stored;
+    root.bytes += task.bytes;
+    root.tokens += tokens_locked(*task.cache, task.cache->shape.part);
   }
   Job& job = jobs_.at(task.job);
   resolve_locked(job, task.item_index, task.item.chunk, task.item.group,

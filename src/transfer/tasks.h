@@ -40,6 +40,7 @@ struct LoadTask {
 
   State state = State::queued;  // guarded by Transfers::mutex_
   bool resolved = false;        // its job knows the outcome; only buffers are still in use
+  bool begun = false;           // its time in the queue is counted
   bool hold = false;            // verify into staging and keep it there
   size_t tier = 0;              // root in use; on failure the next one that holds the segment
   uint32_t missing_in = 0;      // bit per root that should hold the extent and does not

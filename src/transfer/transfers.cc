@@ -41,7 +41,8 @@ Transfers::Transfers(Device& device, std::vector<Tier> tiers, SegmentTable& segm
       segments_(segments),
       clock_(clock),
       store_queue_bytes_(store_queue_bytes),
-      staged_(std::ranges::any_of(tiers_, [](const Tier& tier) { return !tier.root->mapped(); })) {
+      staged_(std::ranges::any_of(tiers_, [](const Tier& tier) { return !tier.root->mapped(); })),
+      traffic_(kMaxRoots) {
   dispatching_ = 2;
   dispatcher_ = start_io_thread([](void* self) { static_cast<Transfers*>(self)->run(); }, this);
   store_dispatcher_ = start_io_thread([](void* self) { static_cast<Transfers*>(self)->run_stores(); }, this);
@@ -191,8 +192,12 @@ void Transfers::resolve_locked(Job& job, uint32_t item, uint32_t chunk, uint16_t
     ++job.completion.items_ok;
     job.completion.bytes += bytes;
     stats.bytes += bytes;
-    if (bytes > 0) ++stats.extents;
-    stats.nanoseconds += clock_.steady_ns() - job.submitted_ns;
+    const uint64_t took = clock_.steady_ns() - job.submitted_ns;
+    stats.nanoseconds += took;
+    if (bytes > 0) {
+      ++stats.extents;
+      stats.latency.add(took);
+    }
   }
   TD_CHECK(job.unresolved > 0);
   --job.unresolved;
@@ -276,7 +281,7 @@ bool Transfers::wait_gathered(uint64_t timeout_ns) {
       return task->submitted_ns <= begin;
     });
     lock.unlock();
-    for (StoreTask* task : late) finish_store(*task, false, Reason::dropped);
+    for (StoreTask* task : late) drop_store(*task, &DropCounts::late);
     lock.lock();
     give_up_starting_locked(begin);
     const uint64_t now = clock_.steady_ns();
@@ -326,10 +331,14 @@ void Transfers::run() {
       task.state = LoadTask::State::reading;
       // Those that wait will be in motion soon: small pieces would only cost them.
       task.piece_bytes = piece_bytes_for(++loads_in_motion_ + queued_loads_.size());
+      const bool first = !std::exchange(task.begun, true);
+      const uint64_t waited = clock_.steady_ns() - task.submitted_ns;
       lock.unlock();
       const bool started = start_load(task);
       lock.lock();
+      if (started && first) load_stats_.queue.add(waited);
       if (started) continue;
+      if (first) task.begun = false;
       --loads_in_motion_;
       task.state = LoadTask::State::queued;
       if (task.resolved) {
@@ -367,13 +376,15 @@ void Transfers::run_stores() {
       task.starting = true;
       task.piece_bytes = piece_bytes_for(store_tasks_.size());
       lock.unlock();
+      const uint64_t waited = clock_.steady_ns() - task.submitted_ns;
       const Start start = start_store(task);
       lock.lock();
+      if (start == Start::started) store_stats_.queue.add(waited);
       if (start != Start::later) continue;
       task.starting = false;
       if (task.given_up) {
         lock.unlock();
-        finish_store(task, false, Reason::dropped);
+        drop_store(task, &DropCounts::late);
         lock.lock();
         continue;
       }
@@ -389,6 +400,27 @@ void Transfers::add_to(DepotStats& stats) const {
   std::lock_guard lock(mutex_);
   stats.load = load_stats_;
   stats.store = store_stats_;
+  stats.drops = drops_;
+  for (const Tier& tier : tiers_) {
+    RootStats& root = stats.roots[tier.root->index()];
+    root.loaded = traffic_[tier.root->index()].loaded;
+    root.stored = traffic_[tier.root->index()].stored;
+    root.written_bytes += root.stored.bytes;
+  }
+}
+
+double Transfers::tokens_locked(const PagedCache& cache, const Part& part) const {
+  const GroupShape& shape = cache.shape;
+  if (shape.group != caches_.begin()->first) return 0;
+  const auto cells = [](uint32_t begin, uint32_t end, uint32_t from, uint32_t to) {
+    return static_cast<double>(std::min(end, to) - std::max(begin, from));
+  };
+  const Part& mine = shape.part;
+  const double common = cells(mine.layer_begin, mine.layer_end, part.layer_begin, part.layer_end) *
+                        cells(mine.head_begin, mine.head_end, part.head_begin, part.head_end);
+  const double all = static_cast<double>(mine.layer_end - mine.layer_begin) *
+                     static_cast<double>(mine.head_end - mine.head_begin);
+  return shape.tokens * common / all;
 }
 
 }  // namespace tokendepot

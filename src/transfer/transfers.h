@@ -63,6 +63,7 @@ class Transfers {
   bool flush(uint64_t timeout_ns);
   /// A segment became ready: stores that waited for it may start.
   void space_ready();
+  /// `stats.roots` are there already, in their order.
   void add_to(DepotStats& stats) const;
   /// False: the system refused the dispatchers' threads; nothing may be submitted.
   bool running() const { return dispatcher_.joinable() && store_dispatcher_.joinable(); }
@@ -135,6 +136,8 @@ class Transfers {
   void write_pieces(StoreTask& task);
   void pieces_written(StoreTask& task);
   void finish_store(StoreTask& task, bool stored, Reason reason);
+  /// Ends a store that a bound stopped.
+  void drop_store(StoreTask& task, uint64_t DropCounts::* why);
 
   void resolve_locked(Job& job, uint32_t item, uint32_t chunk, uint16_t group, std::optional<Reason> failure,
                       uint64_t bytes);
@@ -144,6 +147,8 @@ class Transfers {
   bool id_in_use_locked(uint64_t id) const;
   void log_warnings();
   static void count(FailureCounts& counts, Reason reason);
+  /// The part of a chunk's tokens that an extent brings or takes; 0 but for the lowest group attached.
+  double tokens_locked(const PagedCache& cache, const Part& part) const;
 
   Device& device_;
   const std::vector<Tier> tiers_;
@@ -179,6 +184,12 @@ class Transfers {
   uint32_t ungathered_ = 0;
   TransferStats load_stats_;
   TransferStats store_stats_;
+  DropCounts drops_;
+  struct Traffic {
+    RootTraffic loaded;
+    RootTraffic stored;
+  };
+  std::vector<Traffic> traffic_;  // by root
   std::thread dispatcher_;
   std::thread store_dispatcher_;
 };

@@ -5,6 +5,7 @@
 #include <thread>
 
 #include "base/errors.h"
+#include "format/digest.h"
 #include "format/journal.h"
 
 namespace tokendepot {
@@ -83,6 +84,19 @@ Status check_header(const ExtentHeader& header, const StoredExtent& extent, cons
   if (header.group != extent.group || header.kind != extent.kind || header.part != extent.part ||
       header.tokens != extent.tokens || extent_bytes(header.shape()) != extent.where.bytes) {
     return fail(ErrorKind::corrupt, "{}: the header describes another shape than the journal", where);
+  }
+  return {};
+}
+
+Status check_payload(const ExtentHeader& header, std::span<const std::byte> extent,
+                     const std::string& where) {
+  const GroupShape shape = header.shape();
+  const uint64_t stride = shape.shard_stride();
+  const auto payload = extent.subspan(extent_header_bytes(shape.shards()));
+  for (uint32_t i = 0; i < shape.shards(); ++i) {
+    if (shard_digest(payload.subspan(i * stride, stride)) != header.shard_digests[i]) {
+      return fail(ErrorKind::corrupt, "{}: shard {} of {} differs from its digest", where, i, shape.shards());
+    }
   }
   return {};
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -28,5 +29,8 @@ std::optional<NamespaceDigest> digest_of_manifest(const std::string& name);
 Result<File> lock_keeper(const std::string& path);
 /// Whether the header found at `where` is the one that the journal speaks of. `corrupt` if not.
 Status check_header(const ExtentHeader& header, const StoredExtent& extent, const std::string& where);
+/// Whether the payload behind the header at the front of `extent`, all of it in memory, is what its digests
+/// say. `corrupt` if not.
+Status check_payload(const ExtentHeader& header, std::span<const std::byte> extent, const std::string& where);
 
 }  // namespace tokendepot

@@ -16,6 +16,9 @@ SKIP_BLOCK: int
 FORMAT_VERSION: int
 
 def version() -> str: ...
+def log_warnings_only() -> None:
+    """For programs whose output is not a log: the process logs nothing below warnings any more."""
+
 def parse_size(text: str) -> int:
     """"1GiB" -> 1073741824, as sizes in the configuration are read; raises DepotError(invalid_argument)."""
 
@@ -125,6 +128,29 @@ def remove_extents(path: str, extents: Sequence[dict[str, Any]]) -> int:
 def evict_segments(path: str, bytes: int, dry_run: bool = False) -> dict[str, int]:
     """Evicts the coldest sealed segments until `bytes` of the root are freed; returns segments and bytes. With
     `dry_run` only says what it would do."""
+
+class Exporter:
+    """Writes an export file (include/tokendepot/export.h). Calls come from one thread; the descriptor is lent."""
+
+    @staticmethod
+    def begin(fd: int, manifest: str, extents: int, bytes: int) -> Exporter: ...
+    def add(self, root: str, extents: Sequence[dict[str, Any]]) -> list[str]:
+        """"ok", or "<kind>: <message>" of what is wrong with the extent, which then is not in the file. Raises when
+        the file cannot be written."""
+    def finish(self) -> None: ...
+    @property
+    def file_bytes(self) -> int: ...
+
+class Importer:
+    """Reads an export file into a root (include/tokendepot/export.h). Calls come from one thread; the descriptor is lent."""
+
+    @staticmethod
+    def begin(fd: int, path: str, capacity: int, create: bool, free_space_reserve: int) -> Importer: ...
+    def go_on(self, bytes: int) -> bool:
+        """Reads about `bytes` more. False: the file has ended, or the root has no room."""
+    def report(self) -> dict[str, Any]:
+        """namespace, manifest, planned_extents, planned_bytes, file_bytes, imported, imported_bytes, present, damaged,
+        junk_bytes, full, whole, reason."""
 
 # --- workload: a depot of its own beside the limits of its medium and link (include/tokendepot/workload.h) ---
 class Workload:

@@ -81,5 +81,6 @@ NB_MODULE(_core, module) {
   bind_depot(module);
   bind_tools(module);
   bind_export(module);
+  bind_repair(module);
   bind_workload(module);
 }

@@ -3,6 +3,7 @@
 Keys travel as one `bytes` object of n * 32 bytes, plans as opaque `bytes`. Errors are `DepotError`.
 """
 
+from collections.abc import Callable
 from typing import Any, Sequence
 
 class DepotError(Exception):
@@ -128,6 +129,14 @@ def remove_extents(path: str, extents: Sequence[dict[str, Any]]) -> int:
 def evict_segments(path: str, bytes: int, dry_run: bool = False) -> dict[str, int]:
     """Evicts the coldest sealed segments until `bytes` of the root are freed; returns segments and bytes. With
     `dry_run` only says what it would do."""
+
+def repair_root(path: str, sources: Sequence[str], apply: bool, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """What a root lost of its own account, and with `apply` its restoration (include/tokendepot/repair.h): marker,
+    journals, segments, manifests, lost_manifests, damaged_extents, left, nothing_to_do. `progress` is told bytes looked through
+    and bytes in all."""
+def trace_extents(path: str, keys: bytes) -> list[dict[str, Any]]:
+    """Every extent of these keys that a journal still speaks of (include/tokendepot/history.h): as list_extents(), and
+    fate ("live", "condemned", "evicted", "vanished"), ended_at."""
 
 class Exporter:
     """Writes an export file (include/tokendepot/export.h). Calls come from one thread; the descriptor is lent."""

@@ -176,6 +176,13 @@ def test_beside_an_engine_that_writes_it_shows_what_is_acknowledged_and_changes_
     depot.close()
 
 
+@pytest.mark.parametrize("groups", ["x", 7, [1], [{"layout": "canonical", "layers": -1, "heads": 2, "tokens": 1, "window": 0, "attention": "full"}]])
+def test_a_manifest_of_anybodys_making_is_no_obstacle(memory_root, groups):
+    filled_root(memory_root, 2, manifest=json.dumps({"model": "m", "groups": groups, "chunk_tokens": "many"}))
+    report = call_json("explain", prompt_of(memory_root.parent, 0, 2 * CHUNK_TOKENS), memory_root)
+    assert report["usable_chunks"] == 2
+
+
 def test_wrong_usage_ends_with_2(filled, tmp_path):
     root, _, _, prompt = filled
     (tmp_path / "words").write_text("hello")

@@ -292,6 +292,8 @@ def test_wrong_usage_of_export_ends_with_2_and_writes_nothing(site, tmp_path):
     out.write_text("mine")
     assert "there already" in refused("export", root, "--namespace", namespace, "--out", out)
     assert out.read_text() == "mine"
+    (directory / "link").symlink_to("/nonexistent/target")
+    assert "there already" in refused("export", root, "--namespace", namespace, "--out", directory / "link")
     assert [p.name for p in directory.iterdir() if p.name.startswith("out")] == ["out"]
 
 

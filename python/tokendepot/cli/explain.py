@@ -134,8 +134,8 @@ def _wants(n: dict[str, Any], extents: list[dict[str, Any]], chunk_tokens: int) 
             (i, _core.GroupWant(i, g["layout"], (0, g["layers"], 0, g["heads"]), g["tokens"], _window(g, chunk_tokens)))
             for i, g in enumerate(stated)
         ]
-    except (TypeError, KeyError):
-        pass
+    except (TypeError, KeyError, ValueError, OverflowError, _core.DepotError):
+        pass  # a manifest of somebody else's making
     wants = []
     for group in sorted({e["group"] for e in extents}):
         mine = [e for e in extents if e["group"] == group]

@@ -148,7 +148,7 @@ def _target(out: str) -> Iterator[int]:
         yield sys.stdout.fileno()
         return
     if os.path.lexists(out):
-        if not stat.S_ISFIFO(os.stat(out).st_mode):
+        if not (os.path.exists(out) and stat.S_ISFIFO(os.stat(out).st_mode)):
             raise _refuse(f"{out!r} is there already; name a file that is not", "--out")
         with open(out, "wb", buffering=0) as pipe:
             yield pipe.fileno()
@@ -236,7 +236,8 @@ def import_command(
                     before, done = done, importer.report()["file_bytes"]
                     advance(done - before)
         except _core.DepotError:
-            _say_import({**importer.report(), "seconds": time.monotonic() - began, "root": root, "source": source})
+            if not as_json:  # what went in stays in
+                _say_import({**importer.report(), "seconds": time.monotonic() - began, "root": root})
             raise
     summary = {"root": root, "source": source, "seconds": time.monotonic() - began, **importer.report()}
     summary["manifest"] = namespaces.manifest_of(summary)

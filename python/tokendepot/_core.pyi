@@ -3,6 +3,7 @@
 Keys travel as one `bytes` object of n * 32 bytes, plans as opaque `bytes`. Errors are `DepotError`.
 """
 
+from collections.abc import Callable
 from typing import Any, Sequence
 
 class DepotError(Exception):
@@ -16,6 +17,9 @@ SKIP_BLOCK: int
 FORMAT_VERSION: int
 
 def version() -> str: ...
+def log_warnings_only() -> None:
+    """For programs whose output is not a log: the process logs nothing below warnings any more."""
+
 def parse_size(text: str) -> int:
     """"1GiB" -> 1073741824, as sizes in the configuration are read; raises DepotError(invalid_argument)."""
 
@@ -144,6 +148,37 @@ class RootWatch:
     def in_memory(self) -> bool: ...
 
 def watch_root(path: str) -> RootWatch: ...
+
+def repair_root(path: str, sources: Sequence[str], apply: bool, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """What a root lost of its own account, and with `apply` its restoration (include/tokendepot/repair.h): marker,
+    journals, segments, manifests, lost_manifests, damaged_extents, left, nothing_to_do. `progress` is told bytes looked through
+    and bytes in all."""
+def trace_extents(path: str, keys: bytes) -> list[dict[str, Any]]:
+    """Every extent of these keys that a journal still speaks of (include/tokendepot/history.h): as list_extents(), and
+    fate ("live", "condemned", "evicted", "vanished"), ended_at."""
+
+class Exporter:
+    """Writes an export file (include/tokendepot/export.h). Calls come from one thread; the descriptor is lent."""
+
+    @staticmethod
+    def begin(fd: int, manifest: str, extents: int, bytes: int) -> Exporter: ...
+    def add(self, root: str, extents: Sequence[dict[str, Any]]) -> list[str]:
+        """"ok", or "<kind>: <message>" of what is wrong with the extent, which then is not in the file. Raises when
+        the file cannot be written."""
+    def finish(self) -> None: ...
+    @property
+    def file_bytes(self) -> int: ...
+
+class Importer:
+    """Reads an export file into a root (include/tokendepot/export.h). Calls come from one thread; the descriptor is lent."""
+
+    @staticmethod
+    def begin(fd: int, path: str, capacity: int, create: bool, free_space_reserve: int) -> Importer: ...
+    def go_on(self, bytes: int) -> bool:
+        """Reads about `bytes` more. False: the file has ended, or the root has no room."""
+    def report(self) -> dict[str, Any]:
+        """namespace, manifest, planned_extents, planned_bytes, file_bytes, imported, imported_bytes, present, damaged,
+        junk_bytes, full, whole, reason."""
 
 # --- workload: a depot of its own beside the limits of its medium and link (include/tokendepot/workload.h) ---
 class Workload:

@@ -60,9 +60,22 @@ Status Replay::read(JournalReader& reader) {
 Status Replay::first() {
   std::lock_guard lock(read_mutex_);
   find_journals();
+  // Journals are read one after the other, in no order of time: a put that speaks of a segment which is long
+  // gone must not take the place of a later one in another journal. So what is gone is known beforehand.
+  if (const auto before = list_directory(root_.segments_dir())) {
+    std::lock_guard applying(apply_mutex_);
+    files_.emplace();
+    for (const DirectoryEntry& entry : *before) {
+      if (const auto id = segment_of_name(entry.name)) files_->emplace(*id, true);
+    }
+  }
   for (auto& [writer, reader] : journals_) {
     if (auto whole = read(reader); !whole)
       log(LogLevel::warning, "root \"{}\": {}", root_.path(), whole.error().message);
+  }
+  {
+    std::lock_guard applying(apply_mutex_);
+    files_.reset();
   }
   // Listed after reading: a record follows the file that it speaks of.
   const auto entries = list_directory(root_.segments_dir());
@@ -119,8 +132,19 @@ uint32_t Replay::slot_of(const SegmentId& id) {
   if (!last_slot_ || last_segment_ != id) {
     last_segment_ = id;
     last_slot_ = segments_.slot_of(id);
+    if (files_ && !has_file(id)) segments_.condemn(*last_slot_, root_.index());
   }
   return *last_slot_;
+}
+
+bool Replay::has_file(const SegmentId& id) {
+  const auto [place, fresh] = files_->try_emplace(id, true);
+  // Not listed: gone, or made since. Asked once for each segment.
+  if (fresh) {
+    const auto file = File::open(root_.files().path_of(id), {});
+    place->second = file || file.error().kind != ErrorKind::not_found;
+  }
+  return place->second;
 }
 
 std::optional<PartId> Replay::part_of(const Record& record) {

@@ -46,6 +46,7 @@ class Replay {
   void find_journals();
   Status read(JournalReader& reader);
   uint32_t slot_of(const SegmentId& id);
+  bool has_file(const SegmentId& id);
   std::optional<PartId> part_of(const Record& record);
 
   Root& root_;
@@ -54,7 +55,9 @@ class Replay {
   mutable std::mutex read_mutex_;  // journals_, own_journal_
   std::map<uint64_t, JournalReader> journals_;
   uint64_t own_journal_ = 0;
-  std::mutex apply_mutex_;  // the five below
+  std::mutex apply_mutex_;  // the six below
+  std::optional<std::map<SegmentId, bool>>
+      files_;  // while first() reads: which are there, as far as is known
   std::optional<uint32_t> last_slot_;
   SegmentId last_segment_;
   std::optional<PartId> last_part_;

@@ -3,6 +3,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <filesystem>
+#include <set>
+
 #include "transfers_fixture.h"
 
 namespace tokendepot::testing {
@@ -124,6 +127,44 @@ TEST_P(ProcessesOn, FourProcessesMayStoreTheSameKeys) {
     expected.fill(prompt);
     ASSERT_EQ(load(*depot, plan_of(*depot, keys, 0, 4, 0)).items_ok, 4u) << prompt;
     for (int32_t b = 0; b < 16; ++b) ASSERT_EQ(cache_.block(b), expected.block(b)) << prompt;
+  }
+}
+
+// Journals are read in the order of their random names: whichever copy is left, it is found.
+TEST_P(ProcessesOn, AChunkThatSeveralStoredIsServedWhicheverCopyIsLeft) {
+  Options alone = options();
+  alone.poll_ms = 3'600'000;
+  const auto writers = [](const std::filesystem::path& root) {
+    std::set<std::string> found;
+    for (const auto& journal : std::filesystem::directory_iterator(root / "journals"))
+      found.insert(journal.path().stem());
+    return found;
+  };
+  std::vector<Key> keys;
+  {
+    std::vector<std::unique_ptr<Depot>> depots;
+    for (int i = 0; i < 3; ++i) depots.push_back(open(alone));
+    keys = prompt_keys(ns_, 1, 1);
+    for (const auto& depot : depots) {
+      ASSERT_TRUE(depot->attach(cache_.paged()));
+      store_all(*depot, keys, 0, 1);
+    }
+  }
+  const std::filesystem::path whole = directory_ / "root";
+  const std::set<std::string> all = writers(whole);
+  ASSERT_EQ(all.size(), 3u);
+  for (const std::string& left : all) {
+    const std::filesystem::path copy = directory_ / ("only-" + left);
+    std::filesystem::copy(whole, copy, std::filesystem::copy_options::recursive);
+    for (const auto& segment : std::filesystem::directory_iterator(copy / "segments")) {
+      if (!segment.path().filename().string().starts_with(left)) std::filesystem::remove(segment.path());
+    }
+    Options one = alone;
+    one.roots[0].path = copy;
+    auto depot = open(one);
+    ASSERT_TRUE(depot->attach(cache_.paged()));
+    ASSERT_EQ(depot->longest_prefix(keys, std::vector{want_}), 1u) << "only " << left << " is left";
+    EXPECT_EQ(load(*depot, plan_of(*depot, keys, 0, 1, 0)).items_ok, 1u);
   }
 }
 

@@ -1,6 +1,7 @@
 #include "store/replay.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "base/errors.h"
 #include "base/log.h"
@@ -60,14 +61,9 @@ Status Replay::read(JournalReader& reader) {
 Status Replay::first() {
   std::lock_guard lock(read_mutex_);
   find_journals();
-  // Journals are read one after the other, in no order of time: a put that speaks of a segment which is long
-  // gone must not take the place of a later one in another journal. So what is gone is known beforehand.
-  if (const auto before = list_directory(root_.segments_dir())) {
+  {
     std::lock_guard applying(apply_mutex_);
-    files_.emplace();
-    for (const DirectoryEntry& entry : *before) {
-      if (const auto id = segment_of_name(entry.name)) files_->emplace(*id, true);
-    }
+    first_ = true;
   }
   for (auto& [writer, reader] : journals_) {
     if (auto whole = read(reader); !whole)
@@ -75,7 +71,7 @@ Status Replay::first() {
   }
   {
     std::lock_guard applying(apply_mutex_);
-    files_.reset();
+    first_ = false;
   }
   // Listed after reading: a record follows the file that it speaks of.
   const auto entries = list_directory(root_.segments_dir());
@@ -96,7 +92,23 @@ Status Replay::first() {
       condemned_ = true;
     }
   }
+  put_back_displaced();
   return {};
+}
+
+void Replay::note_displaced(const Record& record, uint32_t slot, PartId part) {
+  const auto before = catalog_->find(record.key, part);
+  if (!before || (before->slot == slot && before->offset == record.where.offset)) return;
+  displaced_.push_back({record.key, part, before->slot, before->offset, before->bytes});
+}
+
+void Replay::put_back_displaced() {
+  std::lock_guard lock(apply_mutex_);
+  for (const Displaced& copy : std::exchange(displaced_, {})) {
+    if (bad_places_.contains({copy.slot, copy.offset}) || !segments_.alive(copy.slot)) continue;
+    if (catalog_->find(copy.key, copy.part)) continue;
+    catalog_->put(copy.key, copy.part, copy.slot, {segments_.id_of(copy.slot), copy.offset, copy.bytes});
+  }
 }
 
 void Replay::poll() {
@@ -132,19 +144,8 @@ uint32_t Replay::slot_of(const SegmentId& id) {
   if (!last_slot_ || last_segment_ != id) {
     last_segment_ = id;
     last_slot_ = segments_.slot_of(id);
-    if (files_ && !has_file(id)) segments_.condemn(*last_slot_, root_.index());
   }
   return *last_slot_;
-}
-
-bool Replay::has_file(const SegmentId& id) {
-  const auto [place, fresh] = files_->try_emplace(id, true);
-  // Not listed: gone, or made since. Asked once for each segment.
-  if (fresh) {
-    const auto file = File::open(root_.files().path_of(id), {});
-    place->second = file || file.error().kind != ErrorKind::not_found;
-  }
-  return place->second;
 }
 
 std::optional<PartId> Replay::part_of(const Record& record) {
@@ -168,7 +169,12 @@ void Replay::apply(const Record& record) {
     case RecordType::put:
       if (!segments_.add_extent(slot, root, record.where.offset + record.where.bytes, record.time_ns)) break;
       if (catalog_ == nullptr || bad_places_.contains({slot, record.where.offset})) break;
-      if (const auto part = part_of(record)) catalog_->put(record.key, *part, slot, record.where);
+      if (const auto part = part_of(record)) {
+        // Journals are read one after the other, in no order of time: this put may be of a copy that is long
+        // gone or condemned, and then the one whose place it takes still counts.
+        if (first_) note_displaced(record, slot, *part);
+        catalog_->put(record.key, *part, slot, record.where);
+      }
       break;
     case RecordType::seal:
       segments_.seal(slot, root, record.where.offset);

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <filesystem>
+#include <fstream>
 #include <set>
 
 #include "transfers_fixture.h"
@@ -134,12 +135,6 @@ TEST_P(ProcessesOn, FourProcessesMayStoreTheSameKeys) {
 TEST_P(ProcessesOn, AChunkThatSeveralStoredIsServedWhicheverCopyIsLeft) {
   Options alone = options();
   alone.poll_ms = 3'600'000;
-  const auto writers = [](const std::filesystem::path& root) {
-    std::set<std::string> found;
-    for (const auto& journal : std::filesystem::directory_iterator(root / "journals"))
-      found.insert(journal.path().stem());
-    return found;
-  };
   std::vector<Key> keys;
   {
     std::vector<std::unique_ptr<Depot>> depots;
@@ -151,20 +146,35 @@ TEST_P(ProcessesOn, AChunkThatSeveralStoredIsServedWhicheverCopyIsLeft) {
     }
   }
   const std::filesystem::path whole = directory_ / "root";
-  const std::set<std::string> all = writers(whole);
-  ASSERT_EQ(all.size(), 3u);
-  for (const std::string& left : all) {
-    const std::filesystem::path copy = directory_ / ("only-" + left);
-    std::filesystem::copy(whole, copy, std::filesystem::copy_options::recursive);
-    for (const auto& segment : std::filesystem::directory_iterator(copy / "segments")) {
-      if (!segment.path().filename().string().starts_with(left)) std::filesystem::remove(segment.path());
+  std::set<std::string> writers;
+  for (const auto& journal : std::filesystem::directory_iterator(whole / "journals"))
+    writers.insert(journal.path().stem());
+  ASSERT_EQ(writers.size(), 3u);
+  for (const bool removed : {true, false}) {
+    for (const std::string& left : writers) {
+      SCOPED_TRACE((removed ? "removed, all but that of " : "damaged, all but that of ") + left);
+      Options one = alone;
+      one.roots[0].path = directory_ / left + (removed ? "-removed" : "-damaged");
+      std::filesystem::copy(whole, one.roots[0].path, std::filesystem::copy_options::recursive);
+      for (const auto& segment : std::filesystem::directory_iterator(one.roots[0].path + "/segments")) {
+        if (segment.path().filename().string().starts_with(left)) continue;
+        if (removed) {
+          std::filesystem::remove(segment.path());
+        } else {
+          std::fstream(segment.path(), std::ios::in | std::ios::out | std::ios::binary).seekp(8192)
+              << "damage";
+        }
+      }
+      // A load condemns the damaged copy that it meets; the next start knows of another one.
+      uint32_t loaded = 0;
+      for (int start = 0; start < 3 && loaded == 0; ++start) {
+        auto depot = open(one);
+        ASSERT_TRUE(depot->attach(cache_.paged()));
+        ASSERT_EQ(depot->longest_prefix(keys, std::vector{want_}), 1u);
+        loaded = load(*depot, plan_of(*depot, keys, 0, 1, 0)).items_ok;
+      }
+      EXPECT_EQ(loaded, 1u);
     }
-    Options one = alone;
-    one.roots[0].path = copy;
-    auto depot = open(one);
-    ASSERT_TRUE(depot->attach(cache_.paged()));
-    ASSERT_EQ(depot->longest_prefix(keys, std::vector{want_}), 1u) << "only " << left << " is left";
-    EXPECT_EQ(load(*depot, plan_of(*depot, keys, 0, 1, 0)).items_ok, 1u);
   }
 }
 

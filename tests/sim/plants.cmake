@@ -23,15 +23,15 @@ function(tokendepot_plant name seeds how file old new)
     PASS_REGULAR_EXPRESSION "seed [0-9]+: ${how}: " TIMEOUT 300)
 endfunction()
 
-tokendepot_plant(skip_digest 20 "wrong bytes" device/host_kernels.cc
+tokendepot_plant(skip_digest 60 "wrong bytes" device/host_kernels.cc
   [[if (digest != work.header->shard_digests[work.first_shard + i]) return false;]]
   [[(void)digest;]])
 
-tokendepot_plant(ignore_place 200 "wrong bytes" transfer/load.cc
+tokendepot_plant(ignore_place 400 "wrong bytes" transfer/load.cc
   [[if (!at_home) {]]
   [[if (false && !at_home) {]])
 
-tokendepot_plant(journal_before_bytes 40 "acknowledged lost" transfer/store.cc
+tokendepot_plant(journal_before_bytes 100 "acknowledged lost" transfer/store.cc
   [[  task.pieces_left = static_cast<uint32_t>(task.pieces.size());
   // The last]]
   [[  task.pieces_left = static_cast<uint32_t>(task.pieces.size());
@@ -44,30 +44,30 @@ tokendepot_plant(journal_before_bytes 40 "acknowledged lost" transfer/store.cc
   (void)task.writer->acknowledge(task.place, early);
   // The last]])
 
-tokendepot_plant(answer_before_journal 10 "acknowledged lost" transfer/store.cc
+tokendepot_plant(answer_before_journal 30 "acknowledged lost" transfer/store.cc
   [[if (auto known = task.writer->acknowledge(task.place, put); !known) {]]
   [[if (auto known = Status(); !known) {]])
 
-tokendepot_plant(swallow_short_write 60 "acknowledged lost" io/thread_engine.cc
+tokendepot_plant(swallow_short_write 150 "acknowledged lost" io/thread_engine.cc
   [[moved += static_cast<uint32_t>(result);]]
   [[moved += operation.write ? operation.bytes - moved : static_cast<uint32_t>(result);]])
 
-tokendepot_plant(forget_failed_transfer 60 "hang" io/thread_engine.cc
+tokendepot_plant(forget_failed_transfer 150 "hang" io/thread_engine.cc
   [[operation->done(operation, transfer(*operation));]]
   [[if (const int error = transfer(*operation); error != EIO) operation->done(operation, error);]])
 
-tokendepot_plant(take_a_live_journal 10 "acknowledged lost" store/journal_file.cc
+tokendepot_plant(take_a_live_journal 30 "acknowledged lost" store/journal_file.cc
   [[if (!*locked) return std::optional<JournalWriter>();]]
   [[]])
 
-tokendepot_plant(stop_at_a_bad_record 20 "acknowledged lost" store/journal_file.cc
+tokendepot_plant(stop_at_a_bad_record 150 "acknowledged lost" store/journal_file.cc
   [[        ++pending_bad;
         continue;]]
   [[        ++pending_bad;
         has_tail_ = true;
         return good;]])
 
-tokendepot_plant(trust_any_record 400 "acknowledged lost" format/journal.cc
+tokendepot_plant(trust_any_record 600 "acknowledged lost" format/journal.cc
   [[if (stored != digest) {]]
   [[if (false && stored != digest) {]])
 
@@ -77,10 +77,10 @@ tokendepot_plant(forget_to_seal 400 "(broken|hang)" store/root_writer.cc
   [[      records[count].type = RecordType::touch;
       records[count++].where]])
 
-tokendepot_plant(exceed_capacity 20 "capacity" store/root_writer.cc
+tokendepot_plant(exceed_capacity 30 "capacity" store/root_writer.cc
   [[const bool capacity_is_short = bytes > root_.capacity() || *used > root_.capacity() - bytes;]]
   [[const bool capacity_is_short = bytes > root_.capacity();]])
 
-tokendepot_plant(reuse_a_segment_id 10 "(hang|acknowledged lost)" store/root_writer.cc
+tokendepot_plant(reuse_a_segment_id 30 "(hang|acknowledged lost)" store/root_writer.cc
   [[id = {journal_.writer(), next_sequence_++};]]
   [[id = {journal_.writer(), next_sequence_++ % 4};]])

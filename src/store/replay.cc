@@ -1,6 +1,7 @@
 #include "store/replay.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "base/clock.h"
 #include "base/errors.h"
@@ -105,9 +106,17 @@ LatencyCounts Replay::lag() const {
 Status Replay::first() {
   std::lock_guard lock(read_mutex_);
   find_journals();
+  {
+    std::lock_guard applying(apply_mutex_);
+    first_ = true;
+  }
   for (auto& [writer, reader] : journals_) {
     if (auto whole = read(reader); !whole)
       log(LogLevel::warning, "root \"{}\": {}", root_.path(), whole.error().message);
+  }
+  {
+    std::lock_guard applying(apply_mutex_);
+    first_ = false;
   }
   // Listed after reading: a record follows the file that it speaks of.
   const auto entries = list_directory(root_.segments_dir());
@@ -128,7 +137,23 @@ Status Replay::first() {
       condemned_ = true;
     }
   }
+  put_back_displaced();
   return {};
+}
+
+void Replay::note_displaced(const Record& record, uint32_t slot, PartId part) {
+  const auto before = catalog_->find(record.key, part);
+  if (!before || (before->slot == slot && before->offset == record.where.offset)) return;
+  displaced_.push_back({record.key, part, before->slot, before->offset, before->bytes});
+}
+
+void Replay::put_back_displaced() {
+  std::lock_guard lock(apply_mutex_);
+  for (const Displaced& copy : std::exchange(displaced_, {})) {
+    if (bad_places_.contains({copy.slot, copy.offset}) || !segments_.alive(copy.slot)) continue;
+    if (catalog_->find(copy.key, copy.part)) continue;
+    catalog_->put(copy.key, copy.part, copy.slot, {segments_.id_of(copy.slot), copy.offset, copy.bytes});
+  }
 }
 
 void Replay::poll() {
@@ -208,7 +233,12 @@ void Replay::apply_locked(const Record& record) {
         catalog_->note_gone(record.key);  // the journal that condemned it was read first
         break;
       }
-      if (const auto part = part_of(record)) catalog_->put(record.key, *part, slot, record.where);
+      if (const auto part = part_of(record)) {
+        // Journals are read one after the other, in no order of time: this put may be of a copy that is long
+        // gone or condemned, and then the one whose place it takes still counts.
+        if (first_) note_displaced(record, slot, *part);
+        catalog_->put(record.key, *part, slot, record.where);
+      }
       break;
     }
     case RecordType::seal:

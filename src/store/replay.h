@@ -60,6 +60,8 @@ class Replay {
   void apply_locked(const Record& record);
   void note_lag(const Record& record);
   uint32_t slot_of(const SegmentId& id);
+  void note_displaced(const Record& record, uint32_t slot, PartId part);
+  void put_back_displaced();
   std::optional<PartId> part_of(const Record& record);
 
   Root& root_;
@@ -70,13 +72,22 @@ class Replay {
   std::deque<uint64_t> open_journals_;  // in the order of opening
   std::vector<Record> batch_;           // read and not applied yet
   uint64_t own_journal_ = 0;
-  mutable std::mutex apply_mutex_;  // the six below
+  mutable std::mutex apply_mutex_;  // all below
   std::optional<uint32_t> last_slot_;
   SegmentId last_segment_;
   std::optional<PartId> last_part_;
   PartShape last_shape_;
   std::set<std::pair<uint32_t, uint64_t>> bad_places_;  // (slot, offset): condemned extents, bounded
   LatencyCounts lag_;
+  struct Displaced {
+    Key key;
+    PartId part = 0;
+    uint32_t slot = 0;
+    uint64_t offset = 0;
+    uint64_t bytes = 0;
+  };
+  bool first_ = false;                // first() is reading
+  std::vector<Displaced> displaced_;  // by a put of another copy of the same chunk, since first() began
   std::atomic<uint64_t> records_ = 0;
   std::atomic<uint64_t> bad_records_ = 0;
   std::atomic<bool> condemned_ = false;

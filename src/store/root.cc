@@ -108,7 +108,9 @@ Status Root::choose_transport(const FileSystemInfo& system, uint32_t io_depth) {
     return {};
   }
   if (options_.transport != TransportChoice::buffered) {
-    const auto alignment = writable_ ? probe_direct_alignment(segments_dir()) : Result<uint32_t>(4096u);
+    auto alignment = writable_ ? probe_direct_alignment(segments_dir()) : Result<uint32_t>(4096u);
+    // Direct I/O was not refused, there is just no room to try it: a full disk still serves what it holds.
+    if (!alignment && alignment.error().kind == ErrorKind::no_space) alignment = 4096u;
     if (alignment && *alignment <= kPageBytes) {
       direct_ = true;
     } else if (options_.transport == TransportChoice::direct || options_.transport == TransportChoice::gds) {

@@ -3,6 +3,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <filesystem>
+#include <fstream>
 #include <set>
 
 #include "store/journal_file.h"
@@ -169,6 +171,53 @@ TEST_P(ProcessesOn, FourProcessesMayStoreTheSameKeys) {
   const Options roomy = options(128 << 20);
   run_processes(roomy, {{0, 8}, {0, 8}, {0, 8}, {0, 8}}, 4);
   EXPECT_EQ(load_prompts(roomy, {{0, 8}}, 4), 0);
+}
+
+// Journals are read in the order of their random names: whichever copy is left, it is found.
+TEST_P(ProcessesOn, AChunkThatSeveralStoredIsServedWhicheverCopyIsLeft) {
+  Options alone = options();
+  alone.poll_ms = 3'600'000;
+  std::vector<Key> keys;
+  {
+    std::vector<std::unique_ptr<Depot>> depots;
+    for (int i = 0; i < 3; ++i) depots.push_back(open(alone));
+    keys = prompt_keys(ns_, 1, 1);
+    for (const auto& depot : depots) {
+      ASSERT_TRUE(depot->attach(cache_.paged()));
+      store_all(*depot, keys, 0, 1);
+    }
+  }
+  const std::filesystem::path whole = directory_ / "root";
+  std::set<std::string> writers;
+  for (const auto& journal : std::filesystem::directory_iterator(whole / "journals"))
+    writers.insert(journal.path().stem());
+  ASSERT_EQ(writers.size(), 3u);
+  for (const bool removed : {true, false}) {
+    for (const std::string& left : writers) {
+      SCOPED_TRACE((removed ? "removed, all but that of " : "damaged, all but that of ") + left);
+      Options one = alone;
+      one.roots[0].path = directory_ / left + (removed ? "-removed" : "-damaged");
+      std::filesystem::copy(whole, one.roots[0].path, std::filesystem::copy_options::recursive);
+      for (const auto& segment : std::filesystem::directory_iterator(one.roots[0].path + "/segments")) {
+        if (segment.path().filename().string().starts_with(left)) continue;
+        if (removed) {
+          std::filesystem::remove(segment.path());
+        } else {
+          std::fstream(segment.path(), std::ios::in | std::ios::out | std::ios::binary).seekp(8192)
+              << "damage";
+        }
+      }
+      // A load condemns the damaged copy that it meets; the next start knows of another one.
+      uint32_t loaded = 0;
+      for (int start = 0; start < 3 && loaded == 0; ++start) {
+        auto depot = open(one);
+        ASSERT_TRUE(depot->attach(cache_.paged()));
+        ASSERT_EQ(depot->longest_prefix(keys, std::vector{want_}), 1u);
+        loaded = load(*depot, plan_of(*depot, keys, 0, 1, 0)).items_ok;
+      }
+      EXPECT_EQ(loaded, 1u);
+    }
+  }
 }
 
 TEST_P(ProcessesOn, UnderEvictionByAnotherProcessALoadIsExactOrAMiss) {

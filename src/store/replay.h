@@ -45,7 +45,9 @@ class Replay {
  private:
   void find_journals();
   Status read(JournalReader& reader);
-  uint32_t slot_of(const SegmentId& id);
+  /// nullopt: a segment that is not there, after more such ones than an honest root has.
+  std::optional<uint32_t> slot_of(const SegmentId& id);
+  bool deserves_a_slot(const SegmentId& id) const;
   std::optional<PartId> part_of(const Record& record);
 
   Root& root_;

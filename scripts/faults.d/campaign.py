@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tokendepot import DepotError
-
 from child import Child
 from client import Client, Roots
 from tally import Tally
+from tokendepot import DepotError
 
 CHILD_LIMIT_S = 120.0
 

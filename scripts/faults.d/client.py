@@ -7,9 +7,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokendepot import Depot, DepotError, plan_store
-
 import stamps
+from tokendepot import Depot, DepotError, plan_store
 
 ANSWER_LIMIT_S = 30.0  # no answer by then is a hang
 GATHER_SLICE_S = 0.25

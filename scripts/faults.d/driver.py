@@ -9,8 +9,6 @@ import time
 import traceback
 from pathlib import Path
 
-from rich.console import Console
-
 import flips
 import kill_nine
 import limits
@@ -19,6 +17,7 @@ import simulation
 import stops
 import truncations
 from campaign import Campaign
+from rich.console import Console
 from tally import Tally, as_json, print_table, summary
 
 KINDS = {

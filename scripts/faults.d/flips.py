@@ -12,13 +12,12 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import tokendepot
-from tokendepot import DepotError
-
 import stamps
+import tokendepot
 from campaign import Campaign
 from client import Client, Roots, one_root
 from tally import Tally
+from tokendepot import DepotError
 
 KIND = "flips and truncations"
 PROMPTS = range(24)

@@ -6,7 +6,6 @@ A prompt is a number; its tokens, keys and bytes follow from it.
 from __future__ import annotations
 
 import numpy as np
-
 from tokendepot import GroupWant, KeyChain
 
 LAYERS, PLANES, HEADS, BLOCK_TOKENS, CHUNK_TOKENS, ROW_BYTES = 2, 2, 2, 4, 8, 512

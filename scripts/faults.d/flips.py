@@ -161,7 +161,7 @@ def run(campaign: Campaign) -> Tally:
             roots = one_root(path, capacity=8 << 20, segment=512 << 10)
             campaign.run(fill(roots), tally, where)
             sound = Sound.read(path)
-            for message in campaign.run(load_damaged(roots, sound, seed, OPENINGS), tally, where):
+            for message in campaign.run(load_damaged(roots, sound, seed, OPENINGS), tally, where, limit_s=600):
                 if message[0] in ("wrong", "lost"):
                     tally.fail(message[0], f"{where}: {message[1]}")
                 else:

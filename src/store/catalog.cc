@@ -15,6 +15,10 @@ constexpr size_t kMaxCovers = 16;
 constexpr size_t kMaxCoverParts = 64;
 constexpr size_t kMaxCoverSteps = 4096;  // hostile or odd sets of parts must not cost a lookup its time
 
+// Groups, cuts and models of one root come to hundreds. A hostile journal may name any number, and each new
+// one is compared with all that are known.
+constexpr size_t kMostParts = 1024;
+
 uint64_t mix(uint64_t x) {  // splitmix64's finaliser
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
@@ -39,7 +43,7 @@ std::optional<PartId> Catalog::part_id(const PartShape& shape) {
   for (size_t i = parts_.size(); i-- > 0;) {
     if (parts_[i] == shape) return static_cast<PartId>(i);
   }
-  if (parts_.size() >= UINT16_MAX) return std::nullopt;
+  if (parts_.size() >= kMostParts) return std::nullopt;
   parts_.push_back(shape);
   return static_cast<PartId>(parts_.size() - 1);
 }

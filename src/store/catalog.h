@@ -38,7 +38,7 @@ class Catalog {
  public:
   explicit Catalog(const SegmentTable& segments);
 
-  /// Registers a shape. nullopt when 65,535 are known already (a hostile journal): such extents are not
+  /// Registers a shape. nullopt when 1,024 are known already (a hostile journal): such extents are not
   /// indexed.
   std::optional<PartId> part_id(const PartShape& shape);
   PartShape shape_of(PartId id) const;

@@ -14,6 +14,9 @@ namespace {
 
 constexpr uint64_t kReadBytes = 1 << 20;
 static_assert(kReadBytes % kRecordBytes == 0);
+// So much damage in a row ends a journal: a hole costs its maker nothing, and reading a terabyte of it would
+// keep a depot from opening.
+constexpr uint64_t kMostDamagedInARow = (64ull << 20) / kRecordBytes;
 
 std::optional<uint64_t> parse_hex(std::string_view text, size_t digits) {
   if (text.size() != digits) return std::nullopt;
@@ -86,7 +89,7 @@ Result<uint64_t> JournalReader::read_new(const std::function<void(const Record&)
   uint64_t good = 0;
   uint64_t pending_bad = 0;
   std::vector<std::byte> buffer;
-  while (index < slots) {
+  while (index < slots && pending_bad < kMostDamagedInARow) {
     const uint64_t count = std::min(slots - index, kReadBytes / kRecordBytes);
     buffer.resize(count * kRecordBytes);
     if (auto read = file_.read_at(buffer, index * kRecordBytes); !read) {

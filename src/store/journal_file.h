@@ -1,8 +1,8 @@
 // Journals on the medium: one appender, any number of readers that tail it.
 //
 // Effect of damage: a record that does not decode is skipped when good records follow it (each record proves
-// itself) and waited for when none does (a writer may be in the middle of it). It is never fatal and never
-// removed by readers.
+// itself) and waited for when none does (a writer may be in the middle of it). 64 MiB of damage in a row end
+// a journal. It is never fatal and never removed by readers.
 #pragma once
 
 #include <cstdint>

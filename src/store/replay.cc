@@ -14,6 +14,9 @@ constexpr size_t kBatch = 64;
 constexpr size_t kAhead = 12;  // records in which a line of memory arrives
 constexpr size_t kMostBadPlaces = 1 << 20;
 constexpr size_t kMostOpenJournals = 64;  // hundreds of hosts must not use up the descriptors of a process
+// Honest journals name few segments that are gone. Forged ones may name any number, of 128 bytes each and
+// three times as many in memory: beyond this only segments whose file is there are taken up.
+constexpr size_t kSegmentsOnTheirWord = 1 << 16;
 
 }  // namespace
 
@@ -189,13 +192,20 @@ Result<uint64_t> Replay::catch_up(uint64_t writer) {
   return found->second.next_index();
 }
 
-uint32_t Replay::slot_of(const SegmentId& id) {
+std::optional<uint32_t> Replay::slot_of(const SegmentId& id) {
   // Records of one segment come in runs.
   if (!last_slot_ || last_segment_ != id) {
     last_segment_ = id;
-    last_slot_ = segments_.slot_of(id);
+    last_slot_ = segments_.find(id);
+    if (!last_slot_ && deserves_a_slot(id)) last_slot_ = segments_.slot_of(id);
   }
-  return *last_slot_;
+  return last_slot_;
+}
+
+bool Replay::deserves_a_slot(const SegmentId& id) const {
+  const size_t known = segments_.size();
+  if (known < kSegmentsOnTheirWord) return true;
+  return known < SegmentTable::kMost && File::open(root_.files().path_of(id), {}).has_value();
 }
 
 std::optional<PartId> Replay::part_of(const Record& record) {
@@ -218,7 +228,9 @@ void Replay::apply(std::span<const Record> records) {
 }
 
 void Replay::apply_locked(const Record& record) {
-  const uint32_t slot = slot_of(record.where.segment);
+  const auto known = slot_of(record.where.segment);
+  if (!known) return;
+  const uint32_t slot = *known;
   const RootIndex root = root_.index();
   switch (record.type) {
     case RecordType::open_segment:

@@ -59,7 +59,9 @@ class Replay {
   void apply(std::span<const Record> records);
   void apply_locked(const Record& record);
   void note_lag(const Record& record);
-  uint32_t slot_of(const SegmentId& id);
+  /// nullopt: a segment that is not there, after more such ones than an honest root has.
+  std::optional<uint32_t> slot_of(const SegmentId& id);
+  bool deserves_a_slot(const SegmentId& id) const;
   void note_displaced(const Record& record, uint32_t slot, PartId part);
   void put_back_displaced();
   std::optional<PartId> part_of(const Record& record);

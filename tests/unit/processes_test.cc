@@ -128,10 +128,11 @@ void expect_no_id_used_twice(const std::string& root) {
     auto reader = JournalReader::open(entry.path(), *writer);
     ASSERT_TRUE(reader);
     ASSERT_TRUE(reader->read_new([&](const Record& record) {
-      if (record.type == RecordType::open_segment)
+      if (record.type == RecordType::open_segment) {
         EXPECT_TRUE(segments.insert(record.where.segment).second) << segment_name(record.where.segment);
-      if (record.type == RecordType::put)
+      } else if (record.type == RecordType::put) {
         EXPECT_TRUE(places.emplace(record.where.segment, record.where.offset).second);
+      }
     }));
   }
   EXPECT_FALSE(segments.empty());

@@ -51,7 +51,7 @@ Result<std::vector<PastExtent>> trace_extents(const std::string& path, std::span
     } else if (!files.contains(place.first)) {
       extent.fate = PastExtent::Fate::vanished;
     }
-    past.push_back(std::move(extent));
+    past.push_back(extent);
   }
   return past;
 }

@@ -473,7 +473,8 @@ uint32_t RootWriter::tend_dead_writers() {
 void RootWriter::remove_orphans() {
   const auto keeper = root_.lock_keeper(0);
   if (!keeper || !*keeper) return;
-  replay_.poll();
+  // A segment that only an unread journal speaks of looks like nobody's.
+  if (!replay_.poll()) return;
   const uint64_t own = writer_id();
   const auto entries = list_directory(root_.segments_dir());
   if (!entries) return;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "depot_fixture.h"
+#include "forked_child.h"
 
 namespace tokendepot {
 namespace {
@@ -51,6 +52,25 @@ TEST_F(JournalFileTest, AReaderFollowsAWriterRecordByRecord) {
   ASSERT_TRUE(writer->append(put(3)));
   EXPECT_EQ(offsets(*reader), (std::vector<uint64_t>{3}));
   EXPECT_FALSE(reader->has_tail());
+}
+
+TEST_F(JournalFileTest, ARecordWhoseReadFailedDoesNotCountAsRead) {
+  auto writer = JournalWriter::create(directory_.path());
+  ASSERT_TRUE(writer);
+  auto reader = JournalReader::open(writer->path(), writer->writer());
+  ASSERT_TRUE(reader);
+  ASSERT_TRUE(writer->append(put(0)));
+  EXPECT_EQ(offsets(*reader), (std::vector<uint64_t>{0}));
+  EXPECT_TRUE(reader->has_read(kRecordBytes));
+  ASSERT_TRUE(writer->append(put(1)));
+  EXPECT_EQ(exit_code_of_child([&] {
+              if (!break_reads(kRecordBytes, 2 * kRecordBytes)) return 1;
+              if (reader->read_new([](const Record&) {})) return 2;
+              return reader->has_read(2 * kRecordBytes) ? 3 : 0;
+            }),
+            0);
+  EXPECT_EQ(offsets(*reader), (std::vector<uint64_t>{1}));
+  EXPECT_TRUE(reader->has_read(2 * kRecordBytes));
 }
 
 TEST_F(JournalFileTest, ADamagedRecordCostsOnlyItself) {

@@ -29,7 +29,7 @@ Result<std::vector<PastExtent>> trace_extents(const std::string& path, std::span
       if (r.type == RecordType::condemn_segment) evicted.try_emplace(r.where.segment, r.time_ns);
       if (r.type == RecordType::condemn_extent) condemned.try_emplace(place, r.time_ns);
       if (r.type == RecordType::put && wanted.contains(r.key)) {
-        found[place].extent = {r.key, r.ns_prefix, r.group, r.kind, r.part, r.tokens, r.where, r.time_ns};
+        found[place].extent = extent_of(r);
       }
     });
     if (!read) return std::unexpected(read.error());

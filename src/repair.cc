@@ -101,24 +101,6 @@ Result<Account> read_account(const std::string& path) {
   return account;
 }
 
-Record put_of(const ExtentHeader& header, uint64_t bytes) {
-  Record put;
-  put.type = RecordType::put;
-  put.kind = header.kind;
-  put.group = header.group;
-  put.key = header.key;
-  put.ns_prefix = prefix_of(header.ns);
-  put.where = {header.segment, header.offset, bytes};
-  put.part = header.part;
-  put.tokens = header.tokens;
-  put.time_ns = header.stored_at_ns;
-  return put;
-}
-
-StoredExtent extent_of(const Record& r) {
-  return {r.key, r.ns_prefix, r.group, r.kind, r.part, r.tokens, r.where, r.time_ns};
-}
-
 /// A segment with extents that no journal speaks of.
 struct FoundSegment {
   SegmentId id;

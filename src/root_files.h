@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "format/extent.h"
+#include "format/journal.h"
 #include "format/marker.h"
 #include "io/file.h"
 #include "tokendepot/error.h"
@@ -19,6 +20,8 @@ namespace tokendepot {
 Result<Marker> read_marker(const std::string& path);
 /// A directory that was never created holds nothing.
 Result<std::vector<DirectoryEntry>> entries_of(const std::string& path);
+/// What a put speaks of.
+StoredExtent extent_of(const Record& put);
 /// A file that is being made, or was when its maker died.
 bool is_temporary(const std::string& name);
 /// Somebody holds the lock of this journal.

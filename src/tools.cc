@@ -43,10 +43,6 @@ struct Replay {
   std::vector<std::string> foreign_files;
 };
 
-StoredExtent extent_of(const Record& r) {
-  return {r.key, r.ns_prefix, r.group, r.kind, r.part, r.tokens, r.where, r.time_ns};
-}
-
 auto place_of(const StoredExtent& e) {
   return std::pair(e.where.segment, e.where.offset);
 }

@@ -13,21 +13,6 @@ constexpr uint32_t kKeeperPatienceMs = 2000;
 constexpr uint64_t kTouchIntervalNs = 60ull * 1000 * 1000 * 1000;
 constexpr uint64_t kCompactBytes = 4ull << 20;
 
-/// The record that makes an extent known, from the extent itself. scan_extents() has checked where it lies.
-Record put_of(const ExtentHeader& header, uint64_t bytes) {
-  Record put;
-  put.type = RecordType::put;
-  put.kind = header.kind;
-  put.group = header.group;
-  put.key = header.key;
-  put.ns_prefix = prefix_of(header.ns);
-  put.where = {header.segment, header.offset, bytes};
-  put.part = header.part;
-  put.tokens = header.tokens;
-  put.time_ns = header.stored_at_ns;
-  return put;
-}
-
 }  // namespace
 
 RootWriter::RootWriter(Root& root, Replay& replay, SegmentTable& segments, const Clock& clock,

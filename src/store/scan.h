@@ -4,6 +4,7 @@
 #include <functional>
 
 #include "format/extent.h"
+#include "format/journal.h"
 #include "io/file.h"
 #include "tokendepot/error.h"
 
@@ -18,5 +19,8 @@ inline constexpr uint64_t kScanPatience = 64ull << 20;
 Result<uint64_t> scan_extents(const File& file, const SegmentId& id, uint64_t from, bool verify,
                               const std::function<void(const ExtentHeader&, uint64_t bytes)>& visit,
                               uint64_t patience = kScanPatience);
+
+/// The record that makes an extent known, from the extent itself: scan_extents() has checked where it lies.
+Record put_of(const ExtentHeader& header, uint64_t bytes);
 
 }  // namespace tokendepot

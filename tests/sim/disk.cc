@@ -247,14 +247,11 @@ int Disk::open(const std::string& path, int flags) {
   if (inode == nullptr) {
     if ((flags & O_CREAT) == 0) return -ENOENT;
     if (find(parent_of(path)) == nullptr) return -ENOENT;
-    uint64_t part = 0;
-    const bool last = dies(1, part);
-    if (!last || part == 1) {
+    change_or_die([&] {
       inode = new_inode(false);
       volume->names[path] = inode;
       names_changed(*volume);
-    }
-    if (last) die();
+    });
   }
   const bool for_directory = (flags & O_DIRECTORY) != 0;
   if (inode->directory != for_directory) return inode->directory ? -EISDIR : -ENOTDIR;
@@ -366,13 +363,10 @@ int Disk::make_directory(const std::string& path) {
   Volume* const volume = volume_of(path);
   if (volume == nullptr || find(parent_of(path)) == nullptr) return -ENOENT;
   if (find(path) != nullptr) return -EEXIST;
-  uint64_t part = 0;
-  const bool last = dies(1, part);
-  if (!last || part == 1) {
+  change_or_die([&] {
     volume->names[path] = new_inode(true);
     names_changed(*volume);
-  }
-  if (last) die();
+  });
   return 0;
 }
 
@@ -382,14 +376,11 @@ int Disk::rename(const std::string& from, const std::string& to) {
   Inode* const inode = find(from);
   if (inode == nullptr) return -ENOENT;
   if (volume_of(to) != volume) return -EXDEV;
-  uint64_t part = 0;
-  const bool last = dies(1, part);
-  if (!last || part == 1) {
+  change_or_die([&] {
     volume->names.erase(from);
     volume->names[to] = inode;
     names_changed(*volume);
-  }
-  if (last) die();
+  });
   return 0;
 }
 
@@ -399,13 +390,10 @@ int Disk::link(const std::string& from, const std::string& to) {
   Inode* const inode = find(from);
   if (inode == nullptr) return -ENOENT;
   if (find(to) != nullptr) return -EEXIST;
-  uint64_t part = 0;
-  const bool last = dies(1, part);
-  if (!last || part == 1) {
+  change_or_die([&] {
     volume->names[to] = inode;
     names_changed(*volume);
-  }
-  if (last) die();
+  });
   return 0;
 }
 
@@ -413,13 +401,10 @@ int Disk::unlink(const std::string& path) {
   if (const int error = enter(faults_.other_error, Injected::other_error, EIO)) return error;
   Volume* const volume = volume_of(path);
   if (find(path) == nullptr) return -ENOENT;
-  uint64_t part = 0;
-  const bool last = dies(1, part);
-  if (!last || part == 1) {
+  change_or_die([&] {
     volume->names.erase(path);
     names_changed(*volume);
-  }
-  if (last) die();
+  });
   return 0;
 }
 
@@ -428,41 +413,32 @@ int Disk::allocate(int fd, uint64_t bytes) {
   Open& file = at(fd);
   if (bytes <= file.inode->size) return 0;
   if (used(*file.volume) + (bytes - file.inode->size) > file.volume->bytes) return -ENOSPC;
-  uint64_t part = 0;
-  const bool last = dies(1, part);
-  if (!last || part == 1) {
+  change_or_die([&] {
     resize(*file.inode, bytes);
     check_capacity(*file.volume);
-  }
-  if (last) die();
+  });
   return 0;
 }
 
 int Disk::truncate(int fd, uint64_t bytes) {
   if (const int error = enter(faults_.other_error, Injected::other_error, EIO)) return error;
   Open& file = at(fd);
-  uint64_t part = 0;
-  const bool last = dies(1, part);
-  if (!last || part == 1) {
+  change_or_die([&] {
     resize(*file.inode, bytes);
     check_capacity(*file.volume);
-  }
-  if (last) die();
+  });
   return 0;
 }
 
 int Disk::flush(int fd) {
   if (const int error = enter(faults_.other_error, Injected::other_error, EIO)) return error;
   Open& file = at(fd);
-  uint64_t part = 0;
-  const bool last = dies(1, part);
-  if (!last || part == 1) {
+  change_or_die([&] {
     file.inode->stable.assign(file.inode->memory, file.inode->memory + file.inode->size);
     file.inode->changes.clear();
     file.volume->stable_names = file.volume->names;
     file.volume->unflushed_names.clear();
-  }
-  if (last) die();
+  });
   return 0;
 }
 

@@ -139,6 +139,14 @@ class Disk {
   int enter(double failure, Injected kind, int error);
   /// As above for what changes the disk; `part` (of `whole`) is what is done before the process dies here.
   bool dies(uint64_t whole, uint64_t& part);
+  /// A change that is done or not: a process that dies here has done either.
+  template <typename Change>
+  void change_or_die(Change change) {
+    uint64_t part = 0;
+    const bool last = dies(1, part);
+    if (!last || part == 1) change();
+    if (last) die();
+  }
   void die();
 
   Random random_;

@@ -29,7 +29,7 @@ enum class IoChoice : uint8_t { automatic, threads, uring };
 struct RootOptions {
   std::string path;             // absolute; created with mode 0700 if its parent exists
   uint64_t capacity_bytes = 0;  // upper bound of the segment files, the depot's own; required
-  uint64_t segment_bytes = 0;   // 0 = chosen from the capacity (at most 256 MiB)
+  uint64_t segment_bytes = 0;   // 0 = chosen from the capacity (about 256 MiB at most)
   TransportChoice transport = TransportChoice::automatic;  // mapped on tmpfs, direct elsewhere
   IoChoice io = IoChoice::automatic;                       // measured at open
   bool read_only = false;

@@ -23,7 +23,8 @@ constexpr uint64_t kGdsCheckBytes = 1 * kMiB;
 constexpr uint64_t kGdsMeasureBytes = 32 * kMiB;
 // Transfers past the host spare its memory and one copy: a rate that is nearly the same is a win.
 constexpr double kGdsWorthwhile = 0.9;
-constexpr uint64_t kSegmentsPerRoot = 32;  // fewer would make each eviction forget too much at once
+// An eviction forgets a whole segment: fewer cost hits (docs/benchmarks.md, "Real traces").
+constexpr uint64_t kSegmentsPerRoot = 256;
 
 uint64_t default_segment_bytes(uint64_t capacity) {
   return std::clamp(capacity / kSegmentsPerRoot / kMiB * kMiB, kSmallestSegment, kLargestSegment);
@@ -219,6 +220,7 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
                 options.path, options.capacity_bytes, wanted);
   }
   root->segment_bytes_ = align_up(wanted);
+  root->base_segment_bytes_ = root->segment_bytes_;
   if (auto marked = root->open_marker(); !marked) return std::unexpected(marked.error());
   if (auto chosen = root->choose_transport(*system, depot.io_depth); !chosen)
     return std::unexpected(chosen.error());
@@ -234,12 +236,20 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
 }
 
 Status Root::fit_extent(uint64_t extent_bytes) {
+  const uint64_t extent = align_up(extent_bytes);
+  uint64_t least = largest_extent_bytes_;
+  while (least < extent && !largest_extent_bytes_.compare_exchange_weak(least, extent)) {
+  }
   uint64_t before = segment_bytes_;
-  const uint64_t wanted = std::max(before, align_up(extent_bytes));
-  if (wanted * 3 > capacity()) {
+  uint64_t wanted = std::max(before, extent);
+  if (wanted > capacity() / 3) {
     return fail(ErrorKind::invalid_argument,
                 "root \"{}\": capacity={} is too small for extents of {} bytes; give at least {} bytes",
                 path(), capacity(), extent_bytes, wanted * 3);
+  }
+  if (options_.segment_bytes == 0) {
+    const uint64_t whole = (base_segment_bytes_ + extent - 1) / extent * extent;
+    if (whole <= capacity() / 3) wanted = std::max(wanted, whole);
   }
   while (before < wanted && !segment_bytes_.compare_exchange_weak(before, wanted)) {
   }

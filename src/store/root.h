@@ -59,9 +59,12 @@ class Root {
   std::string journals_dir() const { return path() + "/journals"; }
   std::string manifests_dir() const { return path() + "/manifests"; }
 
-  /// Size of the segment files that are made from now on; grows when larger extents are attached.
+  /// Size of the segment files that are made from now on; grows when extents are attached.
   uint64_t segment_bytes() const { return segment_bytes_; }
-  /// `invalid_argument` when an extent of this size cannot be kept within the capacity.
+  /// What a segment must hold to be of use to what is attached.
+  uint64_t largest_extent_bytes() const { return largest_extent_bytes_; }
+  /// `invalid_argument` when an extent of this size cannot be kept within the capacity. Where the size of
+  /// segments was not stated they become as large as a whole number of such extents, headers included.
   Status fit_extent(uint64_t extent_bytes);
 
   /// Stores the manifest unless it is there. An equal file is left as it is; a damaged one is told, counted
@@ -85,7 +88,9 @@ class Root {
   bool writable_ = false;
   bool mapped_ = false;
   bool direct_ = false;
+  uint64_t base_segment_bytes_ = 0;  // before anything was attached
   std::atomic<uint64_t> segment_bytes_ = 0;
+  std::atomic<uint64_t> largest_extent_bytes_ = 0;
   std::string transport_;
   std::string without_gds_;
   std::string reason_;

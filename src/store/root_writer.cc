@@ -214,7 +214,7 @@ uint64_t RootWriter::spare_bytes() const {
 
 bool RootWriter::wants_spare() const {
   std::lock_guard lock(mutex_);
-  return !spare_ || spare_->bytes < root_.segment_bytes() || cramped_;
+  return !spare_ || spare_->bytes < root_.largest_extent_bytes() || cramped_;
 }
 
 Result<uint64_t> RootWriter::bytes_on_medium() const {
@@ -335,7 +335,7 @@ Status RootWriter::prepare_spare(const std::function<void(uint32_t)>& before_evi
   std::optional<Current> outgrown;
   {
     std::lock_guard lock(mutex_);
-    if (spare_ && spare_->bytes >= root_.segment_bytes()) return {};
+    if (spare_ && spare_->bytes >= root_.largest_extent_bytes()) return {};
     if (spare_) {
       outgrown = std::move(spare_);
       spare_.reset();

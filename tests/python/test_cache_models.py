@@ -184,11 +184,13 @@ def test_a_block_cache_needs_room_for_a_block():
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def test_automatic_segments_are_a_32nd_of_the_root_within_bounds():
-    assert automatic_segment_bytes(100 * MIB, 4096) == 3 * MIB
+def test_automatic_segments_are_a_256th_of_the_root_within_bounds_and_hold_whole_extents():
+    assert automatic_segment_bytes(800 * MIB, 4096) == 3 * MIB
     assert automatic_segment_bytes(4096, 4096) == MIB
     assert automatic_segment_bytes(1 << 50, 4096) == 256 * MIB
     assert automatic_segment_bytes(100 * MIB, 9 * MIB) == 9 * MIB
+    assert automatic_segment_bytes(1 << 50, 32 * MIB + 4096) == 8 * (32 * MIB + 4096)
+    assert automatic_segment_bytes(100 * MIB, 32 * MIB + 4096) == 32 * MIB + 4096
 
 
 def test_an_extent_is_a_header_page_and_heads_in_whole_pages():

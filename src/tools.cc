@@ -22,6 +22,7 @@
 #include "format/marker.h"
 #include "io/file.h"
 #include "store/journal_file.h"
+#include "store/keeper_lock.h"
 
 namespace tokendepot {
 namespace {
@@ -180,23 +181,16 @@ Status list_foreign_at_top(const std::string& path, Replay& replay) {
   return {};
 }
 
-// The sole right to remove segments; engines hold it for moments.
-Result<File> lock_keeper(const std::string& path) {
-  constexpr auto kPatience = std::chrono::seconds(2);
-  constexpr auto kPause = std::chrono::milliseconds(5);
-  auto file = File::open(path + "/keeper.lock", {.write = true, .create = true});
-  if (!file) return file;
-  for (auto waited = std::chrono::milliseconds(0);; waited += kPause) {
-    const auto locked = file->try_lock_exclusive();
-    if (!locked) return std::unexpected(locked.error());
-    if (*locked) return file;
-    if (waited >= kPatience) {
-      return fail(ErrorKind::busy,
-                  "{} is held by an engine that is making space; expected it free within {} s", file->path(),
-                  kPatience.count());
-    }
-    std::this_thread::sleep_for(kPause);
-  }
+// Engines hold it for moments.
+Result<KeeperLock> lock_keeper(const std::string& path) {
+  constexpr uint32_t kPatienceMs = 2000;
+  KeeperElection election(path + "/keeper.lock");
+  auto keeper = election.acquire(kPatienceMs);
+  if (!keeper) return std::unexpected(keeper.error());
+  if (*keeper) return std::move(**keeper);
+  return fail(ErrorKind::busy,
+              "{}/keeper.lock is held by an engine that is making space; expected it free within {} s", path,
+              kPatienceMs / 1000);
 }
 
 std::optional<NamespaceDigest> digest_of_name(const std::string& name) {
@@ -424,7 +418,7 @@ Result<uint64_t> remove_extents(const std::string& path, const std::vector<Store
 
 Result<Evicted> evict_segments(const std::string& path, uint64_t bytes, bool dry_run) {
   if (const auto marker = read_marker(path); !marker) return std::unexpected(marker.error());
-  std::optional<File> keeper;  // held to the end
+  std::optional<KeeperLock> keeper;  // held to the end
   if (!dry_run) {
     auto locked = lock_keeper(path);
     if (!locked) return std::unexpected(locked.error());

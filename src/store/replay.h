@@ -37,6 +37,9 @@ class Replay {
   /// The writers of all journals found so far, this process's own left out.
   std::vector<uint64_t> writers() const;
 
+  /// Whether the extent at this place was condemned: nobody may carry it on.
+  bool condemned_extent(uint32_t slot, uint64_t offset) const;
+
   uint64_t records() const { return records_; }
   uint64_t bad_records() const { return bad_records_; }
   /// A segment was condemned since the last call: its catalog entries want sweeping.
@@ -54,7 +57,7 @@ class Replay {
   mutable std::mutex read_mutex_;  // journals_, own_journal_
   std::map<uint64_t, JournalReader> journals_;
   uint64_t own_journal_ = 0;
-  std::mutex apply_mutex_;  // the five below
+  mutable std::mutex apply_mutex_;  // the five below
   std::optional<uint32_t> last_slot_;
   SegmentId last_segment_;
   std::optional<PartId> last_part_;

@@ -5,9 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <ranges>
-#include <thread>
 
 #include "base/clock.h"
 #include "base/errors.h"
@@ -186,6 +184,7 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
                                          Device* device, CuFile* cufile) {
   std::unique_ptr<Root> root(new Root);
   root->options_ = options;
+  root->election_ = std::make_unique<KeeperElection>(options.path + "/keeper.lock");
   root->index_ = index;
   if (options.path.size() > kMaxRootPathBytes) {
     return fail(
@@ -287,19 +286,6 @@ Status Root::keep_manifest(const Manifest& manifest) {
   log(LogLevel::warning, "root \"{}\": manifest {} was damaged and is written anew: {}", path(), name,
       damage);
   return {};
-}
-
-Result<std::optional<File>> Root::lock_keeper(uint32_t patience_ms) const {
-  auto file = File::open(path() + "/keeper.lock", {.write = true, .create = true});
-  if (!file) return std::unexpected(file.error());
-  constexpr uint32_t kPauseMs = 5;
-  for (uint32_t waited = 0;; waited += kPauseMs) {
-    const auto locked = file->try_lock_exclusive();
-    if (!locked) return std::unexpected(locked.error());
-    if (*locked) return std::optional<File>(std::move(*file));
-    if (waited >= patience_ms) return std::optional<File>();
-    std::this_thread::sleep_for(std::chrono::milliseconds(kPauseMs));
-  }
 }
 
 }  // namespace tokendepot

@@ -16,6 +16,7 @@
 #include "format/marker.h"
 #include "io/engine.h"
 #include "io/file.h"
+#include "store/keeper_lock.h"
 #include "store/segment_files.h"
 #include "store/segment_table.h"
 #include "tokendepot/depot.h"
@@ -72,9 +73,8 @@ class Root {
   Status keep_manifest(const Manifest& manifest);
   uint64_t mended_manifests() const { return mended_manifests_; }
 
-  /// Sole right to create, recycle and remove segments, held by at most one process. Waits up to
-  /// `patience_ms`.
-  Result<std::optional<File>> lock_keeper(uint32_t patience_ms) const;
+  /// Sole right to create, recycle and remove segments, held by at most one process, for moments.
+  KeeperElection& keeper_election() const { return *election_; }
 
  private:
   Root() = default;
@@ -100,6 +100,7 @@ class Root {
   std::unique_ptr<IoEngine> engine_;
   std::unique_ptr<GdsLane> gds_;
   std::unique_ptr<SegmentFiles> files_;
+  std::unique_ptr<KeeperElection> election_;
 };
 
 }  // namespace tokendepot

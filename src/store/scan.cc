@@ -76,4 +76,18 @@ Result<uint64_t> scan_extents(const File& file, const SegmentId& id, uint64_t fr
   return end;
 }
 
+Record put_of(const ExtentHeader& header, uint64_t bytes) {
+  Record put;
+  put.type = RecordType::put;
+  put.kind = header.kind;
+  put.group = header.group;
+  put.key = header.key;
+  put.ns_prefix = prefix_of(header.ns);
+  put.where = {header.segment, header.offset, bytes};
+  put.part = header.part;
+  put.tokens = header.tokens;
+  put.time_ns = header.stored_at_ns;
+  return put;
+}
+
 }  // namespace tokendepot

@@ -4,6 +4,7 @@
 #include <functional>
 
 #include "format/extent.h"
+#include "format/journal.h"
 #include "io/file.h"
 #include "tokendepot/error.h"
 
@@ -15,5 +16,8 @@ namespace tokendepot {
 /// extent (or `from`).
 Result<uint64_t> scan_extents(const File& file, const SegmentId& id, uint64_t from, bool verify,
                               const std::function<void(const ExtentHeader&, uint64_t bytes)>& visit);
+
+/// The record that makes an extent known, from the extent itself, whose place scan_extents() has checked.
+Record put_of(const ExtentHeader& header, uint64_t bytes);
 
 }  // namespace tokendepot

@@ -48,12 +48,16 @@ bool Promotion::pays(const Candidate& candidate) const {
   const Root& root = *tiers_[top_].root;
   uint64_t used = tiers_[top_].writer->spare_bytes();
   std::optional<uint64_t> coldest;
+  uint32_t sealed = 0;
   for (const auto& [slot, segment] : segments_.present_segments(root.index())) {
     used += segment.roots[root.index()].file_bytes;
-    if (!coldest && segment.roots[root.index()].sealed) coldest = segment.last_used_ns;
+    if (!segment.roots[root.index()].sealed) continue;
+    if (!coldest) coldest = segment.last_used_ns;
+    ++sealed;
   }
   if (used + root.segment_bytes() <= root.capacity()) return true;  // nothing has to go for it
-  return coldest && candidate.used_before_ns > *coldest;
+  // The last segment that can go is the next one for stores.
+  return sealed > 1 && candidate.used_before_ns > *coldest;
 }
 
 bool Promotion::has_copy(const Candidate& candidate) {

@@ -24,9 +24,7 @@ else()
 endif()
 
 function(tokendepot_add_cuda target)
-  # cuFile is loaded at run time and needs no CUDA to build.
-  target_sources(${target} PRIVATE src/device/cuda/cufile.cc src/device/cuda/gds_lane.cc)
-  target_link_libraries(${target} PRIVATE ${CMAKE_DL_LIBS})
+  target_link_libraries(${target} PRIVATE ${CMAKE_DL_LIBS})  # cuFile is loaded at run time
   if(NOT TOKENDEPOT_HAS_CUDA)
     target_sources(${target} PRIVATE src/device/cuda/no_cuda.cc src/workload/cuda/no_cuda.cc)
     return()
@@ -38,7 +36,7 @@ function(tokendepot_add_cuda target)
   target_include_directories(${target}_kernels PRIVATE src)
   target_sources(${target} PRIVATE
     src/device/cuda/bounce.cc src/device/cuda/caches.cc src/device/cuda/cuda_device.cc src/device/cuda/flight.cc
-    src/device/cuda/marks.cc src/device/cuda/registry.cc
+    src/device/cuda/holdings.cc src/device/cuda/marks.cc src/device/cuda/registry.cc
     src/workload/cuda/cuda_link.cc src/workload/cuda/cuda_memory.cc
     $<TARGET_OBJECTS:${target}_kernels>)
   target_link_libraries(${target} PRIVATE CUDA::cudart_static)

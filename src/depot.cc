@@ -3,12 +3,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <set>
 
 #include "base/clock.h"
 #include "base/errors.h"
 #include "base/log.h"
-#include "device/cuda/cufile.h"
 #include "device/device.h"
+#include "device/gds/cufile.h"
 #include "device/open_device.h"
 #include "format/manifest.h"
 #include "open_depot.h"
@@ -44,6 +45,8 @@ const char* name(ItemFailure::Reason reason) {
 
 namespace {
 
+constexpr auto kKeeperPatience = std::chrono::seconds(10);
+
 class OpenDepot final : public Depot {
  public:
   static Result<std::unique_ptr<Depot>> open(const Options& options, std::unique_ptr<Device> device,
@@ -56,6 +59,7 @@ class OpenDepot final : public Depot {
   Result<LoadPlan> plan_load(const NamespaceDigest& ns, std::span<const Key> keys,
                              std::span<const LoadGroup> groups, std::chrono::nanoseconds deadline) override;
   void forget(const Key& key, uint16_t group) override;
+  void condemn(std::span<const Key> keys, const GroupWant& want, std::span<uint8_t> out) override;
   Status attach(const PagedCache& cache) override;
   Status mark_stream(void* stream) override;
   Status submit_load(uint64_t job, LoadPlan plan) override;
@@ -63,12 +67,16 @@ class OpenDepot final : public Depot {
   Status place(uint64_t job, uint64_t held_job, std::span<const HeldBlocks> blocks) override;
   void drop_held(uint64_t held_job) override;
   Status submit_store(uint64_t job, StorePlan plan) override;
+  Status submit_store_objects(uint64_t job, std::span<const Object> objects) override;
+  Status submit_load_objects(uint64_t job, std::span<const Object> objects,
+                             std::chrono::nanoseconds deadline) override;
   bool wait_gathered(std::chrono::nanoseconds timeout) override;
   void cancel(uint64_t job) override;
   std::vector<Completion> poll() override;
   bool wait_ended(std::chrono::nanoseconds timeout) override;
   bool flush(std::chrono::nanoseconds timeout) override;
   void refresh() override;
+  KeyHistory history(const Key& key) const override;
   DepotStats stats() const override;
 
  private:
@@ -78,15 +86,19 @@ class OpenDepot final : public Depot {
     std::unique_ptr<RootWriter> writer;
   };
 
+  /// Gives up all that threads may still use.
+  void leak();
   /// Threads do not survive fork(): a child must not touch locks that one of them may have held.
   bool forked() const { return getpid() != pid_; }
   Status plan_chunk(LoadPlan& plan, const Key& key, uint32_t chunk, const GroupWant& want,
                     const std::vector<std::vector<PartId>>& covers, std::span<const int32_t> blocks);
 
+  std::vector<Transfers::ObjectItem> find_objects(std::span<const Object> objects, bool touch);
+
   Status open_cufile(const Options& options, const std::string& library);
 
   const pid_t pid_ = getpid();
-  SegmentTable segments_;
+  std::unique_ptr<SegmentTable> segments_ = std::make_unique<SegmentTable>();
   std::unique_ptr<Catalog> catalog_;
   std::unique_ptr<Device> device_;  // before the roots: they give their mappings back to it
   std::unique_ptr<CuFile> cufile_;  // before the roots: their files are registered with it
@@ -156,17 +168,17 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::uniq
   depot->device_ = std::move(device);
   if (auto cufile = depot->open_cufile(options, cufile_library); !cufile)
     return std::unexpected(cufile.error());
-  if (options.catalog) depot->catalog_ = std::make_unique<Catalog>(depot->segments_);
+  if (options.catalog) depot->catalog_ = std::make_unique<Catalog>(*depot->segments_);
   for (const RootOptions& wanted : options.roots) {
     Tier& tier = depot->tiers_.emplace_back();
     auto root = Root::open(wanted, static_cast<RootIndex>(depot->tiers_.size() - 1), options,
                            depot->device_.get(), depot->cufile_.get());
     if (!root) return std::unexpected(root.error());
     tier.root = std::move(*root);
-    tier.replay = std::make_unique<Replay>(*tier.root, depot->segments_, depot->catalog_.get());
+    tier.replay = std::make_unique<Replay>(*tier.root, *depot->segments_, depot->catalog_.get());
     if (auto read = tier.replay->first(); !read) return std::unexpected(read.error());
     if (!options.writer || !tier.root->writable()) continue;
-    auto writer = RootWriter::open(*tier.root, *tier.replay, depot->segments_, system_clock(),
+    auto writer = RootWriter::open(*tier.root, *tier.replay, *depot->segments_, system_clock(),
                                    options.free_space_reserve);
     if (!writer) return std::unexpected(writer.error());
     tier.writer = std::move(*writer);
@@ -180,14 +192,14 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::uniq
     transfer_tiers.push_back({tier.root.get(), tier.writer.get()});
     keeper_tiers.push_back({tier.root.get(), tier.replay.get(), tier.writer.get()});
   }
-  depot->promotion_ = std::make_unique<Promotion>(keeper_tiers, depot->segments_, system_clock());
+  depot->promotion_ = std::make_unique<Promotion>(keeper_tiers, *depot->segments_, system_clock());
   depot->rewriting_ = std::make_unique<Rewriting>(options.rewrite_percent, depot->promotion_->use(),
-                                                  depot->segments_, system_clock());
+                                                  *depot->segments_, system_clock());
   depot->transfers_ =
-      std::make_unique<Transfers>(*depot->device_, transfer_tiers, depot->segments_, system_clock(),
+      std::make_unique<Transfers>(*depot->device_, transfer_tiers, *depot->segments_, system_clock(),
                                   options.store_queue_bytes, depot->promotion_.get());
   depot->keeper_ = std::make_unique<Keeper>(
-      keeper_tiers, depot->segments_, depot->catalog_.get(), *depot->promotion_, *depot->rewriting_,
+      keeper_tiers, *depot->segments_, depot->catalog_.get(), *depot->promotion_, *depot->rewriting_,
       options.poll_ms, [transfers = depot->transfers_.get()] { transfers->space_ready(); });
   if (!depot->transfers_->running() || !depot->keeper_->running()) {
     return fail(
@@ -206,25 +218,37 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::uniq
 
 OpenDepot::~OpenDepot() {
   if (forked()) {
-    // The parent's threads are not here to be joined, and its files are not ours to unlock: leak on purpose.
-    keeper_.release();     // NOLINT(bugprone-unused-return-value)
-    transfers_.release();  // NOLINT(bugprone-unused-return-value)
-    rewriting_.release();  // NOLINT(bugprone-unused-return-value)
-    promotion_.release();  // NOLINT(bugprone-unused-return-value)
-    device_.release();     // NOLINT(bugprone-unused-return-value)
-    cufile_.release();     // NOLINT(bugprone-unused-return-value)
-    for (Tier& tier : tiers_) {
-      tier.writer.release();  // NOLINT(bugprone-unused-return-value)
-      tier.replay.release();  // NOLINT(bugprone-unused-return-value)
-      tier.root.release();    // NOLINT(bugprone-unused-return-value)
-    }
-    catalog_.release();  // NOLINT(bugprone-unused-return-value)
+    leak();  // the parent's threads are not here to be joined, and its files are not ours to unlock
     return;
   }
   // The keeper's callback and the transfers' wake-ups point at each other: work ends first, then the threads.
-  if (transfers_) transfers_->close();
-  keeper_.reset();
-  transfers_.reset();
+  const bool settled = !transfers_ || transfers_->close();
+  const bool ended = !keeper_ || keeper_->stop(settled ? kKeeperPatience : std::chrono::nanoseconds(0));
+  if (settled && ended) {
+    keeper_.reset();
+    transfers_.reset();
+    return;
+  }
+  log(LogLevel::error,
+      "closed while a file system does not answer: threads that wait for it and their memory are left "
+      "behind");
+  leak();
+}
+
+void OpenDepot::leak() {
+  keeper_.release();     // NOLINT(bugprone-unused-return-value)
+  transfers_.release();  // NOLINT(bugprone-unused-return-value)
+  rewriting_.release();  // NOLINT(bugprone-unused-return-value)
+  promotion_.release();  // NOLINT(bugprone-unused-return-value)
+  device_.release();     // NOLINT(bugprone-unused-return-value)
+  cufile_.release();     // NOLINT(bugprone-unused-return-value)
+  for (Tier& tier : tiers_) {
+    tier.writer.release();  // NOLINT(bugprone-unused-return-value)
+    tier.replay.release();  // NOLINT(bugprone-unused-return-value)
+    tier.root.release();    // NOLINT(bugprone-unused-return-value)
+  }
+  catalog_.release();   // NOLINT(bugprone-unused-return-value)
+  segments_.release();  // NOLINT(bugprone-unused-return-value)
 }
 
 // --- arrive
@@ -263,6 +287,34 @@ void OpenDepot::forget(const Key& key, uint16_t group) {
   if (!forked() && catalog_) catalog_->forget(key, group);
 }
 
+void OpenDepot::condemn(std::span<const Key> keys, const GroupWant& want, std::span<uint8_t> out) {
+  TD_CHECK(out.size() == keys.size());
+  std::ranges::fill(out, uint8_t{0});
+  if (forked() || !catalog_) return;
+  std::set<PartId> parts;
+  for (const auto& cover : catalog_->covers(want)) parts.insert(cover.begin(), cover.end());
+  for (size_t i = 0; i < keys.size(); ++i) {
+    for (const PartId part : parts) {
+      const auto found = catalog_->find(keys[i], part);
+      if (!found) continue;
+      out[i] = 1;
+      const PartShape shape = catalog_->shape_of(part);
+      Record record;
+      record.kind = shape.kind;
+      record.group = shape.group;
+      record.key = keys[i];
+      record.where = {segments_->id_of(found->slot), found->offset, found->bytes};
+      record.part = shape.part;
+      record.tokens = shape.tokens;
+      const uint32_t roots = segments_->present_in(found->slot);
+      for (const Tier& tier : tiers_) {
+        if (tier.writer && (roots >> tier.root->index() & 1u) != 0) tier.writer->condemn_extent(record);
+      }
+    }
+    if (out[i] != 0) catalog_->forget(keys[i], want.group);
+  }
+}
+
 // --- promise
 // -----------------------------------------------------------------------------------------------------
 
@@ -274,14 +326,14 @@ Status OpenDepot::plan_chunk(LoadPlan& plan, const Key& key, uint32_t chunk, con
     for (const PartId id : cover) {
       const auto found = catalog_->find(key, id);
       if (!found) break;
-      segments_.touch(found->slot, system_clock().wall_ns());
+      segments_->touch(found->slot, system_clock().wall_ns());
       items.push_back({key,
                        chunk,
                        want.group,
                        want.kind,
                        catalog_->shape_of(id).part,
                        want.tokens,
-                       {segments_.id_of(found->slot), found->offset, found->bytes},
+                       {segments_->id_of(found->slot), found->offset, found->bytes},
                        std::vector<int32_t>(blocks.begin(), blocks.end())});
     }
     if (items.size() != cover.size()) continue;
@@ -368,6 +420,41 @@ Status OpenDepot::submit_store(uint64_t job, StorePlan plan) {
   return transfers_->submit_store(job, std::move(plan), *keeper_);
 }
 
+std::vector<Transfers::ObjectItem> OpenDepot::find_objects(std::span<const Object> objects, bool touch) {
+  std::vector<Transfers::ObjectItem> items;
+  items.reserve(objects.size());
+  const auto covers = catalog_->covers(object_want());
+  for (const Object& object : objects) {
+    Transfers::ObjectItem& item = items.emplace_back(object, ExtentRef{});
+    for (const auto& cover : covers) {
+      const auto found = catalog_->find(object.key, cover.front());
+      if (!found) continue;
+      if (touch) segments_->touch(found->slot, system_clock().wall_ns());
+      item.where = {segments_->id_of(found->slot), found->offset, found->bytes};
+      break;
+    }
+  }
+  return items;
+}
+
+Status OpenDepot::submit_store_objects(uint64_t job, std::span<const Object> objects) {
+  if (forked())
+    return fail(ErrorKind::closed, "this depot was opened before fork(); open it again in the child");
+  if (!catalog_)
+    return fail(ErrorKind::invalid_argument, "catalog=false: this depot was opened without lookups");
+  return transfers_->submit_store_objects(job, find_objects(objects, false), *keeper_);
+}
+
+Status OpenDepot::submit_load_objects(uint64_t job, std::span<const Object> objects,
+                                      std::chrono::nanoseconds deadline) {
+  if (forked())
+    return fail(ErrorKind::closed, "this depot was opened before fork(); open it again in the child");
+  if (!catalog_)
+    return fail(ErrorKind::invalid_argument, "catalog=false: this depot was opened without lookups");
+  return transfers_->submit_load_objects(job, find_objects(objects, true),
+                                         static_cast<uint64_t>(std::max<int64_t>(0, deadline.count())));
+}
+
 bool OpenDepot::wait_gathered(std::chrono::nanoseconds timeout) {
   return forked() || transfers_->wait_gathered(static_cast<uint64_t>(std::max<int64_t>(0, timeout.count())));
 }
@@ -395,10 +482,13 @@ void OpenDepot::refresh() {
   if (!forked()) keeper_->poll_journals();
 }
 
+KeyHistory OpenDepot::history(const Key& key) const {
+  return forked() || !catalog_ ? KeyHistory::never : catalog_->history(key);
+}
+
 DepotStats OpenDepot::stats() const {
   DepotStats stats;
   if (forked()) return stats;
-  transfers_->add_to(stats);
   if (catalog_) {
     stats.entries = catalog_->entries();
     stats.catalog_bytes = catalog_->memory_bytes();
@@ -411,18 +501,22 @@ DepotStats OpenDepot::stats() const {
     stats.bad_records += tier.replay->bad_records();
     RootStats& root = stats.roots.emplace_back();
     root.path = tier.root->path();
+    root.id = tier.root->id();
     root.transport = tier.root->transport();
     root.reason = tier.root->reason();
     root.read_bytes_per_second = tier.root->read_bytes_per_second();
     root.capacity_bytes = tier.root->capacity();
     root.writable = tier.root->writable();
     stats.device.mapped_bytes += tier.root->files().mapped_bytes();
-    for (const auto& [slot, segment] : segments_.present_segments(tier.root->index())) {
+    for (const auto& [slot, segment] : segments_->present_segments(tier.root->index())) {
       root.used_bytes += segment.roots[tier.root->index()].file_bytes;
       ++root.segments;
     }
     if (tier.writer) {
       root.evicted_segments = tier.writer->evicted_segments();
+      root.evicted_bytes = tier.writer->evicted_bytes();
+      root.corrupt_bytes = tier.writer->condemned_bytes();
+      root.written_bytes = tier.writer->written_bytes();
       root.suspended = tier.writer->failing();
       root.used_bytes += tier.writer->spare_bytes();
       if (tier.writer.get() == keeper_->store_target()) {
@@ -436,7 +530,9 @@ DepotStats OpenDepot::stats() const {
     root.mended_manifests = tier.root->mended_manifests();
     root.demotion_lag_bytes = keeper_->demotion_lag_bytes(tier.root->index());
     root.demoted_segments = keeper_->demoted(tier.root->index());
+    root.journal_lag = tier.replay->lag();
   }
+  transfers_->add_to(stats);
   return stats;
 }
 

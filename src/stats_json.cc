@@ -21,16 +21,31 @@ Json json_of(const PathBytes& p) {
           {"gds_compat", p.gds_compat}};
 }
 
+Json json_of(const LatencyCounts& l) {
+  return {{"counts", l.counts}, {"nanoseconds", l.nanoseconds}};
+}
+
+Json json_of(const DropCounts& d) {
+  return {{"no_root", d.no_root}, {"queue_full", d.queue_full}, {"no_space", d.no_space}, {"late", d.late}};
+}
+
+Json json_of(const RootTraffic& t) {
+  return {{"bytes", t.bytes}, {"tokens", t.tokens}};
+}
+
 Json json_of(const TransferStats& t) {
   return {{"extents", t.extents},
           {"bytes", t.bytes},
           {"nanoseconds", t.nanoseconds},
           {"by_path", json_of(t.by_path)},
-          {"failures", json_of(t.failures)}};
+          {"failures", json_of(t.failures)},
+          {"latency", json_of(t.latency)},
+          {"queue", json_of(t.queue)}};
 }
 
 Json json_of(const RootStats& r) {
   return {{"path", r.path},
+          {"id", r.id},
           {"transport", r.transport},
           {"reason", r.reason},
           {"read_bytes_per_second", r.read_bytes_per_second},
@@ -44,6 +59,12 @@ Json json_of(const RootStats& r) {
           {"promoted_bytes", r.promoted_bytes},
           {"rewritten_extents", r.rewritten_extents},
           {"rewritten_bytes", r.rewritten_bytes},
+          {"evicted_bytes", r.evicted_bytes},
+          {"corrupt_bytes", r.corrupt_bytes},
+          {"written_bytes", r.written_bytes},
+          {"loaded", json_of(r.loaded)},
+          {"stored", json_of(r.stored)},
+          {"journal_lag", json_of(r.journal_lag)},
           {"gds_errors", r.gds_errors},
           {"mended_manifests", r.mended_manifests},
           {"writable", r.writable},
@@ -66,6 +87,8 @@ std::string to_json(const DepotStats& s) {
   for (const RootStats& root : s.roots) roots.push_back(json_of(root));
   const Json stats{{"load", json_of(s.load)},
                    {"store", json_of(s.store)},
+                   {"drops", json_of(s.drops)},
+                   {"latency_bounds_ns", LatencyCounts::kBoundsNs},
                    {"entries", s.entries},
                    {"catalog_bytes", s.catalog_bytes},
                    {"lookups", s.lookups},

@@ -5,12 +5,9 @@
 
 #include <algorithm>
 #include <array>
-#include <chrono>
 #include <map>
 #include <optional>
 #include <set>
-#include <thread>
-#include <tuple>
 #include <utility>
 
 #include "base/clock.h"
@@ -21,8 +18,8 @@
 #include "format/manifest.h"
 #include "format/marker.h"
 #include "io/file.h"
+#include "root_files.h"
 #include "store/journal_file.h"
-#include "store/keeper_lock.h"
 
 namespace tokendepot {
 namespace {
@@ -52,36 +49,6 @@ StoredExtent extent_of(const Record& r) {
 
 auto place_of(const StoredExtent& e) {
   return std::pair(e.where.segment, e.where.offset);
-}
-
-bool has_live_writer(const std::string& path) {
-  const auto file = File::open(path, {});
-  if (!file) return false;
-  return file->is_locked_by_another().value_or(false);
-}
-
-bool is_temporary(const std::string& name) {
-  return name.starts_with(".tmp-");
-}
-
-Result<Marker> read_marker(const std::string& path) {
-  const auto bytes = read_file(path + "/DEPOT", kPageBytes);
-  if (!bytes) {
-    if (bytes.error().kind == ErrorKind::not_found || bytes.error().os_errno == ENOTDIR) {
-      return fail(ErrorKind::not_found, "{} is not the root of a depot: it has no file DEPOT", path);
-    }
-    return std::unexpected(bytes.error());
-  }
-  auto marker = decode_marker(*bytes);
-  if (!marker) return fail(marker.error().kind, "{}/DEPOT: {}", path, marker.error().message);
-  return marker;
-}
-
-// A directory that was never created holds nothing.
-Result<std::vector<DirectoryEntry>> entries_of(const std::string& path) {
-  auto entries = list_directory(path);
-  if (!entries && entries.error().kind == ErrorKind::not_found) return std::vector<DirectoryEntry>();
-  return entries;
 }
 
 Status replay_journals(const std::string& path, Replay& replay) {
@@ -181,35 +148,6 @@ Status list_foreign_at_top(const std::string& path, Replay& replay) {
   return {};
 }
 
-// Engines hold it for moments.
-Result<KeeperLock> lock_keeper(const std::string& path) {
-  constexpr uint32_t kPatienceMs = 2000;
-  KeeperElection election(path + "/keeper.lock");
-  auto keeper = election.acquire(kPatienceMs);
-  if (!keeper) return std::unexpected(keeper.error());
-  if (*keeper) return std::move(**keeper);
-  return fail(ErrorKind::busy,
-              "{}/keeper.lock is held by an engine that is making space; expected it free within {} s", path,
-              kPatienceMs / 1000);
-}
-
-std::optional<NamespaceDigest> digest_of_name(const std::string& name) {
-  constexpr std::string_view kEnding = ".json";
-  NamespaceDigest digest;
-  if (name.size() != 2 * digest.bytes.size() + kEnding.size() || !name.ends_with(kEnding))
-    return std::nullopt;
-  const auto nibble = [](char c) {
-    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
-  };
-  for (size_t i = 0; i < digest.bytes.size(); ++i) {
-    const int high = nibble(name[2 * i]);
-    const int low = nibble(name[2 * i + 1]);
-    if (high < 0 || low < 0) return std::nullopt;
-    digest.bytes[i] = static_cast<uint8_t>(high * 16 + low);
-  }
-  return digest;
-}
-
 NamespaceInfo read_namespace(const std::string& file, const NamespaceDigest& digest) {
   NamespaceInfo info;
   info.digest_hex = to_hex(digest.bytes);
@@ -228,7 +166,7 @@ Result<std::vector<NamespaceInfo>> read_namespaces(const std::string& path, Repl
   if (!entries) return std::unexpected(entries.error());
   std::map<uint64_t, NamespaceInfo> by_prefix;
   for (const DirectoryEntry& entry : *entries) {
-    const auto digest = digest_of_name(entry.name);
+    const auto digest = digest_of_manifest(entry.name);
     if (digest && entry.regular) {
       by_prefix.emplace(prefix_of(*digest), read_namespace(path + "/manifests/" + entry.name, *digest));
     } else if (!is_temporary(entry.name)) {
@@ -289,20 +227,6 @@ std::string transport_of(const std::string& path, const FileSystemInfo& file_sys
 }
 
 constexpr std::string_view kMovedAway = "the segment has gone meanwhile";
-
-Status check_header(const ExtentHeader& header, const StoredExtent& extent, const std::string& where) {
-  if (header.segment != extent.where.segment || header.offset != extent.where.offset) {
-    return fail(ErrorKind::corrupt, "{}: the header belongs to another place", where);
-  }
-  if (header.key != extent.key || prefix_of(header.ns) != extent.ns_prefix) {
-    return fail(ErrorKind::corrupt, "{}: the header names another key or namespace than the journal", where);
-  }
-  if (header.group != extent.group || header.kind != extent.kind || header.part != extent.part ||
-      header.tokens != extent.tokens || extent_bytes(header.shape()) != extent.where.bytes) {
-    return fail(ErrorKind::corrupt, "{}: the header describes another shape than the journal", where);
-  }
-  return {};
-}
 
 Status check_shards(const File& file, const ExtentHeader& header, uint64_t payload_at,
                     const std::string& where) {

@@ -119,7 +119,7 @@ def show(rounds: list[dict[str, Any]]) -> None:
 
     seconds = sum(entry["loads"]["s"] for entry in rounds)
     served = [s for entry in rounds for s in entry["loads"]["served"]]
-    rate = len(served) * CONTEXT * workload.TOKEN_BYTES / seconds / 1e9
+    rate = len(served) * CONTEXT * order["token_bytes"] / seconds / 1e9
     found = sum(entry["loads"]["cached"] for entry in rounds) / max(1, len(served) * CONTEXT)
     print(
         f"# {DECODERS} requests decode; {len(served)} visitors of {CONTEXT} tokens were loaded at {rate:.1f} GB/s "

@@ -75,10 +75,10 @@ def wait_until_kept(order: dict[str, Any], tokens: int, seen: int) -> int:
     if order["system"] == "base":
         return 0
     if not order["folder"]:
-        time.sleep(0.3 + tokens * workload.TOKEN_BYTES / 6e9)
+        time.sleep(0.3 + tokens * order["token_bytes"] / 6e9)
         return 0
     wanted = seen + tokens // workload.CHUNK if order["system"] == "depot" else None
-    patience = 1.0 + tokens * workload.TOKEN_BYTES / 20e9
+    patience = 1.0 + tokens * order["token_bytes"] / 20e9
     began = changed = time.perf_counter()
     last = kept(order)
     while time.perf_counter() - began < 90 and time.perf_counter() - changed < patience:
@@ -94,7 +94,7 @@ def wait_until_kept(order: dict[str, Any], tokens: int, seen: int) -> int:
 
 def kept(order: dict[str, Any]) -> int:
     folder = order["folder"]
-    if order["system"] == "depot":
+    if order["system"] in ("depot", "lmcache-depot"):  # files of a depot have their size before they are filled
         from tokendepot import _core
 
         return int(_core.inspect_root(folder)["extents"])
@@ -114,6 +114,7 @@ def main() -> None:
     engine = Engine(order)
     if order["phase"] == "decode":
         decode(engine, order)
+    time.sleep(order["rest_s"])
     result = {**order, "import_s": engine.import_s, "start_s": engine.start_s, "rows": []}
     ends = time.monotonic() + order["budget_s"]
     engine.ask(workload.prompt(WARM_UP_LONG, 99))

@@ -5,8 +5,6 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-import workload
-
 
 def rows_of(results: list[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -24,6 +22,7 @@ def milliseconds(rows: list[dict[str, Any]], what: str) -> float | None:
 def summary(results: list[dict[str, Any]], link_gb_s: float) -> list[dict[str, Any]]:
     """One entry for each system, phase and context; the limit is bytes / link + the GPU hit of the base engine."""
     rows = rows_of(results)
+    token_bytes = {result["name"]: result["token_bytes"] for result in results}
     entries = []
     for name, context in rows:
         mine, base = rows[(name, context)], rows.get(("base", context), [])
@@ -54,7 +53,7 @@ def summary(results: list[dict[str, Any]], link_gb_s: float) -> list[dict[str, A
             "recompute_ms": milliseconds(base, "cold"),
         }
         if floor is not None:
-            entry["limit_ms"] = context * workload.TOKEN_BYTES / link_gb_s / 1e6 + floor
+            entry["limit_ms"] = context * token_bytes[name] / link_gb_s / 1e6 + floor
         entries.append(entry)
     return entries
 

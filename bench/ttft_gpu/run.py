@@ -5,7 +5,8 @@ usage: run.py --kit KIT --tokendepot SITE --out DIR [--systems base,depot] [--pl
 KIT is an unpacked folder with vLLM for an offline host (site/ and vllm_env.sh); SITE is where the tokendepot package
 was installed (bench/ttft_gpu/install). Each engine runs in a process of its own; results of earlier runs in --out
 are kept and shown with the new ones, so that several short runs make one table. Systems: base (no connector), depot,
-offload (vLLM's CPU offload), fs (its file-system tier), lmcache (multi-process mode). Places: shm, disk, loop.
+offload (vLLM's CPU offload), fs (its file-system tier), lmcache (multi-process mode), lmcache-depot (the same on a
+depot). Places: shm, disk, loop.
 --decode --systems depot measures what loads cost requests that decode meanwhile.
 """
 
@@ -23,7 +24,7 @@ from typing import Any
 
 import report
 import workload
-from systems import PLACES, SYSTEMS, LMCacheServer, Place, end_session, transfer_config
+from systems import PLACES, SYSTEMS, LMCacheServer, Place, end_session, lmcache_storage, transfer_config
 
 HERE = Path(__file__).parent
 LINK = """
@@ -50,6 +51,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--systems", default="base,depot")
     parser.add_argument("--places", default="shm")
     parser.add_argument("--contexts", default=",".join(map(str, workload.CONTEXTS)))
+    parser.add_argument("--model", default="llama-3.1-8b", help="shape: " + " or ".join(workload.MODELS))
+    parser.add_argument("--rest", type=float, default=0, help="seconds between an engine's start and the first question")
     parser.add_argument("--deadline", type=float, default=470, help="seconds for this run, all engines together")
     parser.add_argument("--capacity", default="56GiB", help="of the depot's root")
     parser.add_argument("--store-queue", default="24GiB", help="of the depot: nothing is dropped on a slow disk")
@@ -60,7 +63,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--decode", action="store_true", help="instead: what loads of the depot cost a decoding engine")
     parser.add_argument("--json", type=Path, help="also write the summary here")
     chosen = parser.parse_args()
-    for option, allowed in (("systems", SYSTEMS), ("places", PLACES)):
+    for option, allowed in (("systems", SYSTEMS), ("places", PLACES), ("model", workload.MODELS)):
         for name in getattr(chosen, option).split(","):
             if name not in allowed:
                 parser.error(f"--{option} has {name!r} but must be some of {', '.join(allowed)}")
@@ -72,7 +75,7 @@ class Run:
         self.options = options
         self.ends = time.monotonic() + options.deadline
         options.out.mkdir(parents=True, exist_ok=True)
-        self.model = workload.write_model(options.out / "model")
+        self.model = workload.write_model(options.out / "model", options.model)
         self.environment = dict(os.environ, VLLM_ALLOW_INSECURE_SERIALIZATION="1")
         if options.v1_runner:
             self.environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
@@ -123,6 +126,8 @@ class Run:
             "phase": phase,
             "folder": folder,
             "model": self.model,
+            "token_bytes": workload.token_bytes(self.options.model),
+            "rest_s": self.options.rest,
             "eager": not self.options.compiled,
             "utilization": self.options.utilization,
             "contexts": [int(context) for context in self.options.contexts.split(",")],
@@ -152,8 +157,9 @@ class Run:
         def serve() -> None:
             while servers:
                 servers.pop().stop()
-            if system == "lmcache" and place is not None:
-                servers.append(LMCacheServer(place.root, self.options.out / "lmcache.log", self.start))
+            if system.startswith("lmcache") and place is not None:
+                adapter = lmcache_storage(system, str(place.root), self.options.capacity)
+                servers.append(LMCacheServer(adapter, self.options.out / f"{system}.server.log", self.start))
 
         try:
             serve()

@@ -30,6 +30,7 @@ SYSTEMS = {
     "offload": System(restarts=False, needs_place=False),
     "fs": System(restarts=True, needs_place=True),
     "lmcache": System(restarts=True, needs_place=True),
+    "lmcache-depot": System(restarts=True, needs_place=True),
 }
 PLACES = ("shm", "disk", "loop")
 
@@ -57,7 +58,7 @@ def transfer_config(system: str, folder: str, capacity: str, store_queue: str) -
             "secondary_tiers": [{"type": "fs", "root_dir": folder}],
         }
         return both | {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": extra}
-    if system == "lmcache":
+    if system in ("lmcache", "lmcache-depot"):
         extra = {"lmcache.mp.host": "tcp://localhost", "lmcache.mp.port": LMCACHE_PORT}
         return both | {"kv_connector": "LMCacheMPConnector", "kv_connector_extra_config": extra}
     return None
@@ -99,11 +100,24 @@ class Place:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def lmcache_storage(system: str, folder: str, capacity: str) -> dict[str, Any]:
+    """What LMCache's server keeps KV in below its own memory: its --l2-adapter."""
+    if system == "lmcache":
+        return {"type": "fs_native", "base_path": folder, "num_workers": 16, "use_odirect": False}
+    return {
+        "type": "native_plugin",
+        "module_path": "tokendepot.engines.lmcache",
+        "class_name": "DepotConnector",
+        "adapter_params": {"roots": [f"{folder}?capacity={capacity}"], "on_error": "fail"},
+    }
+
+
 class LMCacheServer:
     """LMCache in its multi-process mode: the one that gives right answers on vLLM 0.26."""
 
-    def __init__(self, folder: Path, log: Path, start: Callable[[list[str], Path], subprocess.Popen]) -> None:
-        adapter = {"type": "fs_native", "base_path": str(folder), "num_workers": 16, "use_odirect": False}
+    def __init__(
+        self, adapter: dict[str, Any], log: Path, start: Callable[[list[str], Path], subprocess.Popen]
+    ) -> None:
         command = [sys.executable, "-m", "lmcache.cli.main", "server", "--host", "localhost"]
         command += ["--port", str(LMCACHE_PORT), "--http-port", str(LMCACHE_HTTP_PORT)]
         command += ["--l1-size-gb", "24", "--l1-init-size-gb", "24", "--no-l1-use-lazy", "--eviction-policy", "LRU"]

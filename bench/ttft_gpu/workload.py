@@ -1,4 +1,4 @@
-"""The model and the prompts: Llama-3.1-8B's shape with random weights whose answers depend on every KV cell."""
+"""The models and the prompts: shapes of Llama 3.1 with random weights whose answers depend on every KV cell."""
 
 from __future__ import annotations
 
@@ -7,18 +7,13 @@ import random
 from pathlib import Path
 
 CONTEXTS = (50, 1000, 2000, 8000, 16_000, 24_000, 32_000, 64_000, 96_000, 128_000)
-TOKEN_BYTES = 131_072  # K and V, 32 layers, 8 heads, 128 values of 2 bytes
 CHUNK = 256
 TAIL = 20  # new tokens behind a context that was seen before
-SHAPE = dict(
+LLAMA = dict(
     architectures=["LlamaForCausalLM"],
     model_type="llama",
-    hidden_size=4096,
-    num_hidden_layers=32,
-    num_attention_heads=32,
     num_key_value_heads=8,
     head_dim=128,
-    intermediate_size=14336,
     vocab_size=128256,
     rope_theta=500000.0,
     max_position_embeddings=131072,
@@ -29,11 +24,21 @@ SHAPE = dict(
     bos_token_id=128000,
     eos_token_id=128001,
 )
+SIZE_8B = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=14336)
+SIZE_70B = dict(hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, intermediate_size=28672)
+FP8_WEIGHTS = dict(quantization_config=dict(quant_method="fp8", activation_scheme="dynamic"))
+MODELS = {"llama-3.1-8b": LLAMA | SIZE_8B, "llama-3.1-70b-fp8": LLAMA | SIZE_70B | FP8_WEIGHTS}
 
 
-def write_model(directory: Path) -> str:
+def token_bytes(model: str) -> int:
+    """K and V of one token in bfloat16, all layers."""
+    shape = MODELS[model]
+    return 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"] * 2
+
+
+def write_model(directory: Path, model: str) -> str:
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(SHAPE))
+    (directory / "config.json").write_text(json.dumps(MODELS[model]))
     return str(directory)
 
 
@@ -56,10 +61,11 @@ def spread_weights(model) -> int:
     generator = torch.Generator(device="cuda").manual_seed(20261124)
     with torch.no_grad():
         for name, weights in sorted(model.named_parameters()):
-            if "norm" in name:
+            if "norm" in name or "scale" in name:
                 weights.fill_(1.0)
             elif weights.dim() == 2:
                 spread = 1.0 if "embed" in name else (2.0 if "qkv" in name else 1.0) / weights.shape[1] ** 0.5
-                weights.normal_(0.0, spread, generator=generator)
+                values = torch.empty_like(weights, dtype=torch.bfloat16).normal_(0.0, spread, generator=generator)
+                weights.copy_(values)  # 8-bit types cannot be filled at random themselves
     torch.cuda.synchronize()
     return sum(1 for _ in model.parameters())

@@ -96,6 +96,12 @@ struct Completion {
   std::vector<ItemFailure> failures;
 };
 
+enum class KeyHistory : uint8_t {
+  never,   // no extent was ever seen
+  stored,  // some extent can be looked up
+  gone,    // evicted, condemned or removed
+};
+
 class Depot {
  public:
   /// Opens (and where needed creates) every root, replays the journals and starts the background work.
@@ -134,8 +140,18 @@ class Depot {
                                      std::span<const LoadGroup> groups,
                                      std::chrono::nanoseconds deadline) = 0;
 
+  /// What this process knows of a chunk, whatever groups and parts: memory only, for explaining a miss.
+  /// `gone` is an estimate: at most 1 in 65,535 chunks that never were here are taken for gone, and what has
+  /// gone is forgotten when about a million others have gone after it. `never` without a catalog.
+  virtual KeyHistory history(const Key& key) const = 0;
+
   /// Drops every extent of this chunk and group from this process's catalog until it is stored again.
   virtual void forget(const Key& key, uint16_t group) = 0;
+
+  /// Takes all that is stored of `want` under these keys out of every process's catalog, for good; the space
+  /// comes back when the segments are evicted. Needs the catalog and a writer, else it only forgets. One byte
+  /// a key in `out`: 1 = something was stored.
+  virtual void condemn(std::span<const Key> keys, const GroupWant& want, std::span<uint8_t> out) = 0;
 
   // --- worker half
   // ---------------------------------------------------------------------------------------------
@@ -178,6 +194,25 @@ class Depot {
   /// Queues stores. Blocks may be reused only after wait_gathered() returned true or poll() reported the job.
   /// Items over the bounds are reported as dropped.
   virtual Status submit_store(uint64_t job, StorePlan plan) = 0;
+
+  /// An opaque object in the caller's memory, kept as one extent with one shard: for cache servers that hand
+  /// over finished buffers, not blocks of a paged cache. Nothing needs to be attached. `memory` is 1 byte to
+  /// 1 GiB of the depot's device, of any alignment.
+  struct Object {
+    NamespaceDigest ns;  // checked when it is read: another namespace under the same key is a miss
+    Key key;             // names the object in the catalog; made from the namespace too, as KeyChain does
+    std::span<std::byte> memory;
+  };
+  /// What stored(), forget() and condemn() are asked about objects.
+  static GroupWant object_want() { return {0, LayoutKind::opaque, {0, 1, 0, 1}, 1, 0}; }
+  /// Stores objects, like submit_store(); `memory` is only read, until poll() has reported the job. Objects
+  /// that the catalog has at this size count as stored without being written.
+  virtual Status submit_store_objects(uint64_t job, std::span<const Object> objects) = 0;
+  /// Finds objects in the catalog and reads them into `memory`, like submit_load(): nothing is written to the
+  /// memory of an object whose bytes are not proved right. Not stored is `absent`, of another size
+  /// `mismatch`. `deadline` counts from now, 0 = none.
+  virtual Status submit_load_objects(uint64_t job, std::span<const Object> objects,
+                                     std::chrono::nanoseconds deadline) = 0;
 
   /// Waits until the bytes of all stores submitted so far have left the paged cache. False on time-out.
   virtual bool wait_gathered(std::chrono::nanoseconds timeout) = 0;

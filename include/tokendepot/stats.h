@@ -1,6 +1,7 @@
 // Counters of one open Depot. Every field only grows while the handle is open; gauges say so.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -27,16 +28,50 @@ struct PathBytes {
   uint64_t gds_compat = 0;  // cuFile, through host memory of its own
 };
 
+/// Durations, counted by size: a histogram as Prometheus has it, but for the sums over smaller buckets.
+struct LatencyCounts {
+  /// Largest nanoseconds of each bucket but the last, which has none.
+  static constexpr std::array<uint64_t, 10> kBoundsNs = {
+      100'000,     400'000,     1'600'000,     6'400'000,     25'600'000,
+      102'400'000, 409'600'000, 1'638'400'000, 6'553'600'000, 26'214'400'000};
+  std::array<uint64_t, kBoundsNs.size() + 1> counts{};
+  uint64_t nanoseconds = 0;  // sum
+
+  void add(uint64_t ns) {
+    size_t bucket = 0;
+    while (bucket < kBoundsNs.size() && ns > kBoundsNs[bucket]) ++bucket;
+    ++counts[bucket];
+    nanoseconds += ns;
+  }
+};
+
+/// Why `FailureCounts::dropped` of stores grew.
+struct DropCounts {
+  uint64_t no_root = 0;     // no root is writable
+  uint64_t queue_full = 0;  // `store_queue` bytes are waiting or under way
+  uint64_t no_space = 0;    // nothing can be evicted, or staging memory is taken
+  uint64_t late = 0;        // did not begin in time, or its blocks were wanted back
+};
+
+/// What went from one root into the cache, or the other way.
+struct RootTraffic {
+  uint64_t bytes = 0;
+  double tokens = 0;  // of the lowest group attached; an extent that holds a part of it counts as that part
+};
+
 struct TransferStats {
   uint64_t extents = 0;
   uint64_t bytes = 0;        // payload and header bytes moved
   uint64_t nanoseconds = 0;  // sum over extents, submit to done
   PathBytes by_path;         // of `bytes`; what is placed after a hold came only once
   FailureCounts failures;
+  LatencyCounts latency;  // of extents that moved: submit to done
+  LatencyCounts queue;    // of extents that began: submit to the first byte asked for
 };
 
 struct RootStats {
   std::string path;
+  std::string id;         // 32 hex digits, of the marker
   std::string transport;  // "mapped", "direct-threads", "buffered-uring", "gds-p2p", "gds-compat", ...
   std::string reason;     // why this transport was chosen
   uint64_t read_bytes_per_second = 0;  // measured when the root was opened; 0 = not measured
@@ -50,6 +85,12 @@ struct RootStats {
   uint64_t promoted_bytes = 0;
   uint64_t rewritten_extents = 0;  // carried on into this root when their segment was evicted
   uint64_t rewritten_bytes = 0;
+  uint64_t evicted_bytes = 0;  // of the segment files evicted by this process to make room
+  uint64_t corrupt_bytes = 0;  // of extents condemned by this process: bad or missing on the medium
+  uint64_t written_bytes = 0;  // by this process: stores, copies of demoted segments, journal records
+  RootTraffic loaded;
+  RootTraffic stored;
+  LatencyCounts journal_lag;      // of others' puts: from their time (their clock) to their being known here
   uint64_t gds_errors = 0;        // of cuFile: the extent went the ordinary way, or was not stored
   uint64_t mended_manifests = 0;  // found damaged and written anew
   bool writable = false;
@@ -69,6 +110,7 @@ struct DeviceUse {
 struct DepotStats {
   TransferStats load;
   TransferStats store;
+  DropCounts drops;            // of stores
   uint64_t entries = 0;        // gauge: extents in the catalog
   uint64_t catalog_bytes = 0;  // gauge: memory of the catalog
   uint64_t lookups = 0;

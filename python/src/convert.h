@@ -125,7 +125,10 @@ extern template std::vector<int32_t> integers_from(nb::handle, const char*);
 /// What each source file adds to the module.
 void bind_key_chain(nb::module_& module);
 void bind_depot(nb::module_& module);
+void bind_export(nb::module_& module);
+void bind_repair(nb::module_& module);
 void bind_tools(nb::module_& module);
 void bind_workload(nb::module_& module);
+void bind_lmcache(nb::module_& module);
 
 }  // namespace tokendepot::py

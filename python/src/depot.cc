@@ -361,6 +361,14 @@ void bind_depot(nb::module_& module) {
           },
           nb::arg("timeout_s"))
       .def("refresh", [](Handle& self) { self.use([](Depot& depot) { depot.refresh(); }); })
+      .def(
+          "history",
+          [](Handle& self, const nb::bytes& key) {
+            const auto wanted = digest_from<Key>(key, "key");
+            constexpr const char* kNames[] = {"never", "stored", "gone"};
+            return kNames[static_cast<size_t>(self.use([&](Depot& depot) { return depot.history(wanted); }))];
+          },
+          nb::arg("key"))
       .def("stats", &stats);
 
   module.def("plan_store", &plan_store, nb::arg("namespace"), nb::arg("items"));

@@ -1,6 +1,9 @@
 // The module tokendepot._core: python/tokendepot/_core.pyi is its contract.
 #include <nanobind/stl/string.h>
 
+#include <cstdio>
+
+#include "base/log.h"
 #include "convert.h"
 #include "format/extent.h"
 
@@ -33,6 +36,18 @@ nb::object options_as_dict(const std::string& config_json) {
   return nb::module_::import_("json").attr("loads")(json);
 }
 
+/// For programs whose output is not a log: lines below warnings are dropped.
+void log_warnings_only() {
+  set_log_sink([](LogLevel level, std::string_view text) {
+    if (level < LogLevel::warning) return;
+    std::string line = fmt::format("tokendepot: {}\n", text);
+    for (char& c : std::span(line).first(line.size() - 1)) {
+      if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = ' ';
+    }
+    std::fwrite(line.data(), 1, line.size(), stderr);
+  });
+}
+
 }  // namespace
 }  // namespace tokendepot::py
 
@@ -60,8 +75,13 @@ NB_MODULE(_core, module) {
   module.def("parse_options", &options_as_dict, nb::arg("config_json"));
   module.def("parse_size", [](const std::string& text) { return unwrap(parse_size(text)); }, nb::arg("text"));
 
+  module.def("log_warnings_only", &log_warnings_only);
+
   bind_key_chain(module);
   bind_depot(module);
   bind_tools(module);
+  bind_export(module);
+  bind_repair(module);
   bind_workload(module);
+  bind_lmcache(module);
 }

@@ -1,28 +1,16 @@
 #include "tokendepot/tools.h"
 
+#include "tokendepot/watch.h"
+
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/string_view.h>
-#include <nanobind/stl/tuple.h>
+
+#include <mutex>
 
 #include "convert.h"
+#include "extents.h"
 
 namespace tokendepot::py {
 namespace {
-
-double seconds_of(uint64_t ns) {
-  return static_cast<double>(ns) * 1e-9;
-}
-
-std::string prefix_to_hex(uint64_t prefix) {  // the number is the first 8 digest bytes, the lowest first
-  return fmt::format("{:016x}", __builtin_bswap64(prefix));
-}
-
-uint64_t prefix_from_hex(const std::string& hex) {
-  if (hex.size() != 16 || hex.find_first_not_of("0123456789abcdef") != std::string::npos) {
-    refuse("namespace is \"{}\"; allowed are 16 hex digits", hex);
-  }
-  return __builtin_bswap64(std::stoull(hex, nullptr, 16));
-}
 
 nb::dict describe(const NamespaceInfo& n) {
   nb::dict out;
@@ -103,42 +91,7 @@ nb::list list(const std::string& path) {
     return unwrap(list_extents(path));
   }();
   nb::list out;
-  for (const StoredExtent& e : extents) {
-    nb::dict item;
-    item["key"] = digest_to_bytes(e.key);
-    item["namespace"] = prefix_to_hex(e.ns_prefix);
-    item["group"] = e.group;
-    item["kind"] = kind_to(e.kind);
-    item["part"] = part_to(e.part);
-    item["tokens"] = e.tokens;
-    item["segment"] = segment_to(e.where.segment);
-    item["offset"] = e.where.offset;
-    item["bytes"] = e.where.bytes;
-    item["stored_at"] = seconds_of(e.stored_at_ns);
-    out.append(item);
-  }
-  return out;
-}
-
-template <typename T>
-T field(nb::handle dict, const char* name) {
-  return typed<T>(nb::object(dict[name]), "extents as list_extents() gives them");
-}
-
-std::vector<StoredExtent> extents_from(nb::sequence extents) {
-  std::vector<StoredExtent> out;
-  for (nb::handle item : extents) {
-    StoredExtent& e = out.emplace_back();
-    e.key = digest_from<Key>(field<nb::bytes>(item, "key"), "key");
-    e.ns_prefix = prefix_from_hex(field<std::string>(item, "namespace"));
-    e.group = field<uint16_t>(item, "group");
-    e.kind = kind_from(field<std::string>(item, "kind"));
-    e.part = part_from(field<PartTuple>(item, "part"));
-    e.tokens = field<uint32_t>(item, "tokens");
-    e.where.segment = segment_from(field<std::string>(item, "segment"));
-    e.where.offset = field<uint64_t>(item, "offset");
-    e.where.bytes = field<uint64_t>(item, "bytes");
-  }
+  for (const StoredExtent& e : extents) out.append(extent_to(e));
   return out;
 }
 
@@ -175,9 +128,53 @@ nb::dict evict(const std::string& path, uint64_t bytes, bool dry_run) {
   return out;
 }
 
+/// Calls of several threads take turns.
+class Watch {
+ public:
+  explicit Watch(std::unique_ptr<RootWatch> watch) : watch_(std::move(watch)) {}
+
+  nb::list poll(size_t most) {
+    return changes_to([this, most] { return unwrap(watch_->poll(most)); });
+  }
+  nb::list stored() {
+    return changes_to([this] { return watch_->stored(); });
+  }
+  std::string root_id() const { return watch_->root_id_hex(); }
+  bool in_memory() const { return watch_->in_memory(); }
+
+ private:
+  template <typename Call>
+  nb::list changes_to(Call call) {
+    const std::vector<ChunkChange> changes = [&] {
+      nb::gil_scoped_release unlocked;
+      const std::lock_guard lock(mutex_);
+      return call();
+    }();
+    nb::list out;
+    for (const ChunkChange& c : changes)
+      out.append(
+          nb::make_tuple(c.stored, digest_to_bytes(c.key), prefix_to_hex(c.ns_prefix), c.group, c.tokens));
+    return out;
+  }
+
+  std::mutex mutex_;
+  const std::unique_ptr<RootWatch> watch_;
+};
+
+Watch* watch_root(const std::string& path) {
+  nb::gil_scoped_release unlocked;
+  return new Watch(unwrap(RootWatch::open(path)));  // the module owns it
+}
+
 }  // namespace
 
 void bind_tools(nb::module_& module) {
+  nb::class_<Watch>(module, "RootWatch")
+      .def("poll", &Watch::poll, nb::arg("most"))
+      .def("stored", &Watch::stored)
+      .def_prop_ro("root_id", &Watch::root_id)
+      .def_prop_ro("in_memory", &Watch::in_memory);
+  module.def("watch_root", &watch_root, nb::arg("path"), nb::rv_policy::take_ownership);
   module.def("inspect_root", &inspect, nb::arg("path"));
   module.def("list_extents", &list, nb::arg("path"));
   module.def("verify_extents", &verify, nb::arg("path"), nb::arg("extents"));

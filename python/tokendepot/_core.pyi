@@ -3,6 +3,7 @@
 Keys travel as one `bytes` object of n * 32 bytes, plans as opaque `bytes`. Errors are `DepotError`.
 """
 
+from collections.abc import Callable
 from typing import Any, Sequence
 
 class DepotError(Exception):
@@ -16,6 +17,9 @@ SKIP_BLOCK: int
 FORMAT_VERSION: int
 
 def version() -> str: ...
+def log_warnings_only() -> None:
+    """For programs whose output is not a log: the process logs nothing below warnings any more."""
+
 def parse_size(text: str) -> int:
     """"1GiB" -> 1073741824, as sizes in the configuration are read; raises DepotError(invalid_argument)."""
 
@@ -63,6 +67,9 @@ class Depot:
         """groups: (want, first_chunk, blocks_per_chunk, block ids with SKIP_BLOCK where nothing is wanted).
         Raises DepotError(not_found) when an extent has gone since the lookup."""
     def forget(self, key: bytes, group: int) -> None: ...
+    def history(self, key: bytes) -> str:
+        """"never", "stored" (some extent of the chunk, whatever group and part) or "gone" (evicted, condemned or
+        removed; an estimate, see include/tokendepot/depot.h)."""
     # worker half
     def attach(
         self,
@@ -126,6 +133,53 @@ def evict_segments(path: str, bytes: int, dry_run: bool = False) -> dict[str, in
     """Evicts the coldest sealed segments until `bytes` of the root are freed; returns segments and bytes. With
     `dry_run` only says what it would do."""
 
+class RootWatch:
+    """What comes into a root and what goes. Changes are (stored, key, namespace, group, tokens): namespace = the first
+    16 hex digits of its digest, tokens = held. See include/tokendepot/watch.h."""
+
+    def poll(self, most: int) -> list[tuple[bool, bytes, str, int, int]]:
+        """Since the last call, at most `most`; at first all that is stored. Raises DepotError when the root cannot be read
+        or is another one now; what is known stays known."""
+    def stored(self) -> list[tuple[bool, bytes, str, int, int]]:
+        """All that is stored, as of the last poll."""
+    @property
+    def root_id(self) -> str: ...
+    @property
+    def in_memory(self) -> bool: ...
+
+def watch_root(path: str) -> RootWatch: ...
+
+def repair_root(path: str, sources: Sequence[str], apply: bool, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """What a root lost of its own account, and with `apply` its restoration (include/tokendepot/repair.h): marker,
+    journals, segments, manifests, lost_manifests, damaged_extents, left, nothing_to_do. `progress` is told bytes looked through
+    and bytes in all."""
+def trace_extents(path: str, keys: bytes) -> list[dict[str, Any]]:
+    """Every extent of these keys that a journal still speaks of (include/tokendepot/history.h): as list_extents(), and
+    fate ("live", "condemned", "evicted", "vanished"), ended_at."""
+
+class Exporter:
+    """Writes an export file (include/tokendepot/export.h). Calls come from one thread; the descriptor is lent."""
+
+    @staticmethod
+    def begin(fd: int, manifest: str, extents: int, bytes: int) -> Exporter: ...
+    def add(self, root: str, extents: Sequence[dict[str, Any]]) -> list[str]:
+        """"ok", or "<kind>: <message>" of what is wrong with the extent, which then is not in the file. Raises when
+        the file cannot be written."""
+    def finish(self) -> None: ...
+    @property
+    def file_bytes(self) -> int: ...
+
+class Importer:
+    """Reads an export file into a root (include/tokendepot/export.h). Calls come from one thread; the descriptor is lent."""
+
+    @staticmethod
+    def begin(fd: int, path: str, capacity: int, create: bool, free_space_reserve: int) -> Importer: ...
+    def go_on(self, bytes: int) -> bool:
+        """Reads about `bytes` more. False: the file has ended, or the root has no room."""
+    def report(self) -> dict[str, Any]:
+        """namespace, manifest, planned_extents, planned_bytes, file_bytes, imported, imported_bytes, present, damaged,
+        junk_bytes, full, whole, reason."""
+
 # --- workload: a depot of its own beside the limits of its medium and link (include/tokendepot/workload.h) ---
 class Workload:
     """Calls come from one thread; a signal whose handler raises ends fill(), run() and verify() early."""
@@ -152,3 +206,24 @@ class Workload:
         """extents, bytes, wrong, first_wrong."""
     def about(self) -> dict[str, Any]:
         """transport, reason, file_system, in_memory, payload_gb_per_s."""
+
+class LMCacheConnector:
+    """LMCache's storage connector contract over a depot of its own. Keys are LMCache's texts
+    model@rank@group@chunk hash[@salt]; buffers are any objects with the buffer protocol, one a key, that nobody else
+    writes to (set) or uses (get) until their batch is drained. Every submit returns the batch's id at once and never
+    waits for a medium; each batch is drained exactly once, also when the connector is closed meanwhile. Thread-safe."""
+
+    @staticmethod
+    def open(config_json: str, *, namespace_json: str, load_timeout_s: float) -> "LMCacheConnector":
+        """namespace_json: an object that joins every namespace. load_timeout_s: then the rest of a batch of gets fails."""
+    def event_fd(self) -> int:
+        """Readable while completions wait. Belongs to the connector."""
+    def submit_batch_set(self, keys: Sequence[str], buffers: Sequence[Any]) -> int: ...
+    def submit_batch_get(self, keys: Sequence[str], buffers: Sequence[Any]) -> int: ...
+    def submit_batch_exists(self, keys: Sequence[str]) -> int: ...
+    def submit_batch_delete(self, keys: Sequence[str]) -> int: ...
+    def drain_completions(self) -> list[tuple[int, bool, str, list[bool]]]:
+        """(id, all keys succeeded, what failed in words, one answer a key) of each batch that ended."""
+    def stats_json(self) -> str:
+        """The fields of include/tokendepot/stats.h; "{}" once closed."""
+    def close(self) -> None: ...

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import client
 import document
 import model as checkpoint
+import panels
 import report
 import server
 
@@ -34,6 +35,8 @@ GIB = 1 << 30
 
 
 class Demo:
+    vllm_options: tuple[str, ...] = ()  # beside those of server.vllm_command()
+
     def __init__(self, options: argparse.Namespace, console: Console, progress: Progress) -> None:
         self.options = options
         self.console = console
@@ -44,6 +47,7 @@ class Demo:
         if shutil.disk_usage("/dev/shm").free >= 3 * GIB:
             self.memory = pathlib.Path(tempfile.mkdtemp(prefix="tokendepot-demo-", dir="/dev/shm"))
         self.start_s = 0.0
+        self.panels: list[panels.Value] = []
 
     def close(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
@@ -65,7 +69,7 @@ class Demo:
         longest = max(self.options.contexts) + QUESTION_TOKENS
 
         def command(port: int) -> list[str]:
-            arguments = server.vllm_command(model, port, longest, kv_config)
+            arguments = [*server.vllm_command(model, port, longest, kv_config), *self.vllm_options]
             return shlex.split(self.options.server) + arguments[3:] if self.options.server else arguments
 
         one = server.Server(command, server.vllm_environment(kv_cache_gib=2), self.work / f"server-{what.replace(' ', '-')}.log")
@@ -98,7 +102,7 @@ class Demo:
         return time.time() - self.options.since + 2 * expected + 2 * self.start_s + 45 < self.options.minutes * 60
 
     def run(self, model: pathlib.Path) -> list[report.Row]:
-        with_depot = server.kv_transfer_config(self.roots())
+        with_depot = self.kv_transfer_config()
         first: dict[int, tuple[str, client.Answer]] = {}
         with self.running("empty depot", model, with_depot) as api:
             previous = None
@@ -117,12 +121,12 @@ class Demo:
         second = {c: prompt + answer.text + document.SECOND_QUESTION for c, (prompt, answer) in first.items()}
 
         warm: dict[int, tuple[client.Answer, float, float]] = {}
-        with self.running("same depot", model, with_depot) as api:
+        with self.running("same depot", model, with_depot) as api, self.watched(api):
             for context, prompt in second.items():
-                before = api.metrics()
+                bytes_before, seconds_before = self.loaded(api)
                 answer = self.ask(api, prompt, f"turn 2, {context:,} tokens, from the depot")
-                after = api.metrics()
-                warm[context] = (answer, grown(before, after, LOADED_BYTES), grown(before, after, LOAD_SECONDS))
+                bytes_after, seconds_after = self.loaded(api)
+                warm[context] = (answer, bytes_after - bytes_before, seconds_after - seconds_before)
 
         cold: dict[int, client.Answer] = {}
         with self.running("no depot", model, None) as api:
@@ -146,20 +150,41 @@ class Demo:
             for context in first
         ]
 
+    def kv_transfer_config(self) -> str:
+        return server.kv_transfer_config(self.roots())
+
+    def loaded(self, api: client.Client) -> tuple[float, float]:
+        """Bytes from the depot since the start, and the seconds that each extent took, added up."""
+        metrics = api.metrics()
+        return metrics.get(LOADED_BYTES, 0.0), metrics.get(LOAD_SECONDS, 0.0)
+
+    def stored_bytes(self, api: client.Client) -> float:
+        return api.metrics().get(STORED_BYTES, 0.0)
+
+    @contextmanager
+    def watched(self, api: client.Client):
+        """With --metrics: Prometheus scrapes meanwhile, and at the end says what the dashboard shows."""
+        if not self.options.metrics:
+            yield
+            return
+        watch = panels.Watch(self.work, api.url, self.roots())
+        try:
+            watch.wait_scraped()
+            yield
+            self.panels = watch.values()
+        finally:
+            watch.close()
+
     def settle(self, api: client.Client) -> None:
         """Until the depot has acknowledged what it was given: a user takes longer to think than this."""
         stored, since = -1.0, time.monotonic()
         deadline = since + 30
         while time.monotonic() < deadline and time.monotonic() - since < QUIET_S:
-            now = api.metrics().get(STORED_BYTES, 0.0)
+            now = self.stored_bytes(api)
             if now != stored:
                 stored, since = now, time.monotonic()
             time.sleep(QUIET_S / 8)
         self.say(f"the depot holds {stored / 1e6:.1f} MB")
-
-
-def grown(before: dict[str, float], after: dict[str, float], name: str) -> float:
-    return after.get(name, 0.0) - before.get(name, 0.0)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -168,6 +193,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--contexts", default="1000,2000,4000,8000", help="tokens of the document, ascending")
     parser.add_argument("--minutes", type=float, default=13.0, help="time for everything; larger contexts are left out")
     parser.add_argument("--model", type=pathlib.Path, help="a model directory of your own")
+    parser.add_argument("--metrics", action="store_true", help="show what the dashboard shows, by a Prometheus of its own")
     parser.add_argument("--tiny", action="store_true", help="a tiny random model: quicker, with answers that mean nothing")
     parser.add_argument("--cache", type=pathlib.Path, default=pathlib.Path(".cache"), help="where the model is built")
     parser.add_argument("--server", help="a command that takes the arguments of vLLM's API server, instead of it")
@@ -187,13 +213,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, kind: type[Demo] = Demo) -> int:
     options = arguments(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console = Console() if sys.stdout.isatty() else Console(width=120)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        demo = Demo(options, console, progress)
+        demo = kind(options, console, progress)
         try:
             about = f"Model: {options.model}"
             if options.model is None:
@@ -206,13 +232,16 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         finally:
             demo.close()
-    return conclude(rows, about, options, console)
+    return conclude(rows, demo.panels, about, options, console)
 
 
-def conclude(rows: list[report.Row], about: str, options: argparse.Namespace, console: Console) -> int:
+def conclude(rows: list[report.Row], shown: list[panels.Value], about: str, options: argparse.Namespace, console: Console) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     console.print(report.table(rows))
     found = report.complaints(rows)
+    if options.metrics:
+        console.print(panels.table(shown))
+        found += panels.complaints(shown)
     report.write_json(rows, {"model": options.model.name, "complaints": found}, options.out / "ttft.json")
     report.write_plot(rows, options.model.name, options.out / "ttft.png")
     for line in (

@@ -31,9 +31,10 @@ std::string parent_of(const std::string& path) {
 struct KnownFileSystem {
   uint32_t magic;
   const char* type;
+  bool network = false;
 };
 
-// The network file systems are not in the kernel's header.
+// Most of the network file systems are not in the kernel's header. FUSE may be one.
 constexpr KnownFileSystem kFileSystems[] = {
     {TMPFS_MAGIC, "tmpfs"},
     {RAMFS_MAGIC, "ramfs"},
@@ -42,17 +43,17 @@ constexpr KnownFileSystem kFileSystems[] = {
     {XFS_SUPER_MAGIC, "xfs"},
     {BTRFS_SUPER_MAGIC, "btrfs"},
     {OVERLAYFS_SUPER_MAGIC, "overlay"},
-    {NFS_SUPER_MAGIC, "nfs"},
+    {NFS_SUPER_MAGIC, "nfs", true},
     {F2FS_SUPER_MAGIC, "f2fs"},
-    {FUSE_SUPER_MAGIC, "fuse"},
-    {CEPH_SUPER_MAGIC, "ceph"},
-    {V9FS_MAGIC, "9p"},
-    {0x0bd00bd0, "lustre"},
-    {0x47504653, "gpfs"},
+    {FUSE_SUPER_MAGIC, "fuse", true},
+    {CEPH_SUPER_MAGIC, "ceph", true},
+    {V9FS_MAGIC, "9p", true},
+    {0x0bd00bd0, "lustre", true},
+    {0x47504653, "gpfs", true},
     {0x2fc12fc1, "zfs"},
-    {0x19830326, "beegfs"},
-    {0xff534d42, "cifs"},
-    {0xfe534d42, "smb2"},
+    {0x19830326, "beegfs", true},
+    {0xff534d42, "cifs", true},
+    {0xfe534d42, "smb2", true},
 };
 
 }  // namespace
@@ -173,7 +174,9 @@ Result<FileSystemInfo> file_system_of(const std::string& path) {
   FileSystemInfo info;
   info.type = fmt::format("0x{:x}", magic);
   for (const KnownFileSystem& known : kFileSystems) {
-    if (known.magic == magic) info.type = known.type;
+    if (known.magic != magic) continue;
+    info.type = known.type;
+    info.network = known.network;
   }
   info.total_bytes = found.f_blocks * unit;
   info.available_bytes = found.f_bavail * unit;

@@ -193,6 +193,14 @@ Status File::sync() const {
   return {};
 }
 
+Result<File> File::duplicate() const {
+  File copy;
+  copy.fd_ = ::fcntl(fd_, F_DUPFD_CLOEXEC, 0);
+  if (copy.fd_ < 0) return fail_errno(errno, "cannot duplicate the descriptor of {}", path_);
+  copy.path_ = path_;
+  return copy;
+}
+
 bool File::is_at_its_path() const {
   struct stat here;
   struct stat there;

@@ -42,6 +42,8 @@ class File {
   Status preallocate(uint64_t bytes) const;
   Status truncate(uint64_t bytes) const;
   Status sync() const;  // fdatasync
+  /// A second descriptor of the same open file; a lock belongs to both.
+  Result<File> duplicate() const;
   /// Whether path() still names this very file: false after it was renamed, replaced or removed.
   bool is_at_its_path() const;
   /// Its path certainly leads nowhere, or to another file. False where the file system does not answer.
@@ -85,7 +87,8 @@ struct FileSystemInfo {
   std::string type;  // "tmpfs", "ext4", "overlay", ... or "0x<magic>"
   uint64_t total_bytes = 0;
   uint64_t available_bytes = 0;
-  bool memory = false;  // tmpfs, ramfs, hugetlbfs
+  bool memory = false;   // tmpfs, ramfs, hugetlbfs
+  bool network = false;  // other hosts may change it: what is cached here may be old, locks may be lost
   bool read_only = false;
 };
 Result<FileSystemInfo> file_system_of(const std::string& path);

@@ -16,6 +16,10 @@ constexpr size_t kMaxCovers = 16;
 constexpr size_t kMaxCoverParts = 64;
 constexpr size_t kMaxCoverSteps = 4096;  // hostile or odd sets of parts must not cost a lookup its time
 
+// Groups, cuts and models of one root come to hundreds. A hostile journal may name any number, and each new
+// one is compared with all that are known.
+constexpr size_t kMostParts = 1024;
+
 uint64_t mix(uint64_t x) {  // splitmix64's finaliser
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
@@ -40,7 +44,7 @@ std::optional<PartId> Catalog::part_id(const PartShape& shape) {
   for (size_t i = parts_.size(); i-- > 0;) {
     if (parts_[i] == shape) return static_cast<PartId>(i);
   }
-  if (parts_.size() >= UINT16_MAX) return std::nullopt;
+  if (parts_.size() >= kMostParts) return std::nullopt;
   parts_.push_back(shape);
   return static_cast<PartId>(parts_.size() - 1);
 }
@@ -73,7 +77,7 @@ size_t Catalog::home(const Probe& probe, size_t capacity) {
 }
 
 template <typename Wanted>
-const Catalog::Entry* Catalog::seek(const std::vector<Entry>& table, const Probe& probe, Wanted wanted) {
+const Catalog::Entry* Catalog::seek(const Table& table, const Probe& probe, Wanted wanted) {
   for (size_t at = home(probe, table.size());; at = at + 1 == table.size() ? 0 : at + 1) {
     const Entry& entry = table[at];
     if (entry.pages == 0) return nullptr;
@@ -82,18 +86,18 @@ const Catalog::Entry* Catalog::seek(const std::vector<Entry>& table, const Probe
 }
 
 template <typename Wanted>
-Catalog::Entry* Catalog::seek(std::vector<Entry>& table, const Probe& probe, Wanted wanted) {
+Catalog::Entry* Catalog::seek(Table& table, const Probe& probe, Wanted wanted) {
   return const_cast<Entry*>(seek(std::as_const(table), probe, wanted));
 }
 
-void Catalog::insert(std::vector<Entry>& table, const Entry& entry) {
+void Catalog::insert(Table& table, const Entry& entry) {
   size_t at = home({entry.high, entry.low}, table.size());
   while (table[at].pages != 0) at = at + 1 == table.size() ? 0 : at + 1;
   table[at] = entry;
 }
 
 void Catalog::grow(Shard& shard) {
-  std::vector<Entry> bigger(shard.table.size() + shard.table.size() / 2);
+  Table bigger(shard.table.size() + shard.table.size() / 2);
   for (const Entry& entry : shard.table) {
     if (entry.pages != 0) insert(bigger, entry);
   }
@@ -149,7 +153,14 @@ void Catalog::erase_at(const Key& key, PartId part, uint32_t slot, uint64_t offs
   const auto here = [&](const Entry& entry) {
     return entry.slot == slot && entry.page == offset / kPageBytes;
   };
-  if (Entry* entry = seek(shard.table, probe, here)) erase(shard, entry);
+  Entry* entry = seek(shard.table, probe, here);
+  if (entry == nullptr) return;
+  erase(shard, entry);
+  if (seek(shard.table, probe, [](const Entry&) { return true; }) == nullptr) gone_.add(probe.high);
+}
+
+void Catalog::note_gone(const Key& key) {
+  gone_.add(probe_of(key, 0).high);
 }
 
 void Catalog::forget(const Key& key, uint16_t group) {
@@ -324,12 +335,35 @@ size_t Catalog::longest_prefix(std::span<const Key> keys, std::span<const GroupW
   return limit;
 }
 
+KeyHistory Catalog::history(const Key& key) const {
+  size_t parts = 0;
+  {
+    std::shared_lock lock(parts_mutex_);
+    parts = parts_.size();
+  }
+  bool dead = false;  // of a segment that has gone and was not swept yet
+  for (size_t part = 0; part < parts; ++part) {
+    const Probe probe = probe_of(key, static_cast<PartId>(part));
+    const Shard& shard = shard_of(probe);
+    std::lock_guard lock(shard.mutex);
+    const auto alive = [this](const Entry& entry) { return segments_.alive(entry.slot); };
+    if (seek(shard.table, probe, alive) != nullptr) return KeyHistory::stored;
+    dead |= seek(shard.table, probe, [](const Entry&) { return true; }) != nullptr;
+  }
+  return dead || gone_.holds(probe_of(key, 0).high) ? KeyHistory::gone : KeyHistory::never;
+}
+
 void Catalog::sweep() {
   for (Shard& shard : shards_) {
     std::lock_guard lock(shard.mutex);
     std::vector<Entry> alive;
     for (const Entry& entry : shard.table) {
-      if (entry.pages != 0 && segments_.alive(entry.slot)) alive.push_back(entry);
+      if (entry.pages == 0) continue;
+      if (segments_.alive(entry.slot)) {
+        alive.push_back(entry);
+      } else {
+        gone_.add(entry.high);
+      }
     }
     if (alive.size() == shard.size) continue;
     std::ranges::fill(shard.table, Entry{});

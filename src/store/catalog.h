@@ -13,6 +13,8 @@
 #include <span>
 #include <vector>
 
+#include "io/huge_memory.h"
+#include "store/gone_keys.h"
 #include "store/segment_table.h"
 #include "tokendepot/depot.h"
 #include "tokendepot/key.h"
@@ -36,7 +38,7 @@ class Catalog {
  public:
   explicit Catalog(const SegmentTable& segments);
 
-  /// Registers a shape. nullopt when 65,535 are known already (a hostile journal): such extents are not
+  /// Registers a shape. nullopt when 1,024 are known already (a hostile journal): such extents are not
   /// indexed.
   std::optional<PartId> part_id(const PartShape& shape);
   PartShape shape_of(PartId id) const;
@@ -44,9 +46,13 @@ class Catalog {
   /// The newest put of a key and part wins among those whose segments lie in the same root; one that lies in
   /// a lower root is kept beside it and answers when the higher one has gone.
   void put(const Key& key, PartId part, uint32_t slot, const ExtentRef& where);
+  /// Starts fetching what put() or find() will look at: in a large catalog that is not in any cache.
+  void prefetch(const Key& key, PartId part) const { prefetch(probe_of(key, part)); }
   /// Forgets this place of a key and part.
   void erase_at(const Key& key, PartId part, uint32_t slot, uint64_t offset);
   void forget(const Key& key, uint16_t group);
+  /// For history(): an extent of this key was stored once and is gone.
+  void note_gone(const Key& key);
 
   struct Found {
     uint32_t slot = 0;
@@ -65,6 +71,8 @@ class Catalog {
   void presence(std::span<const Key> keys, const GroupWant& want, std::span<uint8_t> out,
                 bool stop_at_gap) const;
   size_t longest_prefix(std::span<const Key> keys, std::span<const GroupWant> wants) const;
+  /// Of all groups and parts. "gone" is an estimate: see GoneKeys.
+  KeyHistory history(const Key& key) const;
 
   /// Removes entries whose segment is gone from every root.
   void sweep();
@@ -83,9 +91,10 @@ class Catalog {
     uint16_t unused = 0;
   };
   static_assert(sizeof(Entry) == 32);
+  using Table = std::vector<Entry, HugeAllocator<Entry>>;
   struct alignas(64) Shard {
     mutable std::mutex mutex;
-    std::vector<Entry> table;
+    Table table;
     size_t size = 0;
   };
   struct Probe {
@@ -101,10 +110,10 @@ class Catalog {
   /// The first entry of this probe that `wanted` takes; null when there is none. Entries of one probe are
   /// the places of one extent.
   template <typename Wanted>
-  static const Entry* seek(const std::vector<Entry>& table, const Probe& probe, Wanted wanted);
+  static const Entry* seek(const Table& table, const Probe& probe, Wanted wanted);
   template <typename Wanted>
-  static Entry* seek(std::vector<Entry>& table, const Probe& probe, Wanted wanted);
-  static void insert(std::vector<Entry>& table, const Entry& entry);
+  static Entry* seek(Table& table, const Probe& probe, Wanted wanted);
+  static void insert(Table& table, const Entry& entry);
   static void erase(Shard& shard, Entry* entry);
   static void grow(Shard& shard);
   bool present(const Probe& probe) const;
@@ -115,6 +124,7 @@ class Catalog {
   std::array<Shard, kShards> shards_;
   mutable std::shared_mutex parts_mutex_;
   std::vector<PartShape> parts_;
+  GoneKeys gone_;
 };
 
 }  // namespace tokendepot

@@ -3,6 +3,7 @@
 #include <openssl/rand.h>
 
 #include <algorithm>
+#include <array>
 #include <charconv>
 #include <utility>
 
@@ -13,6 +14,9 @@ namespace {
 
 constexpr uint64_t kReadBytes = 1 << 20;
 static_assert(kReadBytes % kRecordBytes == 0);
+// So much damage in a row ends a journal: a hole costs its maker nothing, and reading a terabyte of it would
+// keep a depot from opening.
+constexpr uint64_t kMostDamagedInARow = (64ull << 20) / kRecordBytes;
 
 std::optional<uint64_t> parse_hex(std::string_view text, size_t digits) {
   if (text.size() != digits) return std::nullopt;
@@ -63,21 +67,29 @@ Result<JournalReader> JournalReader::open(const std::string& path, uint64_t writ
   if (!file) return std::unexpected(file.error());
   JournalReader reader;
   reader.file_ = std::move(*file);
+  reader.path_ = path;
   reader.writer_ = writer;
   return reader;
 }
 
-Result<uint64_t> JournalReader::read_new(const std::function<void(const Record&)>& visit) {
-  const auto size = file_.size();
-  if (!size) return std::unexpected(size.error());
-  const uint64_t slots = *size / kRecordBytes;
+Result<uint64_t> JournalReader::read_new(const std::function<void(const Record&)>& visit,
+                                         uint64_t listed_bytes) {
+  if (!file_.is_open()) {
+    auto file = File::open(path_, {});
+    if (!file) return std::unexpected(file.error());
+    file_ = std::move(*file);
+  }
+  const auto now = file_.size();
+  if (!now) return std::unexpected(now.error());
+  const uint64_t size = std::max(*now, listed_bytes);
+  const uint64_t slots = size / kRecordBytes;
   // A long damaged tail is not read over and over; a short one may be a record that is being written.
-  if (*size == std::exchange(size_seen_, *size) && slots > next_index_ + kReadBytes / kRecordBytes) return 0;
+  if (size == std::exchange(size_seen_, size) && slots > next_index_ + kReadBytes / kRecordBytes) return 0;
   uint64_t index = next_index_;
   uint64_t good = 0;
   uint64_t pending_bad = 0;
   std::vector<std::byte> buffer;
-  while (index < slots) {
+  while (index < slots && pending_bad < kMostDamagedInARow) {
     const uint64_t count = std::min(slots - index, kReadBytes / kRecordBytes);
     buffer.resize(count * kRecordBytes);
     if (auto read = file_.read_at(buffer, index * kRecordBytes); !read) {
@@ -99,7 +111,7 @@ Result<uint64_t> JournalReader::read_new(const std::function<void(const Record&)
       visit(*record);
     }
   }
-  has_tail_ = *size > next_index_ * kRecordBytes;
+  has_tail_ = size > next_index_ * kRecordBytes;
   return good;
 }
 
@@ -144,6 +156,12 @@ Result<std::optional<JournalWriter>> JournalWriter::lock(const std::string& path
 Status JournalWriter::append_at(uint64_t next_index) {
   next_index_ = next_index;
   return file_.truncate(next_index * kRecordBytes);
+}
+
+bool JournalWriter::another_appended() const {
+  std::array<std::byte, kRecordBytes> slot;
+  return file_.read_at(slot, next_index_ * kRecordBytes).has_value() &&
+         decode_record(slot, writer_, next_index_).has_value();
 }
 
 Status JournalWriter::append(std::span<Record> records) {

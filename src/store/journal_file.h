@@ -1,8 +1,8 @@
 // Journals on the medium: one appender, any number of readers that tail it.
 //
 // Effect of damage: a record that does not decode is skipped when good records follow it (each record proves
-// itself) and waited for when none does (a writer may be in the middle of it). It is never fatal and never
-// removed by readers.
+// itself) and waited for when none does (a writer may be in the middle of it). 64 MiB of damage in a row end
+// a journal. It is never fatal and never removed by readers.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,15 @@ class JournalReader {
   static Result<JournalReader> open(const std::string& path, uint64_t writer);
 
   /// Calls `visit` for every good record behind the last call's end, in order. Returns how many.
-  Result<uint64_t> read_new(const std::function<void(const Record&)>& visit);
+  /// `listed_bytes`: the file's size as its directory says, which on network file systems may be newer than
+  /// the open file's.
+  Result<uint64_t> read_new(const std::function<void(const Record&)>& visit, uint64_t listed_bytes = 0);
+  /// A file of this size has nothing that read_new() has not seen.
+  bool has_read(uint64_t listed_bytes) const { return listed_bytes == size_seen_ && !has_tail_; }
+
+  /// Gives the descriptor back until the next read_new(), which finds the file by its name.
+  void close() { file_ = File(); }
+  bool is_open() const { return file_.is_open(); }
 
   uint64_t writer() const { return writer_; }
   /// Index behind the last good record: where an appender goes on.
@@ -42,6 +50,7 @@ class JournalReader {
 
  private:
   File file_;
+  std::string path_;
   uint64_t writer_ = 0;
   uint64_t next_index_ = 0;
   uint64_t bad_records_ = 0;
@@ -66,6 +75,11 @@ class JournalWriter {
   Status append(std::span<Record> records);
   Status append(Record record) { return append(std::span(&record, 1)); }
   Status sync() { return file_.sync(); }
+
+  /// The open file once more, to ask for its lock and name without the appender's mutex.
+  Result<File> handle() const { return file_.duplicate(); }
+  /// A good record lies where the next one goes: the lock was lost, and somebody else appends here.
+  bool another_appended() const;
 
   uint64_t writer() const { return writer_; }
   uint64_t next_index() const { return next_index_; }

@@ -11,7 +11,16 @@
 namespace tokendepot {
 namespace {
 
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+
 constexpr auto kSlowInterval = std::chrono::seconds(1);
+constexpr auto kHoldInterval = std::chrono::seconds(1);
+// Reading journals takes at most a twentieth of the time: where a poll is slow (many journals, a slow file
+// system), polls become rarer, until a chunk would not be seen within a second.
+constexpr int kPollShare = 20;
+constexpr auto kRarestPoll = milliseconds(800);
+constexpr auto kBlindPoll = milliseconds(1000);
 constexpr uint32_t kRoundsPerTidying = 10;
 constexpr uint64_t kCopyPiece = 4ull << 20;
 
@@ -27,18 +36,57 @@ Keeper::Keeper(std::vector<Tier> tiers, SegmentTable& segments, Catalog* catalog
       poll_ms_(poll_ms),
       space_ready_(std::move(space_ready)) {
   make_space_ready();  // before the first store, which would have to wait for it
-  fast_ = start_io_thread([](void* self) { static_cast<Keeper*>(self)->run_fast(); }, this);
-  slow_ = start_io_thread([](void* self) { static_cast<Keeper*>(self)->run_slow(); }, this);
+  for (const Tier& tier : tiers_) {
+    Tail& tail = *tails_.emplace_back(std::make_unique<Tail>(Tail{.keeper = this, .tier = &tier}));
+    tail.thread = start_io_thread(
+        [](void* self) {
+          const auto* const mine = static_cast<Tail*>(self);
+          mine->keeper->run_tail(*mine->tier);
+          mine->keeper->end_thread();
+        },
+        &tail);
+  }
+  space_ = start_io_thread(
+      [](void* self) {
+        auto* const keeper = static_cast<Keeper*>(self);
+        keeper->run_space();
+        keeper->end_thread();
+      },
+      this);
+  slow_ = start_io_thread(
+      [](void* self) {
+        auto* const keeper = static_cast<Keeper*>(self);
+        keeper->run_slow();
+        keeper->end_thread();
+      },
+      this);
+  std::lock_guard lock(mutex_);
+  for (const auto& tail : tails_) at_work_ += tail->thread.joinable();
+  at_work_ += space_.joinable();
+  at_work_ += slow_.joinable();
+}
+
+void Keeper::end_thread() {
+  std::lock_guard lock(mutex_);
+  --at_work_;
+  ended_.notify_all();
+}
+
+bool Keeper::stop(std::chrono::nanoseconds patience) {
+  std::unique_lock lock(mutex_);
+  stop_ = true;
+  wake_tails_.notify_all();
+  wake_space_.notify_all();
+  wake_slow_.notify_all();
+  return ended_.wait_for(lock, patience, [this] { return at_work_ == 0; });
 }
 
 Keeper::~Keeper() {
-  {
-    std::lock_guard lock(mutex_);
-    stop_ = true;
+  (void)stop(std::chrono::nanoseconds(0));
+  for (const auto& tail : tails_) {
+    if (tail->thread.joinable()) tail->thread.join();
   }
-  wake_fast_.notify_all();
-  wake_slow_.notify_all();
-  if (fast_.joinable()) fast_.join();
+  if (space_.joinable()) space_.join();
   if (slow_.joinable()) slow_.join();
 }
 
@@ -54,22 +102,26 @@ void Keeper::wake() {
     std::lock_guard lock(mutex_);
     woken_ = true;
   }
-  wake_fast_.notify_one();
+  wake_space_.notify_one();
+}
+
+bool Keeper::running() const {
+  return slow_.joinable() && space_.joinable() &&
+         std::ranges::all_of(tails_, [](const auto& tail) { return tail->thread.joinable(); });
+}
+
+void Keeper::poll_journals(const Tier& tier) {
+  tier.replay->poll();
+  if (tier.replay->take_condemned() && catalog_ != nullptr) catalog_->sweep();
 }
 
 void Keeper::poll_journals() {
-  bool condemned = false;
-  for (const Tier& tier : tiers_) {
-    tier.replay->poll();
-    condemned |= tier.replay->take_condemned();
-  }
-  if (condemned && catalog_ != nullptr) catalog_->sweep();
+  for (const Tier& tier : tiers_) poll_journals(tier);
 }
 
 void Keeper::make_space_ready() {
   RootWriter* target = store_target();
   if (target == nullptr) return;
-  target->leave_removed_segments();
   if (!target->wants_spare()) return;
   const auto tier = static_cast<size_t>(
       std::ranges::find(tiers_, target, [](const Tier& t) { return t.writer; }) - tiers_.begin());
@@ -83,15 +135,40 @@ void Keeper::make_space_ready() {
   }
 }
 
-void Keeper::run_fast() {
+void Keeper::run_tail(const Tier& tier) {
+  // Who looks nothing up reads journals for eviction and demotion only.
+  const auto wanted = std::max(milliseconds(poll_ms_), catalog_ != nullptr ? milliseconds(0) : kBlindPoll);
+  auto next_poll = steady_clock::now() + wanted;
+  auto next_hold = steady_clock::now();
   std::unique_lock lock(mutex_);
-  while (!stop_) {
-    wake_fast_.wait_for(lock, std::chrono::milliseconds(poll_ms_), [this] { return woken_ || stop_; });
+  while (true) {
+    const auto next = tier.writer != nullptr ? std::min(next_poll, next_hold) : next_poll;
+    wake_tails_.wait_until(lock, next, [this] { return stop_.load(); });
+    if (stop_) return;
+    lock.unlock();
+    if (tier.writer != nullptr && steady_clock::now() >= next_hold) {
+      tier.writer->confirm_hold();
+      tier.writer->leave_removed_segments();
+      next_hold = steady_clock::now() + kHoldInterval;
+    }
+    if (const auto began = steady_clock::now(); began >= next_poll) {
+      poll_journals(tier);
+      const auto ended = steady_clock::now();
+      const auto rare = std::min<steady_clock::duration>(kPollShare * (ended - began), kRarestPoll);
+      next_poll = ended + std::max<steady_clock::duration>(wanted, rare);
+    }
+    lock.lock();
+  }
+}
+
+void Keeper::run_space() {
+  std::unique_lock lock(mutex_);
+  while (true) {
+    wake_space_.wait_for(lock, milliseconds(poll_ms_), [this] { return woken_ || stop_; });
     if (stop_) return;
     woken_ = false;
     lock.unlock();
     make_space_ready();
-    poll_journals();
     lock.lock();
   }
 }

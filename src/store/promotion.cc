@@ -117,7 +117,7 @@ void Promotion::promote(const Candidate& candidate, const std::function<void(uin
   const auto carried = carry_extent((*source)->file, put, target, *place, go_on);
   if (!carried) {
     // Condemned like what a load finds: the original is no better for the next one.
-    if (carried.error().kind == ErrorKind::corrupt && from.writer != nullptr)
+    if (carried.error().kind == ErrorKind::corrupt && from.writer != nullptr && !from.root->network())
       from.writer->condemn_extent(put);
     if (carried.error().kind != ErrorKind::closed)
       log(LogLevel::info, "root \"{}\": not promoted: {}", target.root_path(), carried.error().message);

@@ -1,51 +1,89 @@
 #include "store/replay.h"
 
 #include <algorithm>
+#include <utility>
 
+#include "base/clock.h"
 #include "base/errors.h"
 #include "base/log.h"
 
 namespace tokendepot {
 namespace {
 
+constexpr size_t kBatch = 64;
+constexpr size_t kAhead = 12;  // records in which a line of memory arrives
 constexpr size_t kMostBadPlaces = 1 << 20;
+constexpr size_t kMostOpenJournals = 64;  // hundreds of hosts must not use up the descriptors of a process
+// Honest journals name few segments that are gone. Forged ones may name any number, of 128 bytes each and
+// three times as many in memory: beyond this only segments whose file is there are taken up.
+constexpr size_t kSegmentsOnTheirWord = 1 << 16;
 
 }  // namespace
 
 Replay::Replay(Root& root, SegmentTable& segments, Catalog* catalog)
     : root_(root), segments_(segments), catalog_(catalog) {}
 
-void Replay::find_journals() {
+std::optional<std::map<uint64_t, uint64_t>> Replay::find_journals() {
   const auto entries = list_directory(root_.journals_dir());
-  if (!entries) return;
-  std::set<uint64_t> listed;
+  if (!entries) return std::nullopt;
+  std::map<uint64_t, uint64_t> listed;
   for (const DirectoryEntry& entry : *entries) {
     const auto writer = writer_of_journal(entry.name);
     if (!writer || !entry.regular) continue;
-    listed.insert(*writer);
+    listed.emplace(*writer, entry.bytes);
     if (*writer == own_journal_ || journals_.contains(*writer)) continue;
     auto reader = JournalReader::open(root_.journals_dir() + "/" + entry.name, *writer);
     if (reader) {
       journals_.emplace(*writer, std::move(*reader));
+      open_journals_.push_back(*writer);
+      bound_open_journals();
     } else if (reader.error().kind != ErrorKind::not_found) {
       log(LogLevel::warning, "root \"{}\": journal {} is left alone: {}", root_.path(), entry.name,
           reader.error().message);
     }
   }
-  // A journal that was compacted away has been read to its end through the open descriptor first.
+  // A journal that was compacted away is read to its end through the open descriptor first.
   for (auto at = journals_.begin(); at != journals_.end();) {
     if (listed.contains(at->first)) {
       ++at;
       continue;
     }
-    (void)read(at->second);
+    if (at->second.is_open()) (void)read(at->second);
+    std::erase(open_journals_, at->first);
     at = journals_.erase(at);
+  }
+  return listed;
+}
+
+void Replay::bound_open_journals() {
+  while (open_journals_.size() > kMostOpenJournals) {
+    if (const auto idle = journals_.find(open_journals_.front()); idle != journals_.end())
+      idle->second.close();
+    open_journals_.pop_front();
   }
 }
 
-Status Replay::read(JournalReader& reader) {
+Status Replay::read(JournalReader& reader, uint64_t listed_bytes) {
   const uint64_t bad_before = reader.bad_records();
-  const auto count = reader.read_new([this](const Record& record) { apply(record); });
+  const bool was_open = reader.is_open();
+  const bool tailing = reader.next_index() > 0;
+  SegmentId copy;  // puts of a demoted segment have the time of their first root
+  const auto count = reader.read_new(
+      [this, tailing, &copy](const Record& record) {
+        if (record.type == RecordType::adopt_segment) copy = record.where.segment;
+        if (tailing && record.type == RecordType::put && record.where.segment != copy) note_lag(record);
+        batch_.push_back(record);
+        if (batch_.size() < kBatch) return;
+        apply(batch_);
+        batch_.clear();
+      },
+      listed_bytes);
+  apply(batch_);
+  batch_.clear();
+  if (!was_open && reader.is_open()) {
+    open_journals_.push_back(reader.writer());
+    bound_open_journals();
+  }
   if (count) records_ += *count;
   const uint64_t bad = reader.bad_records() - bad_before;
   if (bad > 0) {
@@ -57,12 +95,31 @@ Status Replay::read(JournalReader& reader) {
   return {};
 }
 
+void Replay::note_lag(const Record& record) {
+  const uint64_t now = system_clock().wall_ns();
+  std::lock_guard lock(apply_mutex_);
+  lag_.add(now - std::min(now, record.time_ns));  // clocks of other hosts may be ahead
+}
+
+LatencyCounts Replay::lag() const {
+  std::lock_guard lock(apply_mutex_);
+  return lag_;
+}
+
 Status Replay::first() {
   std::lock_guard lock(read_mutex_);
   find_journals();
+  {
+    std::lock_guard applying(apply_mutex_);
+    first_ = true;
+  }
   for (auto& [writer, reader] : journals_) {
     if (auto whole = read(reader); !whole)
       log(LogLevel::warning, "root \"{}\": {}", root_.path(), whole.error().message);
+  }
+  {
+    std::lock_guard applying(apply_mutex_);
+    first_ = false;
   }
   // Listed after reading: a record follows the file that it speaks of.
   const auto entries = list_directory(root_.segments_dir());
@@ -78,18 +135,38 @@ Status Replay::first() {
   for (const auto& [slot, segment] : segments_.present_segments(root_.index())) {
     if (const auto file = files.find(segment.id); file != files.end()) {
       segments_.set_present(slot, root_.index(), file->second);
-    } else {
+    } else if (!root_.network()) {  // there a listing may be older than a journal
       segments_.condemn(slot, root_.index());
       condemned_ = true;
     }
   }
+  put_back_displaced();
   return {};
+}
+
+void Replay::note_displaced(const Record& record, uint32_t slot, PartId part) {
+  const auto before = catalog_->find(record.key, part);
+  if (!before || (before->slot == slot && before->offset == record.where.offset)) return;
+  displaced_.push_back({record.key, part, before->slot, before->offset, before->bytes});
+}
+
+void Replay::put_back_displaced() {
+  std::lock_guard lock(apply_mutex_);
+  for (const Displaced& copy : std::exchange(displaced_, {})) {
+    if (bad_places_.contains({copy.slot, copy.offset}) || !segments_.alive(copy.slot)) continue;
+    if (catalog_->find(copy.key, copy.part)) continue;
+    catalog_->put(copy.key, copy.part, copy.slot, {segments_.id_of(copy.slot), copy.offset, copy.bytes});
+  }
 }
 
 void Replay::poll() {
   std::lock_guard lock(read_mutex_);
-  find_journals();
-  for (auto& [writer, reader] : journals_) (void)read(reader);
+  const auto listed = find_journals();
+  if (!listed) return;
+  for (auto& [writer, reader] : journals_) {
+    const auto bytes = listed->find(writer);
+    if (bytes != listed->end() && !reader.has_read(bytes->second)) (void)read(reader, bytes->second);
+  }
 }
 
 std::vector<uint64_t> Replay::writers() const {
@@ -103,6 +180,7 @@ void Replay::take_over(uint64_t writer) {
   std::lock_guard lock(read_mutex_);
   own_journal_ = writer;
   journals_.erase(writer);
+  std::erase(open_journals_, writer);
 }
 
 Result<uint64_t> Replay::catch_up(uint64_t writer) {
@@ -114,13 +192,20 @@ Result<uint64_t> Replay::catch_up(uint64_t writer) {
   return found->second.next_index();
 }
 
-uint32_t Replay::slot_of(const SegmentId& id) {
+std::optional<uint32_t> Replay::slot_of(const SegmentId& id) {
   // Records of one segment come in runs.
   if (!last_slot_ || last_segment_ != id) {
     last_segment_ = id;
-    last_slot_ = segments_.slot_of(id);
+    last_slot_ = segments_.find(id);
+    if (!last_slot_ && deserves_a_slot(id)) last_slot_ = segments_.slot_of(id);
   }
-  return *last_slot_;
+  return last_slot_;
+}
+
+bool Replay::deserves_a_slot(const SegmentId& id) const {
+  const size_t known = segments_.size();
+  if (known < kSegmentsOnTheirWord) return true;
+  return known < SegmentTable::kMost && File::open(root_.files().path_of(id), {}).has_value();
 }
 
 std::optional<PartId> Replay::part_of(const Record& record) {
@@ -137,9 +222,20 @@ bool Replay::condemned_extent(uint32_t slot, uint64_t offset) const {
   return bad_places_.contains({slot, offset});
 }
 
-void Replay::apply(const Record& record) {
+void Replay::apply(std::span<const Record> records) {
   std::lock_guard lock(apply_mutex_);
-  const uint32_t slot = slot_of(record.where.segment);
+  for (size_t i = 0; i < records.size(); ++i) {
+    if (catalog_ != nullptr && i + kAhead < records.size() && records[i + kAhead].type == RecordType::put) {
+      if (const auto part = part_of(records[i + kAhead])) catalog_->prefetch(records[i + kAhead].key, *part);
+    }
+    apply_locked(records[i]);
+  }
+}
+
+void Replay::apply_locked(const Record& record) {
+  const auto known = slot_of(record.where.segment);
+  if (!known) return;
+  const uint32_t slot = *known;
   const RootIndex root = root_.index();
   switch (record.type) {
     case RecordType::open_segment:
@@ -149,11 +245,22 @@ void Replay::apply(const Record& record) {
         segments_.mark_copies(slot, root);
       segments_.set_present(slot, root, record.where.bytes);
       break;
-    case RecordType::put:
-      if (!segments_.add_extent(slot, root, record.where.offset + record.where.bytes, record.time_ns)) break;
-      if (catalog_ == nullptr || bad_places_.contains({slot, record.where.offset})) break;
-      if (const auto part = part_of(record)) catalog_->put(record.key, *part, slot, record.where);
+    case RecordType::put: {
+      const uint64_t end = record.where.offset + record.where.bytes;
+      const bool alive = segments_.add_extent(slot, root, end, record.time_ns);
+      if (catalog_ == nullptr) break;
+      if (!alive || bad_places_.contains({slot, record.where.offset})) {
+        catalog_->note_gone(record.key);  // the journal that condemned it was read first
+        break;
+      }
+      if (const auto part = part_of(record)) {
+        // Journals are read one after the other, in no order of time: this put may be of a copy that is long
+        // gone or condemned, and then the one whose place it takes still counts.
+        if (first_) note_displaced(record, slot, *part);
+        catalog_->put(record.key, *part, slot, record.where);
+      }
       break;
+    }
     case RecordType::seal:
       segments_.seal(slot, root, record.where.offset);
       break;

@@ -3,16 +3,19 @@
 
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <optional>
 #include <set>
+#include <span>
 #include <vector>
 
 #include "store/catalog.h"
 #include "store/journal_file.h"
 #include "store/root.h"
 #include "store/segment_table.h"
+#include "tokendepot/stats.h"
 
 namespace tokendepot {
 
@@ -28,7 +31,7 @@ class Replay {
   void poll();
 
   /// Applies a record that this process wrote itself (its own journal is not tailed).
-  void apply(const Record& record);
+  void apply(const Record& record) { apply(std::span(&record, 1)); }
   /// The journal is from now on written by this process.
   void take_over(uint64_t writer);
   /// Reads another writer's journal to its end now. Returns the index behind its last good record.
@@ -42,13 +45,28 @@ class Replay {
 
   uint64_t records() const { return records_; }
   uint64_t bad_records() const { return bad_records_; }
+  /// From the time of each put that another process wrote to the poll that found it. What was there at the
+  /// journal's first reading is not counted.
+  LatencyCounts lag() const;
   /// A segment was condemned since the last call: its catalog entries want sweeping.
   bool take_condemned() { return condemned_.exchange(false); }
 
  private:
-  void find_journals();
-  Status read(JournalReader& reader);
-  uint32_t slot_of(const SegmentId& id);
+  /// One listing of the directory: opens what is new, forgets what has gone. Returns the sizes listed, which
+  /// tell what has grown: on network file systems a listing is one request for many files, and newer than
+  /// what open files say of themselves. nullopt: it cannot be listed now.
+  std::optional<std::map<uint64_t, uint64_t>> find_journals();
+  Status read(JournalReader& reader, uint64_t listed_bytes = 0);
+  /// Descriptors of the journals that were read last are kept, of the others given back.
+  void bound_open_journals();
+  void apply(std::span<const Record> records);
+  void apply_locked(const Record& record);
+  void note_lag(const Record& record);
+  /// nullopt: a segment that is not there, after more such ones than an honest root has.
+  std::optional<uint32_t> slot_of(const SegmentId& id);
+  bool deserves_a_slot(const SegmentId& id) const;
+  void note_displaced(const Record& record, uint32_t slot, PartId part);
+  void put_back_displaced();
   std::optional<PartId> part_of(const Record& record);
 
   Root& root_;
@@ -56,13 +74,25 @@ class Replay {
   Catalog* catalog_;
   mutable std::mutex read_mutex_;  // journals_, own_journal_
   std::map<uint64_t, JournalReader> journals_;
+  std::deque<uint64_t> open_journals_;  // in the order of opening
+  std::vector<Record> batch_;           // read and not applied yet
   uint64_t own_journal_ = 0;
-  mutable std::mutex apply_mutex_;  // the five below
+  mutable std::mutex apply_mutex_;  // all below
   std::optional<uint32_t> last_slot_;
   SegmentId last_segment_;
   std::optional<PartId> last_part_;
   PartShape last_shape_;
   std::set<std::pair<uint32_t, uint64_t>> bad_places_;  // (slot, offset): condemned extents, bounded
+  LatencyCounts lag_;
+  struct Displaced {
+    Key key;
+    PartId part = 0;
+    uint32_t slot = 0;
+    uint64_t offset = 0;
+    uint64_t bytes = 0;
+  };
+  bool first_ = false;                // first() is reading
+  std::vector<Displaced> displaced_;  // by a put of another copy of the same chunk, since first() began
   std::atomic<uint64_t> records_ = 0;
   std::atomic<uint64_t> bad_records_ = 0;
   std::atomic<bool> condemned_ = false;

@@ -40,6 +40,12 @@ bool writable_directory(const std::string& path) {
 
 }  // namespace
 
+std::string Root::id() const {
+  std::string text;
+  for (const uint8_t byte : marker_.root_id) text += fmt::format("{:02x}", byte);
+  return text;
+}
+
 Status Root::open_marker() {
   const std::string file = path() + "/DEPOT";
   auto content = read_file(file, 1 << 16);
@@ -101,7 +107,9 @@ Status Root::choose_transport(const FileSystemInfo& system, uint32_t io_depth) {
     return {};
   }
   if (options_.transport != TransportChoice::buffered) {
-    const auto alignment = writable_ ? probe_direct_alignment(segments_dir()) : Result<uint32_t>(4096u);
+    auto alignment = writable_ ? probe_direct_alignment(segments_dir()) : Result<uint32_t>(4096u);
+    // Direct I/O was not refused, there is just no room to try it: a full disk still serves what it holds.
+    if (!alignment && alignment.error().kind == ErrorKind::no_space) alignment = 4096u;
     if (alignment && *alignment <= kPageBytes) {
       direct_ = true;
     } else if (options_.transport == TransportChoice::direct || options_.transport == TransportChoice::gds) {
@@ -200,6 +208,7 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
   const auto system = file_system_of(options.path);
   if (!system) return std::unexpected(system.error());
   root->writable_ = !options.read_only && !system->read_only && writable_directory(options.path);
+  root->network_ = system->network;
   if (!options.read_only && !root->writable_) {
     log(LogLevel::warning, "root \"{}\" is not writable ({}): serving what it holds, storing nothing there",
         options.path, system->read_only ? "read-only file system" : "no permission");

@@ -11,7 +11,7 @@
 #include <optional>
 #include <string>
 
-#include "device/cuda/gds_lane.h"
+#include "device/gds/gds_lane.h"
 #include "format/manifest.h"
 #include "format/marker.h"
 #include "io/engine.h"
@@ -36,8 +36,13 @@ class Root {
 
   RootIndex index() const { return index_; }
   const std::string& path() const { return options_.path; }
+  /// Of the marker, 32 hex digits.
+  std::string id() const;
   uint64_t capacity() const { return options_.capacity_bytes; }
   bool writable() const { return writable_; }
+  /// Other hosts may write here: a file that is missing, short or not what its journal says may be so for a
+  /// moment only, and a lock may be lost to a broken connection.
+  bool network() const { return network_; }
   bool mapped() const { return mapped_; }
   /// Only where not mapped.
   IoEngine& engine() const { return *engine_; }
@@ -87,6 +92,7 @@ class Root {
   Marker marker_;
   bool writable_ = false;
   bool mapped_ = false;
+  bool network_ = false;
   bool direct_ = false;
   uint64_t base_segment_bytes_ = 0;  // before anything was attached
   std::atomic<uint64_t> segment_bytes_ = 0;

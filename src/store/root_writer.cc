@@ -33,6 +33,7 @@ Result<std::unique_ptr<RootWriter>> RootWriter::open(Root& root, Replay& replay,
                                                      const Clock& clock, uint64_t free_space_reserve) {
   std::unique_ptr<RootWriter> writer(new RootWriter(root, replay, segments, clock, free_space_reserve));
   if (auto ready = writer->adopt_or_create(); !ready) return std::unexpected(ready.error());
+  writer->confirmed_ns_ = clock.steady_ns();
   return writer;
 }
 
@@ -47,7 +48,11 @@ Status RootWriter::append(Record record) {
 }
 
 Status RootWriter::append_locked(std::span<Record> records) {
+  if (!holds_journal_locked())
+    return fail(ErrorKind::busy, "root \"{}\": its file system has not confirmed the journal's lock for {} s",
+                root_.path(), kHoldNs / 1'000'000'000);
   auto written = journal_.append(records);
+  if (written) written_bytes_ += records.size() * kRecordBytes;
   if (!written && written.error().kind == ErrorKind::no_space) cramped_ = true;
   return written;
 }
@@ -91,8 +96,10 @@ Status RootWriter::adopt_or_create() {
       }
       used = *end;
     }
-    const bool fills_on = journaled && !state.copies && !current_ && used < entry.bytes;
-    const bool keep = !state.condemned && (journaled ? fills_on : !spare_);
+    // Over a network "dead" may mean cut off: a segment into which its owner may still write is not filled
+    // up.
+    const bool fill = !root_.network() && !state.copies && !current_ && used < entry.bytes;
+    const bool keep = state.condemned ? false : (journaled ? fill : !spare_);
     if (!keep) {
       if (journaled) {
         Record seal;
@@ -142,15 +149,20 @@ Result<uint64_t> RootWriter::recover_tail(JournalWriter& journal, const SegmentI
 
 Result<RootWriter::Place> RootWriter::reserve(uint64_t bytes) {
   std::lock_guard lock(mutex_);
+  if (!holds_journal_locked())
+    return fail(ErrorKind::busy, "root \"{}\": waiting for its file system", root_.path());
   // Somebody took the file away (a tool, a damaged journal): it may be another segment by now.
   if (current_ && segments_.condemned(current_->slot, root_.index())) current_.reset();
   while (!current_ || current_->used + bytes > current_->bytes) {
     if (!spare_)
       return fail(no_space_ ? ErrorKind::no_space : ErrorKind::busy, "root \"{}\": no segment is ready",
                   root_.path());
-    if (bytes > spare_->bytes)
-      return fail(ErrorKind::no_space, "root \"{}\": segments are smaller than {} bytes", root_.path(),
-                  bytes);
+    if (bytes > spare_->bytes) {
+      // The keeper replaces a spare that extents have outgrown.
+      const bool grows = bytes <= root_.segment_bytes();
+      return fail(grows ? ErrorKind::busy : ErrorKind::no_space,
+                  "root \"{}\": segments are smaller than {} bytes", root_.path(), bytes);
+    }
     Record records[2];
     size_t count = 0;
     if (current_) records[count++] = seal_of(*current_);
@@ -168,7 +180,7 @@ Result<RootWriter::Place> RootWriter::reserve(uint64_t bytes) {
 }
 
 RootWriter::Place RootWriter::cut_locked(Current& segment, uint64_t bytes) {
-  Place place{segment.slot, {segment.id, segment.used, bytes}, root_.files().share(segment.segment)};
+  Place place{segment.slot, {segment.id, segment.used, bytes}, root_.files().share(segment.segment), hold_};
   segment.used += bytes;
   return place;
 }
@@ -217,11 +229,21 @@ Result<RootWriter::Place> RootWriter::reserve_copy(uint64_t bytes,
 Status RootWriter::acknowledge(const Place& place, Record put) {
   put.type = RecordType::put;
   put.where = place.where;
-  return append(put);
+  put.time_ns = clock_.wall_ns();
+  {
+    std::lock_guard lock(mutex_);
+    if (place.hold != hold_)
+      return fail(ErrorKind::closed, "root \"{}\": {} is another process's by now", root_.path(),
+                  segment_name(place.where.segment));
+    if (auto written = append_locked(std::span(&put, 1)); !written) return written;
+  }
+  replay_.apply(put);
+  return {};
 }
 
 void RootWriter::condemn_extent(Record record) {
   record.type = RecordType::condemn_extent;
+  condemned_bytes_ += record.where.bytes;
   if (auto written = append(record); !written) {
     log(LogLevel::warning, "root \"{}\": {}", root_.path(), written.error().message);
   }
@@ -293,6 +315,7 @@ Status RootWriter::evict_coldest(KeeperLock& keeper, const std::function<void(ui
       continue;
     }
     ++evicted_;
+    evicted_bytes_ += segment.roots[root_.index()].file_bytes;
     *recycled = fits;
     return {};
   }
@@ -467,7 +490,7 @@ uint32_t RootWriter::tend_dead_writers() {
   unsealed.erase(writer_id());
   for (const uint64_t other : replay_.writers()) {
     const auto found = unsealed.extract(other);
-    if (!found) continue;
+    if (!found || !is_abandoned(other)) continue;
     auto locked = JournalWriter::lock(root_.journals_dir() + "/" + journal_name(other), other);
     if (!locked || !*locked) continue;
     const auto next_index = replay_.catch_up(other);
@@ -519,7 +542,7 @@ void RootWriter::remove_orphans() {
           log(LogLevel::info, "root \"{}\": removed the condemned {}", root_.path(), entry.name);
         continue;
       }
-      if (id->writer == own) continue;
+      if (id->writer == own || !is_abandoned(id->writer)) continue;
       auto owner = JournalWriter::lock(root_.journals_dir() + "/" + journal_name(id->writer), id->writer);
       if (owner && !*owner) continue;  // a live writer's spare
       if (!owner && owner.error().kind != ErrorKind::not_found) continue;
@@ -586,6 +609,7 @@ Status RootWriter::publish_copy(const SegmentId& id, const File& copy, uint64_t 
       return written;
     }
   }
+  written_bytes_ += used_bytes;
   for (const Record& record : records) replay_.apply(record);
   return {};
 }

@@ -22,6 +22,10 @@ namespace tokendepot {
 
 class RootWriter {
  public:
+  /// How long a confirmation of the journal's lock counts. Shorter than any network file system needs to
+  /// notice that a client has gone and to free what it held.
+  static constexpr uint64_t kHoldNs = 4ull * 1000 * 1000 * 1000;
+
   /// Takes over the journal (and half-filled segment) of a dead writer, or starts a new one. `replay.first()`
   /// has been called.
   static Result<std::unique_ptr<RootWriter>> open(Root& root, Replay& replay, SegmentTable& segments,
@@ -32,6 +36,7 @@ class RootWriter {
     uint32_t slot = 0;
     ExtentRef where;
     SegmentLease segment;
+    uint32_t hold = 0;  // see confirm_hold()
   };
   /// Space for one extent, never waiting: `busy` while the next segment is being prepared, `no_space` when
   /// none can be had. Thread-safe, as are the calls below.
@@ -43,7 +48,8 @@ class RootWriter {
   /// Space in the segment of copies. May wait, and evict: the keeper's slow thread only.
   Result<Place> reserve_copy(uint64_t bytes, const std::function<void(uint32_t slot)>& before_eviction);
 
-  /// Makes a written extent known: the store is acknowledged when this returns success.
+  /// Makes a written extent known: the store is acknowledged when this returns success. `closed`: another
+  /// process has taken the place over since it was reserved.
   Status acknowledge(const Place& place, Record put);
   /// Tells everybody that an extent is bad.
   void condemn_extent(Record record);
@@ -58,6 +64,10 @@ class RootWriter {
   /// Leaves the segments that are to be filled when somebody took their files away: what went there would be
   /// lost with them.
   void leave_removed_segments();
+  /// Takes the journal's lock once more, which a network file system frees when a connection breaks. Where
+  /// another process has the journal by now, goes on with a new journal and new segments. To be called once a
+  /// second; on a network file system nothing is appended when the last success is kHoldNs ago.
+  void confirm_hold();
   /// Seals what dead writers left half-filled and makes their unjournaled extents known. Returns journals
   /// tended.
   uint32_t tend_dead_writers();
@@ -74,6 +84,11 @@ class RootWriter {
   /// Given out by reserve() since it was opened.
   uint64_t stored_bytes() const { return stored_bytes_; }
   uint64_t evicted_segments() const { return evicted_; }
+  uint64_t evicted_bytes() const { return evicted_bytes_; }
+  /// Of extents that condemn_extent() was called for.
+  uint64_t condemned_bytes() const { return condemned_bytes_; }
+  /// Of copies and journal records; stores are counted where they happen.
+  uint64_t written_bytes() const { return written_bytes_; }
   /// The last attempt to have space ready failed; it is repeated in the background.
   bool failing() const { return failing_; }
   uint64_t writer_id() const;
@@ -103,6 +118,11 @@ class RootWriter {
   Status still_ours_locked(const SegmentId& id);
   /// Cuts `bytes` off a segment that has room for them.
   Place cut_locked(Current& segment, uint64_t bytes);
+  /// The journal and the segments that are being filled are another process's now.
+  Status start_anew_locked();
+  bool holds_journal_locked() const;
+  /// Whether nobody has held a writer's journal for so long that it counts as dead.
+  bool is_abandoned(uint64_t writer);
   Status append(Record record);
   Status append_locked(std::span<Record> records);
   /// The keeper's lock, or `busy`.
@@ -129,11 +149,17 @@ class RootWriter {
   mutable std::mutex mutex_;  // everything below
   JournalWriter journal_;
   uint32_t next_sequence_ = 0;
+  uint32_t hold_ = 0;          // journals lost so far
+  uint64_t confirmed_ns_ = 0;  // steady clock; 0 = still taking over what was found
   std::optional<Current> current_;
   std::optional<Current> spare_;
-  std::optional<Current> copies_;  // filled by reserve_copy()
+  std::optional<Current> copies_;            // filled by reserve_copy()
+  std::map<uint64_t, uint64_t> free_since_;  // writer -> steady clock; the slow keeper's only
   std::atomic<uint64_t> stored_bytes_ = 0;
   std::atomic<uint64_t> evicted_ = 0;
+  std::atomic<uint64_t> evicted_bytes_ = 0;
+  std::atomic<uint64_t> condemned_bytes_ = 0;
+  std::atomic<uint64_t> written_bytes_ = 0;
   std::atomic<bool> failing_ = false;
   std::atomic<bool> no_space_ = false;
   std::atomic<bool> cramped_ = false;  // the file system has no room for a journal record

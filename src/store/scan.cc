@@ -10,7 +10,6 @@
 namespace tokendepot {
 namespace {
 
-constexpr uint64_t kPatience = 64ull << 20;
 constexpr uint64_t kWindow = 1 << 20;
 constexpr uint64_t kLongestHeader = 16 * kPageBytes;  // 8,000 shards
 
@@ -43,14 +42,15 @@ bool payload_is_whole(const File& file, const ExtentHeader& header, uint64_t pay
 }  // namespace
 
 Result<uint64_t> scan_extents(const File& file, const SegmentId& id, uint64_t from, bool verify,
-                              const std::function<void(const ExtentHeader&, uint64_t bytes)>& visit) {
+                              const std::function<void(const ExtentHeader&, uint64_t bytes)>& visit,
+                              uint64_t patience) {
   const auto size = file.size();
   if (!size) return std::unexpected(size.error());
   AlignedBuffer window(kWindow);
   uint64_t window_at = 0;
   uint64_t window_bytes = 0;
   uint64_t end = from;
-  for (uint64_t at = align_up(from); at + kPageBytes <= *size && at - end < kPatience;) {
+  for (uint64_t at = align_up(from); at + kPageBytes <= *size && at - end < patience;) {
     const uint64_t ahead = std::min(kLongestHeader, (*size - at) / kPageBytes * kPageBytes);
     if (at < window_at || at + ahead > window_at + window_bytes) {
       window_at = at;

@@ -8,7 +8,7 @@
 #include <mutex>
 #include <string>
 
-#include "device/cuda/gds_lane.h"
+#include "device/gds/gds_lane.h"
 #include "io/file.h"
 #include "store/segment_mapping.h"
 #include "tokendepot/error.h"

@@ -27,6 +27,11 @@ uint32_t SegmentTable::slot_of(const SegmentId& id) {
   return place->second;
 }
 
+size_t SegmentTable::size() const {
+  std::shared_lock lock(mutex_);
+  return segments_.size();
+}
+
 std::optional<uint32_t> SegmentTable::find(const SegmentId& id) const {
   std::shared_lock lock(mutex_);
   const auto found = slots_.find(id);

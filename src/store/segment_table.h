@@ -40,8 +40,10 @@ class SegmentTable {
     uint32_t in_use = 0;  // loads in flight in this process
   };
 
-  /// The slot of a segment, made when it is new.
+  /// The slot of a segment, made when it is new and `size()` is below `kMost`.
   uint32_t slot_of(const SegmentId& id);
+  static constexpr size_t kMost = size_t{4096} * 16384;
+  size_t size() const;
   std::optional<uint32_t> find(const SegmentId& id) const;
   SegmentId id_of(uint32_t slot) const;
   /// A sequence number that no segment of this writer has had, as far as is known: condemned ones count too.
@@ -78,7 +80,7 @@ class SegmentTable {
   std::atomic<uint32_t> in_motion_ = 0;
   // Read on every catalog probe without the lock; grown by whole blocks that never move.
   static constexpr uint32_t kBlock = 4096;
-  static constexpr uint32_t kBlocks = 16384;
+  static constexpr uint32_t kBlocks = kMost / kBlock;
   using MaskBlock = std::array<std::atomic<uint8_t>, kBlock>;
   std::array<std::atomic<MaskBlock*>, kBlocks> masks_{};
   std::vector<std::unique_ptr<MaskBlock>> mask_owner_;

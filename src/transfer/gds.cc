@@ -61,8 +61,7 @@ void Transfers::retry_without_gds(LoadTask& task, std::string what) {
   task.gds_error = 0;
   std::lock_guard lock(mutex_);
   --loads_in_motion_;
-  work_ = true;
-  wake_.notify_one();
+  wake_dispatchers_locked();
   if (!task.resolved && !stop_) {
     task.state = LoadTask::State::queued;
     queued_loads_.emplace(task.deadline_ns, &task);

@@ -72,8 +72,7 @@ void Transfers::drop_held(uint64_t held_job) {
   const std::vector<LoadTask*> tasks = std::move(found->second);
   held_.erase(found);
   for (LoadTask* task : tasks) retire(*task);
-  work_ = true;
-  wake_.notify_one();
+  wake_dispatchers_locked();
 }
 
 }  // namespace tokendepot

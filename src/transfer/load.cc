@@ -46,76 +46,75 @@ GroupShape shape_of_extent(const LoadItem& item, const PagedCache& cache) {
 }  // namespace
 
 Status Transfers::submit_load(uint64_t id, LoadPlan plan, bool hold) {
-  const uint64_t now = clock_.steady_ns();
   std::unique_lock lock(mutex_);
-  if (stop_) return fail(ErrorKind::closed, "the depot is closed");
-  if (id_in_use_locked(id) || held_.contains(id)) return fail(ErrorKind::busy, "job {} is in use", id);
-  Job& job = jobs_[id];
-  job.completion.job = id;
-  job.completion.kind = JobKind::load;
-  job.submitted_ns = now;
-  if (plan.deadline_ns != 0) job.deadline_ns = now + std::min(plan.deadline_ns, UINT64_MAX - now);
+  const auto begun = begin_job_locked(id, JobKind::load, plan.deadline_ns);
+  if (!begun) return std::unexpected(begun.error());
   for (uint32_t i = 0; i < plan.items.size(); ++i) {
     LoadItem& item = plan.items[i];
     const auto cache = caches_.find(item.group);
     if (cache == caches_.end() || !item.part.intersects(cache->second->shape.part))
       continue;  // another rank's
-    ++job.unresolved;
-    if (!suits(item, *cache->second) || !check_shape(shape_of_extent(item, *cache->second))) {
-      resolve_locked(job, i, item.chunk, item.group, Reason::mismatch, 0);
-      continue;
-    }
-    // A hold verifies everything and writes nothing.
-    if (hold) std::ranges::fill(item.blocks, kSkipBlock);
-    if (!hold && std::ranges::all_of(item.blocks, [](int32_t block) { return block == kSkipBlock; })) {
-      resolve_locked(job, i, item.chunk, item.group, std::nullopt, 0);
-      continue;
-    }
-    auto owned = std::make_unique<LoadTask>();
-    LoadTask& task = *owned;
-    load_tasks_.emplace(&task, std::move(owned));
-    task.transfers = this;
-    task.job = id;
-    task.hold = hold;
-    task.item_index = i;
-    task.ns = plan.ns;
-    task.cache = cache->second.get();
-    task.submitted_ns = now;
-    task.deadline_ns = job.deadline_ns;
-    task.mark = hold ? 0 : mark_;
-    const GroupShape extent = shape_of_extent(item, *task.cache);
-    const Part& mine = task.cache->shape.part;
-    if (item.kind == LayoutKind::canonical) {
-      const uint16_t begin = std::max(mine.head_begin, item.part.head_begin);
-      task.first_shard = begin - item.part.head_begin;
-      task.shards = std::min(mine.head_end, item.part.head_end) - begin;
-    } else {
-      const uint16_t begin = std::max(mine.layer_begin, item.part.layer_begin);
-      task.first_shard = begin - item.part.layer_begin;
-      task.shards = std::min(mine.layer_end, item.part.layer_end) - begin;
-    }
-    task.header_bytes = extent_header_bytes(extent.shards());
-    task.run_offset = task.first_shard * extent.shard_stride();
-    task.run_bytes = task.shards * extent.shard_stride();
-    task.item = std::move(item);
-    std::optional<Reason> refused;
-    if (task.item.where.bytes != task.header_bytes + extent.payload_bytes()) refused = Reason::mismatch;
-    // Written by a rank with more layers than ours; it would wait for a slab that is never large enough.
-    if ((staged_ || hold) && task.header_bytes + task.run_bytes > device_.slab().size())
-      refused = Reason::dropped;
-    if (refused) {
-      resolve_locked(job, i, task.item.chunk, task.item.group, refused, 0);
-      load_tasks_.erase(&task);
-      continue;
-    }
-    job.loads.push_back(&task);
-    queued_loads_.emplace(task.deadline_ns, &task);
+    queue_load_locked(**begun, i, std::move(item), plan.ns, *cache->second, hold);
   }
   end_job_locked(id);
-  work_ = true;
-  lock.unlock();
-  wake_.notify_one();
+  wake_dispatchers_locked();
   return {};
+}
+
+void Transfers::queue_load_locked(Job& job, uint32_t index, LoadItem item, const NamespaceDigest& ns,
+                                  const PagedCache& cache, bool hold, std::unique_ptr<PagedCache> own) {
+  ++job.unresolved;
+  if (!suits(item, cache) || !check_shape(shape_of_extent(item, cache))) {
+    resolve_locked(job, index, item.chunk, item.group, Reason::mismatch, 0);
+    return;
+  }
+  // A hold verifies everything and writes nothing.
+  if (hold) std::ranges::fill(item.blocks, kSkipBlock);
+  if (!hold && std::ranges::all_of(item.blocks, [](int32_t block) { return block == kSkipBlock; })) {
+    resolve_locked(job, index, item.chunk, item.group, std::nullopt, 0);
+    return;
+  }
+  auto owned = std::make_unique<LoadTask>();
+  LoadTask& task = *owned;
+  load_tasks_.emplace(&task, std::move(owned));
+  task.transfers = this;
+  task.job = job.completion.job;
+  task.hold = hold;
+  task.item_index = index;
+  task.ns = ns;
+  task.cache = &cache;
+  task.own_cache = std::move(own);
+  task.submitted_ns = job.submitted_ns;
+  task.deadline_ns = job.deadline_ns;
+  task.mark = hold ? 0 : mark_;
+  const GroupShape extent = shape_of_extent(item, cache);
+  const Part& mine = cache.shape.part;
+  if (item.kind == LayoutKind::canonical) {
+    const uint16_t begin = std::max(mine.head_begin, item.part.head_begin);
+    task.first_shard = begin - item.part.head_begin;
+    task.shards = std::min(mine.head_end, item.part.head_end) - begin;
+  } else {
+    const uint16_t begin = std::max(mine.layer_begin, item.part.layer_begin);
+    task.first_shard = begin - item.part.layer_begin;
+    task.shards = std::min(mine.layer_end, item.part.layer_end) - begin;
+  }
+  task.header_bytes = extent_header_bytes(extent.shards());
+  task.run_offset = task.first_shard * extent.shard_stride();
+  task.run_bytes = task.shards * extent.shard_stride();
+  task.item = std::move(item);
+  std::optional<Reason> refused;
+  if (task.item.where.bytes != task.header_bytes + extent.payload_bytes()) refused = Reason::mismatch;
+  // Written by a rank with more layers than ours; it would wait for a slab that is never large enough.
+  if ((staged_ || hold) && task.header_bytes + task.run_bytes > device_.slab().size())
+    refused = Reason::dropped;
+  if (refused) {
+    resolve_locked(job, index, task.item.chunk, task.item.group, refused, 0);
+    load_tasks_.erase(&task);
+    return;
+  }
+  job.loads.push_back(&task);
+  queued_loads_.emplace(task.deadline_ns, &task);
+  loads_first_ = true;
 }
 
 bool Transfers::start_load(LoadTask& task) {
@@ -159,6 +158,8 @@ bool Transfers::open_place(LoadTask& task) {
     const bool there = segment && where.bytes <= (*segment)->bytes &&
                        where.offset <= (*segment)->bytes - where.bytes && where.offset % kPageBytes == 0;
     if (!there) {
+      // Its size may be that of a moment ago: whoever asks next opens it again.
+      if (segment) root.files().drop(where.segment);
       if (mask != 0 && (segment || segment.error().kind == ErrorKind::not_found))
         task.missing_in |= 1u << root.index();
       if (!segment && segment.error().kind == ErrorKind::io) {
@@ -292,8 +293,7 @@ void Transfers::start_scatter(LoadTask& task, std::span<const std::byte> run, bo
       let_go(task);  // outside: it may unmap a whole segment
       lock.lock();
       --loads_in_motion_;
-      work_ = true;
-      wake_.notify_one();
+      wake_dispatchers_locked();
       return retire(task);
     }
     task.state = LoadTask::State::scattering;
@@ -355,8 +355,7 @@ void Transfers::scattered(LoadTask& task, ScatterOutcome outcome) {
   const bool wanted = !task.resolved && !stop_;
   resolve_load_locked(task, std::nullopt);
   --loads_in_motion_;
-  work_ = true;
-  wake_.notify_one();
+  wake_dispatchers_locked();
   if (!task.hold || !wanted) return retire(task);
   task.state = LoadTask::State::held;
   held_[task.job].push_back(&task);
@@ -375,21 +374,22 @@ void Transfers::leave_place(LoadTask& task) {
 
 void Transfers::condemn_missing(LoadTask& task) {
   for (const Tier& tier : tiers_) {
-    if (tier.writer != nullptr && (task.missing_in >> tier.root->index() & 1u) != 0)
+    if (tier.writer != nullptr && !tier.root->network() && (task.missing_in >> tier.root->index() & 1u) != 0)
       tier.writer->condemn_extent(record_of(task.item));
   }
 }
 
 void Transfers::fail_load(LoadTask& task, Reason reason, bool bad_on_medium) {
   const bool had_place = static_cast<bool>(task.segment);
-  if (had_place && bad_on_medium && tiers_[task.tier].writer != nullptr)
+  // Another host may have journaled what has not arrived here yet. A condemnation is for ever, so none is
+  // written for it: the engine forgets the chunk and stores it again.
+  if (had_place && bad_on_medium && tiers_[task.tier].writer != nullptr && !tiers_[task.tier].root->network())
     tiers_[task.tier].writer->condemn_extent(record_of(task.item));
   let_go(task);
   task.suspect = nullptr;  // the medium's fault, or nobody's
   std::lock_guard lock(mutex_);
   --loads_in_motion_;
-  work_ = true;
-  wake_.notify_one();
+  wake_dispatchers_locked();
   if (!task.resolved && had_place) {
     note_failure_locked(
         task.job, fmt::format("chunk {} of group {} in \"{}\" {} at {}: {}", task.item.chunk, task.item.group,
@@ -417,7 +417,11 @@ void Transfers::resolve_load_locked(LoadTask& task, std::optional<Reason> failur
   Job& job = found->second;
   std::erase(job.loads, &task);
   if (!failure && !std::exchange(task.counted_path, true)) {
-    count_path(load_stats_.by_path, *tiers_[task.tier].root, task.lane, task.header_bytes, task.run_bytes);
+    const Root& root = *tiers_[task.tier].root;
+    count_path(load_stats_.by_path, root, task.lane, task.header_bytes, task.run_bytes);
+    RootTraffic& loaded = traffic_[root.index()].loaded;
+    loaded.bytes += task.header_bytes + task.run_bytes;
+    loaded.tokens += tokens_locked(*task.cache, task.item.part);
   }
   resolve_locked(job, task.item_index, task.item.chunk, task.item.group, failure,
                  task.header_bytes + task.run_bytes);

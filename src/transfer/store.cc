@@ -21,52 +21,49 @@ bool suits(const StoreItem& item, const PagedCache& cache) {
 
 Status Transfers::submit_store(uint64_t id, StorePlan plan, Keeper& keeper) {
   RootWriter* writer = keeper.store_target();
-  const uint64_t now = clock_.steady_ns();
   std::unique_lock lock(mutex_);
-  if (stop_) return fail(ErrorKind::closed, "the depot is closed");
-  if (id_in_use_locked(id)) return fail(ErrorKind::busy, "job {} is in use", id);
-  Job& job = jobs_[id];
-  job.completion.job = id;
-  job.completion.kind = JobKind::store;
-  job.submitted_ns = now;
+  const auto begun = begin_job_locked(id, JobKind::store);
+  if (!begun) return std::unexpected(begun.error());
   for (uint32_t i = 0; i < plan.items.size(); ++i) {
     StoreItem& item = plan.items[i];
     const auto cache = caches_.find(item.group);
     if (cache == caches_.end()) continue;  // this worker holds nothing of the group
-    ++job.unresolved;
-    if (!suits(item, *cache->second)) {
-      resolve_locked(job, i, item.chunk, item.group, Reason::mismatch, 0);
-      continue;
-    }
-    const uint64_t bytes = extent_bytes(cache->second->shape);
-    if (writer == nullptr || store_bytes_ + bytes > store_queue_bytes_) {
-      resolve_locked(job, i, item.chunk, item.group, Reason::dropped, 0);
-      continue;
-    }
-    auto owned = std::make_unique<StoreTask>();
-    StoreTask& task = *owned;
-    store_tasks_.emplace(&task, std::move(owned));
-    task.transfers = this;
-    task.job = id;
-    task.item_index = i;
-    task.item = std::move(item);
-    task.ns = plan.ns;
-    task.cache = cache->second.get();
-    task.writer = writer;
-    task.keeper = &keeper;
-    task.bytes = bytes;
-    task.header_bytes = extent_header_bytes(task.cache->shape.shards());
-    task.submitted_ns = now;
-    task.mark = mark_;
-    store_bytes_ += bytes;
-    ++ungathered_;
-    queued_stores_.push_back(&task);
+    queue_store_locked(**begun, i, std::move(item), plan.ns, *cache->second, keeper, writer);
   }
   end_job_locked(id);
-  work_ = true;
-  lock.unlock();
-  wake_.notify_one();
+  wake_dispatchers_locked();
   return {};
+}
+
+void Transfers::queue_store_locked(Job& job, uint32_t index, StoreItem item, const NamespaceDigest& ns,
+                                   const PagedCache& cache, Keeper& keeper, RootWriter* writer,
+                                   std::unique_ptr<PagedCache> own) {
+  ++job.unresolved;
+  if (!suits(item, cache)) return resolve_locked(job, index, item.chunk, item.group, Reason::mismatch, 0);
+  const uint64_t bytes = extent_bytes(cache.shape);
+  if (writer == nullptr || store_bytes_ + bytes > store_queue_bytes_) {
+    ++(writer == nullptr ? drops_.no_root : drops_.queue_full);
+    return resolve_locked(job, index, item.chunk, item.group, Reason::dropped, 0);
+  }
+  auto owned = std::make_unique<StoreTask>();
+  StoreTask& task = *owned;
+  store_tasks_.emplace(&task, std::move(owned));
+  task.transfers = this;
+  task.job = job.completion.job;
+  task.item_index = index;
+  task.item = std::move(item);
+  task.ns = ns;
+  task.cache = &cache;
+  task.own_cache = std::move(own);
+  task.writer = writer;
+  task.keeper = &keeper;
+  task.bytes = bytes;
+  task.header_bytes = extent_header_bytes(cache.shape.shards());
+  task.submitted_ns = job.submitted_ns;
+  task.mark = mark_;
+  store_bytes_ += bytes;
+  ++ungathered_;
+  queued_stores_.push_back(&task);
 }
 
 Transfers::Start Transfers::start_store(StoreTask& task) {
@@ -81,16 +78,25 @@ Transfers::Start Transfers::start_store(StoreTask& task) {
       give_store_memory(task);
       return Start::later;
     }
-    finish_store(task, false, Reason::dropped);
+    drop_store(task, &DropCounts::no_space);
     return Start::over;
   }
   task.place = std::move(*place);
   segments_.acquire(task.place.slot);
+  {
+    std::unique_lock lock(mutex_);
+    task.starting = false;
+    if (task.given_up) {
+      lock.unlock();
+      drop_store(task, &DropCounts::late);
+      return Start::over;
+    }
+  }
   if (task.lane != nullptr && !task.place.segment->gds) {
     // cuFile did not take this segment.
     give_store_memory(task);
     if (!take_store_memory(task, nullptr)) {
-      finish_store(task, false, Reason::dropped);
+      drop_store(task, &DropCounts::no_space);
       return Start::over;
     }
   }
@@ -131,7 +137,7 @@ void Transfers::gathered(StoreTask& task, bool ok) {
     spoilt = task.spoilt;
     settled_.notify_all();
   }
-  if (spoilt) return finish_store(task, false, Reason::dropped);
+  if (spoilt) return drop_store(task, &DropCounts::late);
   if (!ok) return finish_store(task, false, Reason::io_error);
   if (!task.gather.guarded) {
     encode_extent_header(task.header, {task.staging, task.header_bytes});
@@ -204,6 +210,14 @@ void Transfers::pieces_written(StoreTask& task) {
   finish_store(task, true, Reason::dropped);
 }
 
+void Transfers::drop_store(StoreTask& task, uint64_t DropCounts::* why) {
+  {
+    std::lock_guard lock(mutex_);
+    ++(drops_.*why);
+  }
+  finish_store(task, false, Reason::dropped);
+}
+
 void Transfers::finish_store(StoreTask& task, bool stored, Reason reason) {
   const GdsLane* const lane = task.lane;
   give_store_memory(task);
@@ -217,14 +231,16 @@ void Transfers::finish_store(StoreTask& task, bool stored, Reason reason) {
   if (stored) {
     count_path(store_stats_.by_path, task.writer->root(), lane, task.header_bytes,
                task.bytes - task.header_bytes);
+    RootTraffic& root = traffic_[task.writer->root().index()].stored;
+    root.bytes += task.bytes;
+    root.tokens += tokens_locked(*task.cache, task.cache->shape.part);
   }
   Job& job = jobs_.at(task.job);
   resolve_locked(job, task.item_index, task.item.chunk, task.item.group,
                  stored ? std::nullopt : std::optional(reason), task.bytes);
   end_job_locked(task.job);
   store_tasks_.erase(&task);
-  work_ = true;
-  wake_.notify_one();
+  wake_dispatchers_locked();
   settled_.notify_all();
 }
 

@@ -28,6 +28,7 @@ struct LoadTask {
   LoadItem item;
   NamespaceDigest ns;
   const PagedCache* cache = nullptr;
+  std::unique_ptr<PagedCache> own_cache;  // of an object; `cache` points to it
   uint32_t first_shard = 0;
   uint32_t shards = 0;
   uint64_t header_bytes = 0;
@@ -39,6 +40,7 @@ struct LoadTask {
 
   State state = State::queued;  // guarded by Transfers::mutex_
   bool resolved = false;        // its job knows the outcome; only buffers are still in use
+  bool begun = false;           // its time in the queue is counted
   bool hold = false;            // verify into staging and keep it there
   size_t tier = 0;              // root in use; on failure the next one that holds the segment
   uint32_t missing_in = 0;      // bit per root that should hold the extent and does not
@@ -70,6 +72,7 @@ struct StoreTask {
   StoreItem item;
   NamespaceDigest ns;
   const PagedCache* cache = nullptr;
+  std::unique_ptr<PagedCache> own_cache;  // of an object; `cache` points to it
   RootWriter* writer = nullptr;
   Keeper* keeper = nullptr;
   uint64_t header_bytes = 0;
@@ -77,8 +80,10 @@ struct StoreTask {
   uint64_t submitted_ns = 0;
   uint64_t mark = 0;  // see ScatterWork::after
 
-  bool counted_ungathered = true;  // guarded by Transfers::mutex_, as is the next
+  bool counted_ungathered = true;  // guarded by Transfers::mutex_, as are the next three
   bool spoilt = false;             // its blocks may have changed while they were read
+  bool starting = false;           // the dispatcher has it in hand, nothing has read its blocks yet
+  bool given_up = false;           // while it was starting: its blocks must not be read any more
   RootWriter::Place place;
   std::byte* staging = nullptr;  // the extent, or its header only where the shards go through a lane
   uint64_t staged_bytes = 0;

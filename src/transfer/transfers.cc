@@ -17,7 +17,7 @@ constexpr uint64_t kStorePatienceNs = 1000ull * 1000 * 1000;
 constexpr uint64_t kDeadlineTickMs = 10;
 constexpr uint64_t kLongestWaitNs = 3600ull * 1000 * 1000 * 1000;  // adding more to a clock could overflow
 // Mapped loads have no staging that bounds them; more in motion would only defeat earliest-deadline-first.
-constexpr uint32_t kMostLoadsInMotion = 32;
+constexpr uint32_t kMostLoadsInMotion = 64;
 
 }  // namespace
 
@@ -42,22 +42,31 @@ Transfers::Transfers(Device& device, std::vector<Tier> tiers, SegmentTable& segm
       clock_(clock),
       store_queue_bytes_(store_queue_bytes),
       promotion_(promotion),
-      staged_(std::ranges::any_of(tiers_, [](const Tier& tier) { return !tier.root->mapped(); })) {
+      staged_(std::ranges::any_of(tiers_, [](const Tier& tier) { return !tier.root->mapped(); })),
+      traffic_(kMaxRoots) {
+  dispatching_ = 2;
   dispatcher_ = start_io_thread([](void* self) { static_cast<Transfers*>(self)->run(); }, this);
+  store_dispatcher_ = start_io_thread([](void* self) { static_cast<Transfers*>(self)->run_stores(); }, this);
+  for (const std::thread* thread : {&dispatcher_, &store_dispatcher_}) {
+    if (!thread->joinable()) --dispatching_;
+  }
 }
 
 Transfers::~Transfers() {
-  close();
+  TD_CHECK(stop_);
+  for (std::thread* thread : {&dispatcher_, &store_dispatcher_}) {
+    if (thread->joinable()) thread->join();
+  }
 }
 
-void Transfers::close() {
-  {
-    std::lock_guard lock(mutex_);
-    if (std::exchange(stop_, true)) return;
-  }
-  wake_.notify_all();
-  if (dispatcher_.joinable()) dispatcher_.join();
+bool Transfers::close() {
+  const auto end = std::chrono::steady_clock::now() + std::chrono::nanoseconds(kClosePatienceNs);
   std::unique_lock lock(mutex_);
+  stop_ = true;
+  wake_.notify_all();
+  wake_stores_.notify_all();
+  give_up_starting_locked(UINT64_MAX);
+  const bool idle = settled_.wait_until(lock, end, [this] { return dispatching_ == 0; });
   while (!queued_loads_.empty()) abandon(*queued_loads_.begin()->second, Reason::cancelled);
   while (!queued_stores_.empty()) {
     StoreTask& task = *queued_stores_.front();
@@ -69,29 +78,75 @@ void Transfers::close() {
   for (const auto& [job, tasks] : std::exchange(held_, {})) {
     for (LoadTask* task : tasks) retire(*task);
   }
-  settled_.wait(lock, [this] { return load_tasks_.empty() && store_tasks_.empty(); });
+  const bool settled =
+      settled_.wait_until(lock, end, [this] { return load_tasks_.empty() && store_tasks_.empty(); });
+  if (!settled) {
+    // What is still being read shall end there and not go on to the paged cache.
+    for (const auto& [task, owned] : load_tasks_) {
+      if (task->state != LoadTask::State::scattering) abandon(*task, Reason::cancelled);
+    }
+  }
   lock.unlock();
   log_warnings();
+  return idle && settled;
+}
+
+void Transfers::wake_dispatchers_locked() {
+  work_ = true;
+  wake_.notify_one();
+  if (queued_stores_.empty()) return;
+  store_work_ = true;
+  wake_stores_.notify_one();
+}
+
+void Transfers::give_up_starting_locked(uint64_t submitted_until_ns) {
+  for (const auto& [task, owned] : store_tasks_) {
+    if (!task->starting || task->given_up || task->submitted_ns > submitted_until_ns) continue;
+    task->given_up = true;
+    task->counted_ungathered = false;
+    --ungathered_;
+  }
+}
+
+Status Transfers::fit_extent(uint64_t bytes, std::string_view what) {
+  for (const Tier& tier : tiers_) {
+    if (tier.root->mapped() || bytes <= device_.slab().size()) continue;
+    return fail(ErrorKind::invalid_argument, "slab={} is smaller than {} ({} bytes)", device_.slab().size(),
+                what, bytes);
+  }
+  for (const Tier& tier : tiers_) {
+    if (tier.writer == nullptr) continue;
+    if (auto fits = tier.root->fit_extent(bytes); !fits) return fits;
+  }
+  return {};
 }
 
 Status Transfers::attach(const PagedCache& cache) {
   if (auto valid = validate(cache); !valid) return valid;
   if (auto accepted = device_.accept(cache); !accepted) return accepted;
-  const uint64_t bytes = extent_bytes(cache.shape);
-  for (const Tier& tier : tiers_) {
-    if (tier.root->mapped() || bytes <= device_.slab().size()) continue;
-    return fail(ErrorKind::invalid_argument, "slab={} is smaller than one extent of group {} ({} bytes)",
-                device_.slab().size(), cache.shape.group, bytes);
-  }
-  for (const Tier& tier : tiers_) {
-    if (tier.writer == nullptr) continue;
-    if (auto fits = tier.root->fit_extent(bytes); !fits) return fits;
+  if (auto fits =
+          fit_extent(extent_bytes(cache.shape), fmt::format("one extent of group {}", cache.shape.group));
+      !fits) {
+    return fits;
   }
   std::lock_guard lock(mutex_);
   const auto [place, fresh] = caches_.try_emplace(cache.shape.group);
   if (!fresh) return fail(ErrorKind::invalid_argument, "group {} is attached already", cache.shape.group);
   place->second = std::make_unique<PagedCache>(cache);
   return {};
+}
+
+Result<Transfers::Job*> Transfers::begin_job_locked(uint64_t id, JobKind kind, uint64_t deadline_ns) {
+  if (stop_) return fail(ErrorKind::closed, "the depot is closed");
+  if (id_in_use_locked(id) || (kind == JobKind::load && held_.contains(id)))
+    return fail(ErrorKind::busy, "job {} is in use", id);
+  Job& job = jobs_[id];
+  job.completion.job = id;
+  job.completion.kind = kind;
+  job.submitted_ns = clock_.steady_ns();
+  if (deadline_ns != 0)
+    job.deadline_ns = job.submitted_ns + std::min(deadline_ns, UINT64_MAX - job.submitted_ns);
+  return &job;
 }
 
 Status Transfers::mark_stream(void* stream) {
@@ -138,8 +193,12 @@ void Transfers::resolve_locked(Job& job, uint32_t item, uint32_t chunk, uint16_t
     ++job.completion.items_ok;
     job.completion.bytes += bytes;
     stats.bytes += bytes;
-    if (bytes > 0) ++stats.extents;
-    stats.nanoseconds += clock_.steady_ns() - job.submitted_ns;
+    const uint64_t took = clock_.steady_ns() - job.submitted_ns;
+    stats.nanoseconds += took;
+    if (bytes > 0) {
+      ++stats.extents;
+      stats.latency.add(took);
+    }
   }
   TD_CHECK(job.unresolved > 0);
   --job.unresolved;
@@ -187,8 +246,7 @@ void Transfers::end_job_locked(uint64_t id) {
                                                         tokendepot::name(first.reason))
                                           : job.first_failure,
                                       job.completion.failures.size() > 1 ? ", and others" : ""));
-      work_ = true;
-      wake_.notify_one();
+      wake_dispatchers_locked();
     }
   }
   job.completion.nanoseconds = clock_.steady_ns() - job.submitted_ns;
@@ -224,8 +282,9 @@ bool Transfers::wait_gathered(uint64_t timeout_ns) {
       return task->submitted_ns <= begin;
     });
     lock.unlock();
-    for (StoreTask* task : late) finish_store(*task, false, Reason::dropped);
+    for (StoreTask* task : late) drop_store(*task, &DropCounts::late);
     lock.lock();
+    give_up_starting_locked(begin);
     const uint64_t now = clock_.steady_ns();
     const uint64_t rest = end > now ? end - now : 0;
     const uint64_t tick = std::min(rest, kDeadlineTickMs * 1000 * 1000);
@@ -244,25 +303,22 @@ bool Transfers::flush(uint64_t timeout_ns) {
 }
 
 void Transfers::space_ready() {
-  {
-    std::lock_guard lock(mutex_);
-    work_ = true;
-  }
-  wake_.notify_one();
+  std::lock_guard lock(mutex_);
+  wake_dispatchers_locked();
 }
 
 void Transfers::run() {
   std::unique_lock lock(mutex_);
   while (true) {
-    // The tick serves stores that wait for slab or segments, and deadlines when nobody polls.
-    const bool waiting = !queued_loads_.empty() || !queued_stores_.empty() || !jobs_.empty();
+    // The tick serves loads that wait for slab, and deadlines when nobody polls.
+    const bool waiting = !queued_loads_.empty() || !jobs_.empty();
     const auto woken = [this] { return work_ || stop_; };
     if (waiting) {
       wake_.wait_for(lock, std::chrono::milliseconds(kDeadlineTickMs), woken);
     } else {
       wake_.wait(lock, woken);
     }
-    if (stop_) return;
+    if (stop_) break;
     work_ = false;
     if (!warnings_.empty()) {
       lock.unlock();
@@ -276,10 +332,14 @@ void Transfers::run() {
       task.state = LoadTask::State::reading;
       // Those that wait will be in motion soon: small pieces would only cost them.
       task.piece_bytes = piece_bytes_for(++loads_in_motion_ + queued_loads_.size());
+      const bool first = !std::exchange(task.begun, true);
+      const uint64_t waited = clock_.steady_ns() - task.submitted_ns;
       lock.unlock();
       const bool started = start_load(task);
       lock.lock();
+      if (started && first) load_stats_.queue.add(waited);
       if (started) continue;
+      if (first) task.begun = false;
       --loads_in_motion_;
       task.state = LoadTask::State::queued;
       if (task.resolved) {
@@ -289,24 +349,79 @@ void Transfers::run() {
       queued_loads_.emplace(task.deadline_ns, &task);
       break;
     }
+    loads_first_ = false;
+    if (!queued_stores_.empty()) wake_stores_.notify_one();
+  }
+  --dispatching_;
+  settled_.notify_all();
+}
+
+void Transfers::run_stores() {
+  constexpr auto kTick = std::chrono::milliseconds(kDeadlineTickMs);
+  std::unique_lock lock(mutex_);
+  while (true) {
+    // The tick serves stores that wait for slab or segments.
+    const auto woken = [this] { return store_work_ || stop_; };
+    if (queued_stores_.empty()) {
+      wake_stores_.wait(lock, woken);
+    } else {
+      wake_stores_.wait_for(lock, kTick, woken);
+    }
+    // Bounded: loads may be held up by a root that does not answer.
+    wake_stores_.wait_for(lock, kTick, [this] { return !loads_first_ || stop_; });
+    if (stop_) break;
+    store_work_ = false;
     while (!stop_ && !queued_stores_.empty()) {
       StoreTask& task = *queued_stores_.front();
       queued_stores_.pop_front();
+      task.starting = true;
       task.piece_bytes = piece_bytes_for(store_tasks_.size());
       lock.unlock();
+      const uint64_t waited = clock_.steady_ns() - task.submitted_ns;
       const Start start = start_store(task);
       lock.lock();
+      if (start == Start::started) store_stats_.queue.add(waited);
       if (start != Start::later) continue;
+      task.starting = false;
+      if (task.given_up) {
+        lock.unlock();
+        drop_store(task, &DropCounts::late);
+        lock.lock();
+        continue;
+      }
       queued_stores_.push_front(&task);
       break;
     }
   }
+  --dispatching_;
+  settled_.notify_all();
 }
 
 void Transfers::add_to(DepotStats& stats) const {
   std::lock_guard lock(mutex_);
   stats.load = load_stats_;
   stats.store = store_stats_;
+  stats.drops = drops_;
+  for (const Tier& tier : tiers_) {
+    RootStats& root = stats.roots[tier.root->index()];
+    root.loaded = traffic_[tier.root->index()].loaded;
+    root.stored = traffic_[tier.root->index()].stored;
+    root.written_bytes += root.stored.bytes;
+  }
+}
+
+double Transfers::tokens_locked(const PagedCache& cache, const Part& part) const {
+  const GroupShape& shape = cache.shape;
+  if (shape.group != caches_.begin()->first) return 0;
+  const auto cells = [](uint32_t begin, uint32_t end, uint32_t from, uint32_t to) {
+    return static_cast<double>(std::min(end, to) - std::max(begin, from));
+  };
+  const Part& mine = shape.part;
+  const double common = cells(mine.layer_begin, mine.layer_end, part.layer_begin, part.layer_end) *
+                        cells(mine.head_begin, mine.head_end, part.head_begin, part.head_end);
+  const double all = static_cast<double>(mine.layer_end - mine.layer_begin) *
+                     static_cast<double>(mine.head_end - mine.head_begin);
+  return shape.tokens * common / all;
 }
 
 }  // namespace tokendepot

@@ -1,7 +1,8 @@
 // Loads and stores in motion: queues, bounds, deadlines, and the steps of each extent over io and device.
 //
-// One dispatcher thread starts work; I/O and device threads drive what is started from step to step. Loads
-// are started before stores, earliest deadline first. Lock order: mutex_ before anything of the store rooms.
+// Two dispatcher threads start work, one loads and one stores: to take space for a store may need a file
+// system that does not answer. I/O and device threads drive what is started from step to step. Loads are
+// started before stores, earliest deadline first. Lock order: mutex_ before anything of the store rooms.
 #pragma once
 
 #include <atomic>
@@ -38,8 +39,10 @@ class Transfers {
   /// close() has been called.
   ~Transfers();
 
-  /// Cancels what is queued, waits for what is in motion; further submits answer `closed`. Idempotent.
-  void close();
+  /// Cancels what is queued, waits for what is in motion; further submits answer `closed`. False: the kernel
+  /// has not answered after kClosePatienceNs. Nothing will touch a paged cache any more, but threads are
+  /// still in the kernel: this object and all that it uses must stay for good. Once.
+  bool close();
 
   Status attach(const PagedCache& cache);
   Status mark_stream(void* stream);
@@ -47,6 +50,13 @@ class Transfers {
   Status place(uint64_t job, uint64_t held_job, std::span<const Depot::HeldBlocks> blocks);
   void drop_held(uint64_t held_job);
   Status submit_store(uint64_t job, StorePlan plan, Keeper& keeper);
+  struct ObjectItem {
+    Depot::Object object;
+    ExtentRef where;  // bytes = 0: not in the catalog
+  };
+  /// Items whose place is known and has the right size are taken as stored.
+  Status submit_store_objects(uint64_t job, std::span<const ObjectItem> items, Keeper& keeper);
+  Status submit_load_objects(uint64_t job, std::span<const ObjectItem> items, uint64_t deadline_ns);
   bool wait_gathered(uint64_t timeout_ns);
   void cancel(uint64_t job);
   std::vector<Completion> poll();
@@ -54,9 +64,12 @@ class Transfers {
   bool flush(uint64_t timeout_ns);
   /// A segment became ready: stores that waited for it may start.
   void space_ready();
+  /// `stats.roots` are there already, in their order.
   void add_to(DepotStats& stats) const;
-  /// False: the system refused the dispatcher's thread; nothing may be submitted.
-  bool running() const { return dispatcher_.joinable(); }
+  /// False: the system refused the dispatchers' threads; nothing may be submitted.
+  bool running() const { return dispatcher_.joinable() && store_dispatcher_.joinable(); }
+
+  static constexpr uint64_t kClosePatienceNs = 10ull * 1000 * 1000 * 1000;
 
  private:
   friend struct LoadTask;
@@ -74,7 +87,17 @@ class Transfers {
   };
 
   void run();
+  Result<Job*> begin_job_locked(uint64_t id, JobKind kind, uint64_t deadline_ns = 0);
+  /// Sees to it that extents of this size can be kept: slab and segments are large enough, or may become it.
+  Status fit_extent(uint64_t bytes, std::string_view what);
+  /// A cache of one block, the object's memory; null where an extent of its size cannot be kept.
+  std::unique_ptr<PagedCache> cache_of(const Depot::Object& object) const;
+  void run_stores();
+  void wake_dispatchers_locked();
+  void give_up_starting_locked(uint64_t submitted_until_ns);
   // load.cc
+  void queue_load_locked(Job& job, uint32_t index, LoadItem item, const NamespaceDigest& ns,
+                         const PagedCache& cache, bool hold, std::unique_ptr<PagedCache> own = nullptr);
   bool start_load(LoadTask& task);
   bool open_place(LoadTask& task);
   void read_mapped(LoadTask& task);
@@ -106,11 +129,16 @@ class Transfers {
                          uint64_t payload);
   // store.cc
   enum class Start : uint8_t { started, later, over };
+  void queue_store_locked(Job& job, uint32_t index, StoreItem item, const NamespaceDigest& ns,
+                          const PagedCache& cache, Keeper& keeper, RootWriter* writer,
+                          std::unique_ptr<PagedCache> own = nullptr);
   Start start_store(StoreTask& task);
   void gathered(StoreTask& task, bool ok);
   void write_pieces(StoreTask& task);
   void pieces_written(StoreTask& task);
   void finish_store(StoreTask& task, bool stored, Reason reason);
+  /// Ends a store that a bound stopped.
+  void drop_store(StoreTask& task, uint64_t DropCounts::* why);
 
   void resolve_locked(Job& job, uint32_t item, uint32_t chunk, uint16_t group, std::optional<Reason> failure,
                       uint64_t bytes);
@@ -120,6 +148,8 @@ class Transfers {
   bool id_in_use_locked(uint64_t id) const;
   void log_warnings();
   static void count(FailureCounts& counts, Reason reason);
+  /// The part of a chunk's tokens that an extent brings or takes; 0 but for the lowest group attached.
+  double tokens_locked(const PagedCache& cache, const Part& part) const;
 
   Device& device_;
   const std::vector<Tier> tiers_;
@@ -130,12 +160,16 @@ class Transfers {
   const bool staged_;  // some root is not mapped
 
   mutable std::mutex mutex_;
-  std::condition_variable wake_;      // the dispatcher
-  std::condition_variable settled_;   // wait_gathered, flush, the destructor
-  std::condition_variable reported_;  // wait_ended
+  std::condition_variable wake_;         // the dispatcher of loads
+  std::condition_variable wake_stores_;  // the dispatcher of stores
+  std::condition_variable settled_;      // wait_gathered, flush, the destructor
+  std::condition_variable reported_;     // wait_ended
   bool stop_ = false;
   bool work_ = false;
-  uint64_t mark_ = 0;  // of the engine's stream: what is submitted now waits for it
+  bool store_work_ = false;
+  bool loads_first_ = false;  // loads wait to be started
+  uint32_t dispatching_ = 0;  // dispatchers that have not ended
+  uint64_t mark_ = 0;         // of the engine's stream: what is submitted now waits for it
   std::map<uint16_t, std::unique_ptr<PagedCache>> caches_;
   std::unordered_map<uint64_t, Job> jobs_;
   std::vector<Completion> ended_;
@@ -152,7 +186,14 @@ class Transfers {
   uint32_t ungathered_ = 0;
   TransferStats load_stats_;
   TransferStats store_stats_;
+  DropCounts drops_;
+  struct Traffic {
+    RootTraffic loaded;
+    RootTraffic stored;
+  };
+  std::vector<Traffic> traffic_;  // by root
   std::thread dispatcher_;
+  std::thread store_dispatcher_;
 };
 
 }  // namespace tokendepot

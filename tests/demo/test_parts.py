@@ -1,12 +1,15 @@
 """The document, the verdict on the rows, and the model directory."""
 
 import dataclasses
+import io
+import json
 
 import pytest
 from rich.console import Console
 
 import document
 import model
+import panels
 import report
 
 GOOD = report.Row(
@@ -81,3 +84,20 @@ def test_tensor_names_follow_the_checkpoint_and_unknown_ones_are_refused():
     assert model._checkpoint_name("token_embd.weight") == "model.embed_tokens.weight"
     with pytest.raises(ValueError, match="rope.freqs"):
         model._checkpoint_name("vision.rope.freqs.weight")
+
+
+def test_a_panel_that_must_have_data_and_has_none_is_a_complaint_and_zeros_give_way():
+    shown = [panels.Value(name, "Is it working?", "a", 0.25, "percentunit") for name in panels.MUST_HAVE[1:]]
+    shown += [panels.Value("Hit rate", "Is it working?", "idle", 0.0, "percentunit")]
+    assert panels.complaints(shown) == ['the panel "Roots" has no data']
+    shown += [panels.Value("Roots", "Is it working?", "", None, "none")]
+    assert panels.complaints(shown) == ['the panel "Roots" has no data']
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(panels.table(shown))
+    text = console.export_text()
+    assert "25 %" in text and "no data" in text and "idle" not in text and text.count("Is it working?") == 1
+
+
+def test_every_panel_that_must_have_data_is_on_the_dashboard():
+    titles = [panel["title"] for panel in json.loads(panels.DASHBOARD.read_text())["panels"]]
+    assert set(panels.MUST_HAVE) <= set(titles)

@@ -1,6 +1,6 @@
 // NVIDIA's cuFile itself between a disk and a GPU, point to point or in compatibility mode, as the machine
 // has it.
-#include "device/cuda/cufile.h"
+#include "device/gds/cufile.h"
 #include "cuda_depot_fixture.h"
 #include "device/cuda/cuda_device.h"
 

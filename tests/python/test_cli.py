@@ -53,7 +53,7 @@ def test_the_console_script_is_installed():
 
 
 def test_every_command_documents_its_exit_codes():
-    for command in ("stat", "ls", "du", "verify", "evict", "rm", "doctor", "replay", "plan", "version"):
+    for command in ("stat", "ls", "du", "verify", "evict", "rm", "export", "import", "explain", "repair", "doctor", "replay", "plan", "version"):
         assert "Exit codes: 0" in run(command, "--help").stdout
 
 

@@ -21,7 +21,7 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 import pytest
 from paged import MANIFEST, Cache, config, keys_of, store
 from prometheus_client import CollectorRegistry, make_wsgi_app
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 from tokendepot import Depot, exporter
 
@@ -62,7 +62,21 @@ def connector_counters():
     for metric, label, choices in (("FAILURE_METRIC", "reason", "REASONS"), ("CARRIED_METRIC", "path", "PATHS")):
         series = [(way, choice) for way in ("load", "store") for choice in known[choices]]
         counters[known[metric][0]] = (["operation", label], series)
+    for metric, label, choices in (("DROPPED_METRIC", "reason", "DROPS"), ("MISSED_METRIC", "cause", "CAUSES")):
+        counters[known[metric][0]] = ([label], [(choice,) for choice in known[choices]])
+    choices = {"operation": ("load", "store"), "cause": known["EVICTIONS"]}
+    for name, _, labels in known["ROOT_METRICS"].values():
+        series = [("00000001", choice) for choice in choices[labels[0]]] if labels else [("00000001",)]
+        counters[name] = (["root", *labels], series)
     return counters
+
+
+def connector_histograms():
+    return [name for name, _ in connector_constants()["HISTOGRAMS"].values()]
+
+
+def connector_gauges():
+    return [name for name, _ in connector_constants()["GAUGES"].values()]
 
 
 def program(name):
@@ -97,7 +111,11 @@ class BusyEngine:
             family = CounterMetricFamily(name, name, labels=["model_name", "engine"])
             family.add_metric([self.model, "0"], n)
             yield family
-        for name in VLLM_HISTOGRAMS:
+        for name in connector_gauges():
+            family = GaugeMetricFamily(name, name, labels=["model_name", "engine"])
+            family.add_metric([self.model, "0"], n)
+            yield family
+        for name in (*VLLM_HISTOGRAMS, *connector_histograms()):
             family = HistogramMetricFamily(name, name, labels=["model_name", "engine"])
             family.add_metric([self.model, "0"], buckets=[("0.1", n), ("+Inf", 2 * n)], sum_value=3 * n)
             yield family
@@ -215,7 +233,8 @@ def test_metrics_that_are_named_exist(file):
     text = file.read_text(encoding="utf-8")
     known = set(exporter.METRICS) | {f"{name}_total" for name in connector_counters()}
     known |= {f"{name}_total" for name in VLLM_COUNTERS}
-    known |= {f"{name}_{part}" for name in VLLM_HISTOGRAMS for part in ("bucket", "sum", "count")}
+    known |= set(connector_gauges())
+    known |= {f"{name}_{part}" for name in (*VLLM_HISTOGRAMS, *connector_histograms()) for part in ("bucket", "sum", "count")}
     named = set(re.findall(r"\b(?:tokendepot_|vllm\[:_\])\w+", text))
     named = {name.replace("[:_]", ":") for name in named}
     assert "vllm:" not in text

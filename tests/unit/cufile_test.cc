@@ -1,5 +1,5 @@
 // The cuFile wrapper against a fake library: what it makes of every refusal, and that bytes arrive.
-#include "device/cuda/cufile.h"
+#include "device/gds/cufile.h"
 
 #include <sys/stat.h>
 

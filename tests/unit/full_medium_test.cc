@@ -126,6 +126,33 @@ TEST_P(FullMedium, WhatWasAcknowledgedIsExactAndTheRestIsDroppedAndCounted) {
   EXPECT_FALSE(store_at_once(*depot, prompt_keys(ns_, 2, 8)).empty());
 }
 
+TEST_P(FullMedium, IsOpenedAndServesWhatItHolds) {
+  if (!directory_.mount_tmpfs("size=16m")) GTEST_SKIP() << "cannot mount";
+  Options wanted = options();
+  wanted.roots[0].transport =
+      TransportChoice::direct;  // which is tried out in a file, for which there is no room
+  cache_.fill(1);
+  std::vector<Key> keys;
+  {
+    auto depot = Depot::open(wanted);
+    if (!depot) GTEST_SKIP() << depot.error().message;  // no direct I/O on this tmpfs
+    ns_ = *(*depot)->register_namespace(R"({"model":"m"})");
+    ASSERT_TRUE((*depot)->attach(cache_.paged()));
+    keys = prompt_keys(ns_, 1, 1);
+    ASSERT_EQ(store_at_once(**depot, keys).size(), 1u);
+    fill_up(0);
+    // The last pages, which take no whole block.
+    std::ofstream(directory_ / "rest", std::ios::binary) << std::string(1 << 20, 'x');
+  }
+  const auto depot = Depot::open(wanted);
+  ASSERT_TRUE(depot) << depot.error().message;
+  ASSERT_TRUE((*depot)->attach(cache_.paged()));
+  auto plan = plan_chunks(**depot, ns_, keys, want_of(small_shape()), 0, 1, 0);
+  ASSERT_TRUE(plan) << plan.error().message;
+  ASSERT_TRUE((*depot)->submit_load(1, std::move(*plan)));
+  EXPECT_EQ(wait_for(**depot, 1).items_ok, 1u);
+}
+
 // D1.
 TEST_P(FullMedium, AFileSizeLimitFailsTheStoresAndLeavesNothing) {
   EXPECT_EQ(exit_code_of_child([&] {

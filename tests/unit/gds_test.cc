@@ -4,7 +4,7 @@
 
 #include "base/log.h"
 #include "depot_fixture.h"
-#include "device/cuda/gds_lane.h"
+#include "device/gds/gds_lane.h"
 #include "format/extent.h"
 #include "gds_fixture.h"
 #include "open_depot.h"

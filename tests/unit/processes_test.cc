@@ -3,6 +3,11 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <filesystem>
+#include <fstream>
+#include <set>
+
+#include "store/journal_file.h"
 #include "transfers_fixture.h"
 
 namespace tokendepot::testing {
@@ -24,7 +29,7 @@ int store_prompts(const Options& options, uint32_t first, uint32_t last, size_t 
     return 3;
   }
   const auto ns = (*depot)->register_namespace(R"({"model":"m"})");
-  HostCache cache(small_shape(), kBlocks);
+  HostCache cache(small_shape(), static_cast<uint32_t>(chunks * kBlocksPerChunk));
   if (!ns || !(*depot)->attach(cache.paged())) return 4;
   uint64_t job = 0;
   for (uint32_t prompt = first; prompt < last; ++prompt) {
@@ -87,43 +92,132 @@ void run_processes(const Options& options, const std::vector<std::pair<uint32_t,
   EXPECT_EQ(reported, expected);
 }
 
-// X3: one root, one second, many processes; killed, started again; nothing collides.
-TEST_P(ProcessesOn, EightProcessesOnOneRootNeverCollide) {
-  const Options roomy = options(256 << 20);
-  for (uint32_t generation = 0; generation < 2; ++generation) {
-    std::vector<std::pair<uint32_t, uint32_t>> ranges;
-    for (uint32_t p = 0; p < 8; ++p)
-      ranges.emplace_back(generation * 1000 + p * 10, generation * 1000 + p * 10 + 5);
-    run_processes(roomy, ranges, 4);
-  }
-  auto depot = open(roomy);
-  ASSERT_TRUE(depot->attach(cache_.paged()));
-  for (uint32_t generation = 0; generation < 2; ++generation) {
-    for (uint32_t p = 0; p < 8; ++p) {
-      for (uint32_t n = 0; n < 5; ++n) {
-        const uint32_t prompt = generation * 1000 + p * 10 + n;
-        const auto keys = prompt_keys(ns_, prompt, 4);
-        HostCache expected(small_shape(), kBlocks);
-        expected.fill(prompt);
-        ASSERT_EQ(depot->longest_prefix(keys, std::vector{want_}), 4u) << prompt;
-        ASSERT_EQ(load(*depot, plan_of(*depot, keys, 0, 4, 0)).items_ok, 4u) << prompt;
-        for (int32_t b = 0; b < 16; ++b) ASSERT_EQ(cache_.block(b), expected.block(b)) << prompt;
+/// Body of a process that loads all prompts and compares every byte. 0, or what went wrong.
+int load_prompts(const Options& options, const std::vector<std::pair<uint32_t, uint32_t>>& ranges,
+                 size_t chunks) {
+  auto depot = Depot::open(options);
+  if (!depot) return 3;
+  const auto ns = (*depot)->register_namespace(R"({"model":"m"})");
+  const auto blocks = static_cast<uint32_t>(chunks * kBlocksPerChunk);
+  HostCache cache(small_shape(), blocks);
+  HostCache expected(small_shape(), blocks);
+  if (!ns || !(*depot)->attach(cache.paged())) return 4;
+  uint64_t job = 0;
+  for (const auto& [first, last] : ranges) {
+    for (uint32_t prompt = first; prompt < last; ++prompt) {
+      const auto keys = prompt_keys(*ns, prompt, chunks);
+      const auto plan = plan_chunks(**depot, *ns, keys, want_of(small_shape()), 0, chunks, 0);
+      if (!plan || !(*depot)->submit_load(++job, *plan)) return 5;
+      if (wait_for(**depot, job).items_ok != chunks) return 6;
+      expected.fill(prompt);
+      for (uint32_t b = 0; b < blocks; ++b) {
+        if (cache.block(static_cast<int32_t>(b)) != expected.block(static_cast<int32_t>(b))) return 7;
       }
     }
   }
+  return 0;
+}
+
+/// No segment was opened twice and no place given twice, whoever wrote the journals of this root.
+void expect_no_id_used_twice(const std::string& root) {
+  std::set<SegmentId> segments;
+  std::set<std::pair<SegmentId, uint64_t>> places;
+  for (const auto& entry : std::filesystem::directory_iterator(root + "/journals")) {
+    const auto writer = writer_of_journal(entry.path().filename());
+    ASSERT_TRUE(writer) << entry.path();
+    auto reader = JournalReader::open(entry.path(), *writer);
+    ASSERT_TRUE(reader);
+    ASSERT_TRUE(reader->read_new([&](const Record& record) {
+      if (record.type == RecordType::open_segment) {
+        EXPECT_TRUE(segments.insert(record.where.segment).second) << segment_name(record.where.segment);
+      } else if (record.type == RecordType::put) {
+        EXPECT_TRUE(places.emplace(record.where.segment, record.where.offset).second);
+      }
+    }));
+  }
+  EXPECT_FALSE(segments.empty());
+}
+
+// X3: one root, one second, many processes; killed, started again; nothing collides.
+TEST_P(ProcessesOn, EightProcessesOnOneRootNeverCollide) {
+  constexpr uint32_t kProcesses = 8;
+  constexpr uint32_t kPrompts = 25;
+  constexpr size_t kChunks = 4;
+  const Options roomy = options(512 << 20);
+  std::vector<std::pair<uint32_t, uint32_t>> all;
+  for (uint32_t generation = 0; generation < 2; ++generation) {
+    std::vector<std::pair<uint32_t, uint32_t>> ranges;
+    for (uint32_t p = 0; p < kProcesses; ++p) {
+      const uint32_t first = (generation * kProcesses + p) * kPrompts;
+      ranges.emplace_back(first, first + kPrompts);
+    }
+    run_processes(roomy, ranges, kChunks);
+    all.insert(all.end(), ranges.begin(), ranges.end());
+  }
+  std::vector<pid_t> readers;
+  for (uint32_t p = 0; p < kProcesses; ++p) {
+    readers.push_back(fork());
+    if (readers.back() == 0) _exit(load_prompts(roomy, all, kChunks));
+  }
+  for (const pid_t reader : readers) {
+    int status = 0;
+    ASSERT_EQ(waitpid(reader, &status, 0), reader);
+    EXPECT_TRUE(WIFEXITED(status));
+    EXPECT_EQ(WEXITSTATUS(status), 0);
+  }
+  expect_no_id_used_twice(roomy.roots[0].path);
 }
 
 TEST_P(ProcessesOn, FourProcessesMayStoreTheSameKeys) {
   const Options roomy = options(128 << 20);
   run_processes(roomy, {{0, 8}, {0, 8}, {0, 8}, {0, 8}}, 4);
-  auto depot = open(roomy);
-  ASSERT_TRUE(depot->attach(cache_.paged()));
-  for (uint32_t prompt = 0; prompt < 8; ++prompt) {
-    const auto keys = prompt_keys(ns_, prompt, 4);
-    HostCache expected(small_shape(), kBlocks);
-    expected.fill(prompt);
-    ASSERT_EQ(load(*depot, plan_of(*depot, keys, 0, 4, 0)).items_ok, 4u) << prompt;
-    for (int32_t b = 0; b < 16; ++b) ASSERT_EQ(cache_.block(b), expected.block(b)) << prompt;
+  EXPECT_EQ(load_prompts(roomy, {{0, 8}}, 4), 0);
+}
+
+// Journals are read in the order of their random names: whichever copy is left, it is found.
+TEST_P(ProcessesOn, AChunkThatSeveralStoredIsServedWhicheverCopyIsLeft) {
+  Options alone = options();
+  alone.poll_ms = 3'600'000;
+  std::vector<Key> keys;
+  {
+    std::vector<std::unique_ptr<Depot>> depots;
+    for (int i = 0; i < 3; ++i) depots.push_back(open(alone));
+    keys = prompt_keys(ns_, 1, 1);
+    for (const auto& depot : depots) {
+      ASSERT_TRUE(depot->attach(cache_.paged()));
+      store_all(*depot, keys, 0, 1);
+    }
+  }
+  const std::filesystem::path whole = directory_ / "root";
+  std::set<std::string> writers;
+  for (const auto& journal : std::filesystem::directory_iterator(whole / "journals"))
+    writers.insert(journal.path().stem());
+  ASSERT_EQ(writers.size(), 3u);
+  for (const bool removed : {true, false}) {
+    for (const std::string& left : writers) {
+      SCOPED_TRACE((removed ? "removed, all but that of " : "damaged, all but that of ") + left);
+      Options one = alone;
+      one.roots[0].path = directory_ / left + (removed ? "-removed" : "-damaged");
+      std::filesystem::copy(whole, one.roots[0].path, std::filesystem::copy_options::recursive);
+      for (const auto& segment : std::filesystem::directory_iterator(one.roots[0].path + "/segments")) {
+        if (segment.path().filename().string().starts_with(left)) continue;
+        if (removed) {
+          std::filesystem::remove(segment.path());
+        } else {
+          std::fstream(segment.path(), std::ios::in | std::ios::out | std::ios::binary).seekp(8192)
+              << "damage";
+        }
+      }
+      // A load condemns the damaged copy that it meets; the next start knows of another one.
+      uint32_t loaded = 0;
+      for (int start = 0; start < 3 && loaded == 0; ++start) {
+        auto depot = open(one);
+        ASSERT_TRUE(depot->attach(cache_.paged()));
+        ASSERT_EQ(depot->longest_prefix(keys, std::vector{want_}), 1u);
+        loaded = load(*depot, plan_of(*depot, keys, 0, 1, 0)).items_ok;
+      }
+      EXPECT_EQ(loaded, 1u);
+    }
   }
 }
 

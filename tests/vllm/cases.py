@@ -15,7 +15,8 @@ from pathlib import Path
 
 from tokendepot.engines.vllm import versions
 
-import cases_faults  # noqa: F401  (importing a module registers its cases)
+import cases_events  # noqa: F401  (importing a module registers its cases)
+import cases_faults  # noqa: F401
 import cases_identity  # noqa: F401
 import cases_scheduling  # noqa: F401
 import cases_text  # noqa: F401

@@ -215,7 +215,7 @@ def what_is_faster_computed_is_not_loaded_and_counted(lab: Lab) -> None:
 def a_fixed_threshold_is_not_measured(lab: Lab) -> None:
     engine = lab.engine(extra={"min_load_tokens": 65})
     engine.run([PROMPTS[0]], 2)
-    assert engine.half._worth is None
+    engine.half._worth.of_load = lambda local, hit, total: False  # is not asked
     assert ask(engine, PROMPTS[0][:80]) == 0 and ask(engine, PROMPTS[0]) == 128
 
 
@@ -479,3 +479,49 @@ def a_reset_that_cannot_be_registered_switches_the_depot_off_and_is_done(lab: La
     same(engine.run(PROMPTS, LENGTH), lab.expected())
     assert engine.loaded() == 0 and engine.stats["switched_off"] == 1
     assert len(lines.having("the namespace after a reset cannot be registered", "ERROR")) == 1
+
+
+def _missed(engine: Engine) -> dict[str, int]:
+    prefix = "missed:"
+    return {key.removeprefix(prefix): int(value) for key, value in engine.stats.items() if key.startswith(prefix)}
+
+
+@case
+def what_is_missed_is_counted_by_cause(lab: Lab) -> None:
+    prompt, chunk = PROMPTS[2], 64  # 219 tokens: 3 chunks
+    engine = lab.engine()
+    engine.run([prompt], LENGTH)
+    assert _missed(engine) == {"absent": 3 * chunk}
+    second = keys_of(engine, prompt)[1]
+    gone = [extent for extent in _core.list_extents(str(lab.root)) if extent["key"] == second]
+    assert _core.remove_extents(str(lab.root), gone) == 1
+    engine.half._depot.refresh()
+    engine.half._storing.clear()  # else it waits for its own store to be seen, and stores nothing anew
+    engine.run([prompt], LENGTH)
+    assert _missed(engine) == {"absent": 3 * chunk, "evicted": 2 * chunk}
+    damage(lab.root, lambda extent: extent["key"] == keys_of(engine, prompt)[2])
+    engine.run([prompt], LENGTH)
+    assert _missed(engine)["corrupt"] == chunk
+    lab.stop(engine)
+
+    engine = lab.engine(chunk=32)
+    engine.run([prompt], LENGTH)
+    assert _missed(engine) == {"other_namespace": 6 * 32}
+    lab.stop(engine)
+
+    engine = lab.engine(extra={"min_load_tokens": None})
+    engine.half._worth.of_load = lambda local, hit, total: False
+    engine.run([prompt], LENGTH)
+    assert _missed(engine) == {"not_worth_loading": 3 * chunk}
+
+
+@case
+def saved_seconds_wait_for_a_measured_prefill(lab: Lab) -> None:
+    store_prompts(lab)
+    engine = lab.engine(batched_tokens=256)
+    engine.run([PROMPTS[0]], LENGTH)
+    assert engine.loaded() > 0 and engine.stats.get("saved_seconds", 0) == 0
+    rule = engine.half._worth
+    rule._contexts.observe(rule._clock(), 128, 10.0)  # a prefill of 10 s a token
+    engine.run([PROMPTS[1]], LENGTH)
+    assert engine.stats["saved_seconds"] > 1000, "both loads, of 128 tokens each"

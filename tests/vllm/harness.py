@@ -19,7 +19,7 @@ os.environ["VLLM_TARGET_DEVICE"] = "cpu"
 
 import torch
 import vllm
-from vllm.config import KVTransferConfig, set_current_vllm_config
+from vllm.config import KVEventsConfig, KVTransferConfig, set_current_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
@@ -105,6 +105,7 @@ class Options:
     extra: dict = field(default_factory=dict)
     capacity: str = "64MiB"
     without_hybrid_manager: bool = False
+    events: str = ""  # endpoint of the engine's publisher; with "-replay" behind it that of its replays
     late_gathers: int = 0  # steps by which stores read their blocks late, 0 = within their step
 
     @property
@@ -269,6 +270,10 @@ class Engine:
             kv_load_failure_policy=o.policy,
             kv_connector_extra_config=extra,
         )
+        if o.events:
+            self.config.kv_events_config = KVEventsConfig(
+                enable_kv_cache_events=True, endpoint=o.events, replay_endpoint=f"{o.events}-replay"
+            )
         self.config.cache_config.block_size = o.block_size
         self.config.cache_config.cache_dtype = o.kv_dtype
         self.config.cache_config.num_gpu_blocks = o.blocks
@@ -614,6 +619,7 @@ class Engine:
         for rank in self.ranks:
             rank.connector.shutdown()
         self.scheduler.connector.shutdown()
+        self.scheduler.kv_event_publisher.shutdown()
 
 
 ABORTED = RequestStatus.FINISHED_ABORTED

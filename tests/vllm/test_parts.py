@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from tokendepot import _core
 from tokendepot.engines.vllm import identity, versions
 from tokendepot.engines.vllm.fence import StoreFence
@@ -33,7 +34,7 @@ from tokendepot.engines.vllm.messages import (
 from tokendepot.engines.vllm.repeats import PROOF, REMEMBERED, Repeats
 from tokendepot.engines.vllm.scheduler import SchedulerHalf
 from tokendepot.engines.vllm.settings import RefusedError, read_settings
-from tokendepot.engines.vllm.stats import DepotPromMetrics, DepotStats, EngineCounters
+from tokendepot.engines.vllm.stats import BOUNDS_S, DepotPromMetrics, DepotStats, EngineCounters
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     MambaSpec,
@@ -448,25 +449,50 @@ def engine_stats(load: int = 0, corrupt: int = 0, gds_errors: int = 0) -> dict:
         ("absent", "mismatch", "corrupt", "io_error", "timed_out", "cancelled", "dropped"), 0
     )
     paths = dict.fromkeys(("mapped", "direct", "buffered", "gds_p2p", "gds_compat"), 0)
+    quiet = dict(counts=[0] * 11, nanoseconds=0)
     way = dict(
+        latency=dict(counts=[0, load, *[0] * 9], nanoseconds=load * 10**6),
+        queue=quiet,
         extents=load,
         bytes=load * 100,
         nanoseconds=load * 10**9,
         failures={**failures, "corrupt": corrupt},
         by_path={**paths, "direct": load, "gds_p2p": load * 99},
     )
-    idle = dict(extents=0, bytes=0, nanoseconds=0, failures=failures, by_path=paths)
-    return dict(load=way, store=idle, roots=[dict(gds_errors=gds_errors), dict(gds_errors=0)])
+    idle = dict(extents=0, bytes=0, nanoseconds=0, failures=failures, by_path=paths, latency=quiet, queue=quiet)
+    nothing = dict(bytes=0, tokens=0)
+    roots = [
+        dict(id=f"{n}" * 32, gds_errors=0, loaded=nothing, stored=nothing, journal_lag=quiet)
+        | dict.fromkeys(("written_bytes", "evicted_bytes", "corrupt_bytes"), 0)
+        for n in range(6)
+    ]
+    roots[0] |= dict(gds_errors=gds_errors, loaded=dict(bytes=load * 100, tokens=load * 256.0))
+    roots[4]["evicted_bytes"] = roots[5]["evicted_bytes"] = load
+    drops = dict(no_root=0, queue_full=load, no_space=0, late=0)
+    return dict(load=way, store=idle, roots=roots, drops=drops, device=dict(mapped_bytes=10 - load, registered_bytes=0))
 
 
 def test_metrics_are_deltas_and_counters_go_on_in_a_second_engine() -> None:
-    counters = EngineCounters()
+    counters = EngineCounters(rank=0)
     carried = {"bytes_by:load:direct": 2, "bytes_by:load:gds_p2p": 198}
-    assert counters.delta(engine_stats(2)) == dict(
-        load_extents=2, load_bytes=200, load_seconds=2.0, **carried
-    )
+    first = counters.delta(engine_stats(2))
+    of_roots = {key for key, value in first.items() if not value}
+    assert len(of_roots) == 5 * 7 - 3 and all(key.startswith("root:") for key in of_roots), "they begin with 0"
+    assert {key: value for key, value in first.items() if value} == {
+        **dict(load_extents=2, load_bytes=200, load_seconds=2.0),
+        **carried,
+        "drops:queue_full": 2,
+        "gauge:mapped_bytes": 8,
+        "bucket:load_latency:1": 2,
+        "bucket:load_latency:sum": 0.002,
+        "root:moved_bytes:00000000:load": 200,
+        "root:moved_tokens:00000000:load": 512,
+        "root:evicted_bytes:other:capacity": 4,
+    }
+    assert "root:moved_tokens:00000000:load" not in EngineCounters(rank=1).delta(engine_stats(2))
     assert counters.delta(engine_stats(2, 1, 3)) == {"failures:load:corrupt": 1, "gds_errors": 3}
     assert counters.delta(engine_stats(2, 1, 3)) == {}
+    assert counters.delta(engine_stats(3, 1, 3))["gauge:mapped_bytes"] == -1
     merged = DepotStats(data={"load_bytes": 200, "load_seconds": 1e-6}).aggregate(
         DepotStats(data={"load_bytes": 1})
     )
@@ -484,6 +510,30 @@ def test_metrics_are_deltas_and_counters_go_on_in_a_second_engine() -> None:
     assert REGISTRY.get_sample_value("tokendepot_failures_total", failed) == 4
     carried = dict(labels, operation="store", path="gds_compat")
     assert REGISTRY.get_sample_value("tokendepot_carried_bytes_total", carried) == 14
+
+
+def test_an_engine_has_at_most_200_series_and_histograms_add_up() -> None:
+    registry = CollectorRegistry()
+    types = {kind: partial(kind, registry=registry) for kind in (Counter, Gauge, Histogram)}
+    metrics = DepotPromMetrics(SimpleNamespace(kv_transfer_config=None), types, ["engine"], {0: ["0"]})
+    bounds = [bound * 1e9 for bound in BOUNDS_S]
+    depot = engine_stats(2)
+    depot["roots"] = [
+        {**root, "id": f"{n:032x}"[::-1], "written_bytes": 1, "corrupt_bytes": 1, "evicted_bytes": 1}
+        | {way: {"bytes": 1, "tokens": 1} for way in ("loaded", "stored")}
+        for n, root in enumerate([depot["roots"][0]] * 8)
+    ]
+    metrics.observe({**EngineCounters(0).delta(depot), "bucket:unheard of:1": 3, "gauge:unheard of": 1, "root:x:y": 1})
+    samples = [
+        sample
+        for family in registry.collect()
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    ]
+    assert 100 < len(samples) <= 200
+    found = {sample.labels["le"]: sample.value for sample in samples if sample.name == "tokendepot_load_latency_seconds_bucket"}
+    assert [found[key] for key in list(found)[:3]] == [0, 2, 2] and found["+Inf"] == 2 and len(found) == len(bounds) + 1
+    assert registry.get_sample_value("tokendepot_load_latency_seconds_sum", {"engine": "0"}) == 0.002
 
 
 def test_keys_do_not_depend_on_the_process(tmp_path) -> None:

@@ -1,7 +1,7 @@
-"""The command line: `tokendepot stat`, ls, du, verify, evict, rm, doctor, metrics, bench, replay, plan, version.
+"""The command line: `tokendepot stat`, ls, du, verify, evict, rm, export, import, doctor, metrics, events, top, bench, ...
 
-Exit codes: 0 all well; 1 something in a root is damaged; 2 wrong usage, or a path that is not the root of a depot;
-3 the operation could not be done (permission, I/O, no space, busy) or was declined.
+Exit codes: 0 all well; 1 something in a root is damaged; 2 wrong usage, no permission, or a path that is not the root
+of a depot; 3 the operation could not be done (I/O, no space, busy) or was declined.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .commands import app
 from .show import clean
 
 DAMAGED, USAGE, NOT_DONE = 1, 2, 3
-CODE_OF_KIND = {"corrupt": DAMAGED, "invalid_argument": USAGE, "not_found": USAGE, "unsupported": USAGE}
+CODE_OF_KIND = {"corrupt": DAMAGED, "invalid_argument": USAGE, "not_found": USAGE, "permission": USAGE, "unsupported": USAGE}
 
 
 def main() -> None:

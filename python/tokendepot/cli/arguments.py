@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 EXIT_CODES = (
-    "Exit codes: 0 all well; 1 something in a root is damaged; 2 wrong usage, or a path that is not the root of a "
-    "depot; 3 the operation could not be done, or was declined."
+    "Exit codes: 0 all well; 1 something in a root is damaged; 2 wrong usage, no permission, or a path that is not the root "
+    "of a depot; 3 the operation could not be done, or was declined."
 )
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import _core
-from . import bench, damage, doctor, du, metrics, namespaces, replay, show
+from . import bench, damage, doctor, du, events, explain, export, metrics, namespaces, repair, replay, show, top
 from .arguments import EXIT_CODES, Json, Root, Roots, print_json
 
 ROWS_SHOWN = 50
@@ -265,6 +265,12 @@ def version(as_json: Json = False) -> None:
 
 app.command(epilog=doctor.EXIT_CODES)(doctor.doctor)
 app.command(epilog=EXIT_CODES)(du.du)
+app.command(epilog=EXIT_CODES)(events.events)
+app.command(epilog=export.EXIT_CODES_EXPORT)(export.export)
+app.command("import", epilog=export.EXIT_CODES_IMPORT)(export.import_command)
+app.command(epilog=explain.EXIT_CODES)(explain.explain)
+app.command(epilog=repair.EXIT_CODES)(repair.repair)
 app.command(epilog=EXIT_CODES)(metrics.metrics)
+app.command(epilog=EXIT_CODES)(top.top)
 app.command(epilog=EXIT_CODES)(replay.replay)
 app.command(epilog=EXIT_CODES)(replay.plan)

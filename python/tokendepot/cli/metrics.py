@@ -17,7 +17,7 @@ from . import show
 EXTRA = "tokendepot metrics needs the package {}: pip install 'tokendepot[metrics]'"
 
 
-def _root(text: str) -> tuple[str, int | None]:
+def root_and_capacity(text: str) -> tuple[str, int | None]:
     """"/path", or "/path?capacity=SIZE" as in the configuration of an engine -> path and capacity."""
     try:
         text.encode()
@@ -50,7 +50,7 @@ def metrics(
     except ModuleNotFoundError as error:
         raise typer.BadParameter(EXTRA.format(error.name)) from None
     try:
-        registry, collector = registry_of([_root(text) for text in roots], show.complain)
+        registry, collector = registry_of([root_and_capacity(text) for text in roots], show.complain)
     except BadRoots as error:
         raise typer.BadParameter(str(error)) from None
     if once:

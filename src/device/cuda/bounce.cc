@@ -27,9 +27,8 @@ Bounce::~Bounce() {
   if (stream_ != nullptr) cudaStreamDestroy(stream_);
 }
 
-Status Bounce::start(int priority) {
-  if (auto s = check(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, priority), "a stream"); !s)
-    return s;
+Status Bounce::start() {
+  if (auto s = check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "a stream"); !s) return s;
   for (cudaEvent_t& event : moved_) {
     if (auto s = check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming | cudaEventBlockingSync),
                        "an event");

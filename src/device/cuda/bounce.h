@@ -24,7 +24,7 @@ class Bounce {
   ~Bounce();
   Bounce(const Bounce&) = delete;
   Bounce& operator=(const Bounce&) = delete;
-  Status start(int priority);
+  Status start();
 
   /// Returns when the last piece is on its way: `then` runs on behind it.
   Copied to_device(std::byte* device, std::span<const std::byte> from, bool guarded, cudaStream_t then);

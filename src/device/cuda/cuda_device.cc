@@ -1,6 +1,5 @@
 // The CUDA device: extents go between host memory (mapped segments, or the pinned slab) and the paged cache
-// in one copy and one kernel each, several in flight, loads on high-priority streams and stores on
-// low-priority ones.
+// in one copy and one or two kernels each, several in flight.
 //
 // Threads: one starts and finishes flights and never waits for a copy of the CPU; one registers mapped
 // segments; `threads` copy payloads that are not registered (yet). All calls of the driver are made by them,
@@ -8,7 +7,6 @@
 #include "device/cuda/cuda_device.h"
 
 #include <cuda_runtime_api.h>
-#include <sys/mman.h>
 #include <sys/prctl.h>
 #define XXH_INLINE_ALL
 #include <xxhash.h>
@@ -31,11 +29,12 @@
 #include "base/log.h"
 #include "device/cuda/bounce.h"
 #include "device/cuda/caches.h"
+#include "device/cuda/convoy.h"
 #include "device/cuda/flight.h"
+#include "device/cuda/holdings.h"
 #include "device/cuda/marks.h"
 #include "device/cuda/registry.h"
 #include "device/cuda/status.h"
-#include "device/host_slab.h"
 #include "device/range_slab.h"
 #include "io/io_thread.h"
 
@@ -45,26 +44,23 @@ namespace {
 using cuda::check;
 using cuda::digest_bytes;
 using cuda::Flight;
+using cuda::Holdings;
+using cuda::kLoadLanes;
+using cuda::kMostInFlight;
 using cuda::kNoteBytes;
+using cuda::kStoreLanes;
 using cuda::Needs;
 using cuda::needs_of;
 
-// Thread blocks of 512: verify at 440 GB/s, scatter at 160 (design.md section 8).
-constexpr uint32_t kLoadBlocks = 16;
-constexpr uint32_t kStoreBlocks = 16;
-constexpr uint32_t kMostInFlight = 64;
-constexpr uint32_t kLoadLanes = 4;
-constexpr uint32_t kStoreLanes = 3;
 constexpr auto kLook = std::chrono::microseconds(15);  // how often flights are asked whether they have landed
 constexpr uint32_t kMostStoresInFlight = 16;           // they may wait for a step of the engine
 // The engine may be waiting for a store, and however many loads there are, they use the link's other way.
 constexpr uint32_t kStoresBesideLoads = 1;
 constexpr uint64_t kGpuPageBytes = 64 << 10;  // what the driver pins for storage
-// Loads whose payloads are neighbours share one copy: each copy that a kernel waits for leaves the link idle
-// for 15 us, and a prompt's extents lie one behind the other, with a header page between them.
-constexpr size_t kMostConvoy = 16;
-constexpr uint64_t kMostConvoyBytes = 32 << 20;
-constexpr uint64_t kMostGap = 64 << 10;
+// One is under way and one waits for the link: of more, the GPU's copy engine does several at once and loses
+// up to 10 % of the rate. What comes meanwhile gathers to the next convoy; started at once it would have no
+// neighbours.
+constexpr size_t kMostCopies = 2;
 
 class CudaDevice final : public Device {
  public:
@@ -106,12 +102,12 @@ class CudaDevice final : public Device {
     stats.name = fmt::format("cuda:{}", ordinal_);
     stats.slab_bytes = slab_bytes_;
     stats.pinned_bytes =
-        pinned_->size() + kNoteBytes * kMostInFlight + bounces_.size() * cuda::Bounce::kPinnedBytes;
+        held_->pinned->size() + kNoteBytes * kMostInFlight + bounces_.size() * cuda::Bounce::kPinnedBytes;
     stats.registered_bytes = registry_->registered_bytes();
     stats.threads = static_cast<uint32_t>(2 + copiers_.size());
     return stats;
   }
-  Slab& slab() override { return *pinned_; }
+  Slab& slab() override { return *held_->pinned; }
 
   // Notified under the lock: once `done` was called the owner may destroy the device.
   void submit(ScatterWork* work) override {
@@ -152,7 +148,7 @@ class CudaDevice final : public Device {
 
   Slab* make_file_slab() override {
     TD_CHECK(!file_slab_);
-    auto* const memory = static_cast<std::byte*>(memory_);
+    auto* const memory = static_cast<std::byte*>(held_->memory);
     const uint64_t half = slab_bytes_ / 2 / kGpuPageBytes * kGpuPageBytes;
     regions_ = std::make_unique<RangeSlab>(memory + half, slab_bytes_ - half);
     file_slab_ = std::make_unique<RangeSlab>(memory, half);
@@ -160,7 +156,7 @@ class CudaDevice final : public Device {
   }
   void drop_file_slab() override {
     file_slab_.reset();
-    regions_ = std::make_unique<RangeSlab>(static_cast<std::byte*>(memory_), slab_bytes_);
+    regions_ = std::make_unique<RangeSlab>(static_cast<std::byte*>(held_->memory), slab_bytes_);
   }
   void enter_thread() override { (void)cuda::enter_device(ordinal_); }
 
@@ -179,80 +175,21 @@ class CudaDevice final : public Device {
   }
 
   Status make() {
-    int count = 0;
-    const cudaError_t counted = cudaGetDeviceCount(&count);
-    if (counted != cudaSuccess) {
-      return fail(ErrorKind::unsupported, "device=cuda:{} is not possible: no GPU can be used here ({})",
-                  ordinal_, cudaGetErrorString(counted));
-    }
-    if (ordinal_ >= count) {
-      return fail(ErrorKind::unsupported, "device=cuda:{} does not exist: this process sees {} GPUs",
-                  ordinal_, count);
-    }
-    if (auto s = cuda::enter_device(ordinal_); !s) return s;
-    size_t free_bytes = 0;
-    size_t total = 0;
-    if (auto s = check(cudaMemGetInfo(&free_bytes, &total), "cudaMemGetInfo"); !s) return s;
-    if (free_bytes < slab_bytes_) {
-      return fail(ErrorKind::no_space, "device_slab={} is more than the {} bytes that are free on cuda:{}",
-                  slab_bytes_, free_bytes, ordinal_);
-    }
-    const cudaError_t allocated = cudaMalloc(&memory_, slab_bytes_);
-    if (allocated != cudaSuccess) {
-      return fail(ErrorKind::no_space, "device_slab={} cannot be had on cuda:{} with {} bytes free ({})",
-                  slab_bytes_, ordinal_, free_bytes, cudaGetErrorString(allocated));
-    }
-    regions_ = std::make_unique<RangeSlab>(static_cast<std::byte*>(memory_), slab_bytes_);
+    auto held = Holdings::make(ordinal_, slab_bytes_, host_slab_bytes_);
+    if (!held) return std::unexpected(held.error());
+    held_ = std::move(*held);
+    regions_ = std::make_unique<RangeSlab>(static_cast<std::byte*>(held_->memory), slab_bytes_);
     if (regions_->size() == 0)
       return fail(ErrorKind::no_space, "device_slab={} holds no whole page", slab_bytes_);
-    pinned_ = std::make_unique<HostSlab>(host_slab_bytes_);
-    // After a fork the device would keep the old page and this process get a new one with its first write,
-    // unless the kernel is new enough to know pinned pages.
-    (void)::madvise(pinned_->base(), pinned_->size(), MADV_DONTFORK);
-    const cudaError_t pinned = cudaHostRegister(pinned_->base(), pinned_->size(), cudaHostRegisterDefault);
-    if (pinned != cudaSuccess) {
-      return fail(ErrorKind::no_space, "slab={} cannot be page-locked for cuda:{} ({})", host_slab_bytes_,
-                  ordinal_, cudaGetErrorString(pinned));
-    }
-    slab_is_pinned_ = true;
-    void* notes = nullptr;
-    if (auto s =
-            check(cudaHostAlloc(&notes, kNoteBytes * kMostInFlight, cudaHostAllocDefault), "pinned notes");
-        !s)
-      return s;
-    notes_ = static_cast<std::byte*>(notes);
-    if (auto s = check(cuda::load_kernels(), "the kernels"); !s) return s;
-    int low = 0;
-    int high = 0;
-    if (auto s = check(cudaDeviceGetStreamPriorityRange(&low, &high), "stream priorities"); !s) return s;
-    if (auto s = check(cudaStreamCreateWithFlags(&setup_stream_, cudaStreamNonBlocking), "a stream"); !s)
-      return s;
-    for (uint32_t lane = 0; lane < streams_.size(); ++lane) {
-      if (auto s = check(cudaStreamCreateWithPriority(&streams_[lane], cudaStreamNonBlocking,
-                                                      lane < kLoadLanes ? high : low),
-                         "a stream");
-          !s)
-        return s;
-    }
-    const uint64_t counter_bytes = kMostInFlight * sizeof(cuda::Counters);
-    if (auto s = check(cudaMalloc(&counters_, counter_bytes), "counters"); !s) return s;
-    if (auto s = check(cudaMemsetAsync(counters_, 0, counter_bytes, setup_stream_), "counters"); !s) return s;
-    if (auto s = check(cudaStreamSynchronize(setup_stream_), "counters"); !s) return s;
-    for (uint32_t i = 0; i < kMostInFlight; ++i) {
-      flights_[i].counters = static_cast<cuda::Counters*>(counters_) + i;
-      if (auto s = check(cudaEventCreateWithFlags(&flights_[i].done, cudaEventDisableTiming), "an event"); !s)
-        return s;
-      flights_[i].note = notes_ + i * kNoteBytes;
-      free_.push_back(&flights_[i]);
-    }
+    for (Flight& flight : held_->flights) free_.push_back(&flight);
     marks_ = std::make_unique<cuda::Marks>();
     if (auto s = marks_->start(); !s) return s;
     for (auto& bounce : bounces_) {
       bounce = std::make_unique<cuda::Bounce>();
-      if (auto s = bounce->start(high); !s) return s;
+      if (auto s = bounce->start(); !s) return s;
     }
     std::memcpy(secret_.words, XXH3_kSecret, sizeof secret_.words);
-    registry_ = std::make_unique<cuda::Registry>(ordinal_);
+    registry_ = std::make_unique<cuda::Registry>(ordinal_, copies_);
     if (!registry_->running())
       return fail(ErrorKind::busy, "the system refused the CUDA device's second thread");
     return {};
@@ -263,17 +200,7 @@ class CudaDevice final : public Device {
     bounces_.clear();
     marks_.reset();
     caches_.reset();
-    for (const Flight& flight : flights_) {
-      if (flight.done != nullptr) cudaEventDestroy(flight.done);
-    }
-    if (setup_stream_ != nullptr) cudaStreamDestroy(setup_stream_);
-    for (cudaStream_t stream : streams_) {
-      if (stream != nullptr) cudaStreamDestroy(stream);
-    }
-    if (counters_ != nullptr) cudaFree(counters_);
-    if (notes_ != nullptr) cudaFreeHost(notes_);
-    if (slab_is_pinned_) cudaHostUnregister(pinned_->base());
-    if (memory_ != nullptr) cudaFree(memory_);
+    held_.reset();
   }
 
   // --- the device's thread: starts flights, loads before all stores but one, and finishes them
@@ -312,7 +239,7 @@ class CudaDevice final : public Device {
     if (free_.empty()) return false;
     const uint32_t stores = scatters_.empty() ? kMostStoresInFlight : kStoresBesideLoads;
     if (!gathers_.empty() && stores_in_flight_ < stores && take_store(lock)) return true;
-    return !scatters_.empty() && take_loads(lock);
+    return !scatters_.empty() && copying_.size() < kMostCopies && take_loads(lock);
   }
 
   /// False: no room in the device's slab; try again when a flight has ended.
@@ -357,22 +284,11 @@ class CudaDevice final : public Device {
 
   void take_convoy_locked() {
     convoy_.clear();
-    const std::byte* begin = nullptr;
-    const std::byte* end = nullptr;
-    while (convoy_.size() < kMostConvoy && !free_.empty() && !scatters_.empty()) {
-      ScatterWork* const work = scatters_.front();
-      const std::span<const std::byte> payload = work->payload;
-      if (convoy_.empty()) {
-        begin = payload.data();
-      } else if (work->on_device || convoy_.front()->scatter->on_device || payload.data() < end ||
-                 payload.data() - end > static_cast<ptrdiff_t>(kMostGap) ||
-                 static_cast<uint64_t>(payload.data() + payload.size() - begin) > most_convoy_bytes()) {
-        return;
-      }
-      end = payload.data() + payload.size();
-      scatters_.pop_front();
+    for (size_t length = cuda::convoy_length(scatters_, free_.size(), most_convoy_bytes()); length > 0;
+         --length) {
       Flight& flight = take_flight_locked();
-      flight.scatter = work;
+      flight.scatter = scatters_.front();
+      scatters_.pop_front();
       convoy_.push_back(&flight);
     }
   }
@@ -387,7 +303,7 @@ class CudaDevice final : public Device {
     }
   }
 
-  uint64_t most_convoy_bytes() const { return std::min(kMostConvoyBytes, regions_->size() / 8); }
+  uint64_t most_convoy_bytes() const { return std::min(cuda::kMostConvoyBytes, regions_->size() / 8); }
 
   Flight& take_flight_locked() {
     Flight& flight = *free_.back();
@@ -438,7 +354,7 @@ class CudaDevice final : public Device {
       flight->payload = job.payload;
       flight->reached = first.reached;
       flight->lane = lane;
-      flight->stream = streams_[lane];
+      flight->stream = held_->streams[lane];
       flight->lands_with = &last;
       describe(job, *flight->cache,
                on_device ? job.payload.data() : region + (job.payload.data() - span.data()), digests,
@@ -455,7 +371,7 @@ class CudaDevice final : public Device {
     if (needs.region_bytes > regions_->size() || needs.note_bytes > kNoteBytes ||
         !cuda::fits_kernels(job.shape))
       return false;
-    const cudaError_t status = caches_->find_or_add(*job.cache, setup_stream_, &flight.cache);
+    const cudaError_t status = caches_->find_or_add(*job.cache, held_->setup_stream, &flight.cache);
     if (status != cudaSuccess) complain(status);
     return status == cudaSuccess;
   }
@@ -474,6 +390,7 @@ class CudaDevice final : public Device {
       wake_copiers_.notify_one();
       return;
     }
+    Flight& last = *convoy_.back();
     cudaError_t status = cudaSuccess;
     std::byte* to = first.device;
     for (const std::span<std::byte> piece : first.pieces) {
@@ -481,10 +398,14 @@ class CudaDevice final : public Device {
         status = cudaMemcpyAsync(to, piece.data(), piece.size(), cudaMemcpyHostToDevice, first.stream);
       to += piece.size();
     }
+    const bool copies = !first.pieces.empty();
+    if (copies && status == cudaSuccess) status = cudaEventRecord(last.copied, first.stream);
     for (Flight* flight : convoy_) {
       if (status == cudaSuccess) status = queue_scatter(*flight);
     }
-    if (status == cudaSuccess) status = cudaEventRecord(convoy_.back()->done, first.stream);
+    if (status == cudaSuccess) status = cudaEventRecord(last.done, first.stream);
+    if (copies && status == cudaSuccess) copying_.push_back(&last);
+    copies_ = copying_.size();
     for (Flight* flight : convoy_) {
       if (status != cudaSuccess) {
         give_up(*flight, status);
@@ -495,17 +416,17 @@ class CudaDevice final : public Device {
   }
 
   cudaError_t queue_scatter(const Flight& flight) {
-    // Only the kernel touches the cache: the copy need not wait for the engine.
-    cudaError_t status = marks_->wait(flight.stream, flight.scatter->after);
-    if (status == cudaSuccess)
-      status = launch_scatter(flight.move, secret_, kLoadBlocks, flight.aligned, flight.stream);
+    // Only the last kernel touches the cache: the others need not wait for the engine.
+    cudaError_t status = cuda::launch_verify(flight.move, secret_, flight.stream);
+    if (status == cudaSuccess) status = marks_->wait(flight.stream, flight.scatter->after);
+    if (status == cudaSuccess) status = cuda::launch_scatter(flight.move, flight.aligned, flight.stream);
     return status;
   }
 
   cudaError_t queue_gather(const Flight& flight) {
     cudaError_t status = marks_->wait(flight.stream, flight.gather->after);
     if (status == cudaSuccess)
-      status = launch_gather(flight.move, secret_, kStoreBlocks, flight.aligned, flight.stream);
+      status = cuda::launch_gather(flight.move, secret_, flight.aligned, flight.stream);
     uint64_t at = 0;
     for (const std::span<std::byte> piece : flight.pieces) {
       if (status == cudaSuccess)
@@ -518,13 +439,18 @@ class CudaDevice final : public Device {
   }
 
   bool finish_flights() {
-    bool any = false;
+    bool any = std::erase_if(copying_, [](const Flight* flight) {
+                 return cudaEventQuery(flight->copied) != cudaErrorNotReady;
+               }) > 0;
+    copies_ = copying_.size();
     for (std::deque<Flight*>& lane : flying_) {
       while (!lane.empty()) {
         Flight& flight = *lane.front();
         const cudaError_t status = cudaEventQuery(flight.lands_with->done);
         if (status == cudaErrorNotReady) break;  // those behind it come later
         lane.pop_front();
+        std::erase(copying_, &flight);
+        copies_ = copying_.size();
         any = true;
         if (status != cudaSuccess) {
           give_up(flight, status);
@@ -640,8 +566,9 @@ class CudaDevice final : public Device {
   }
 
   bool is_in_slab(std::span<const std::byte> payload) const {
-    const std::byte* const end = pinned_->base() + pinned_->size();
-    return payload.data() >= pinned_->base() && payload.data() + payload.size() <= end;
+    const HostSlab& slab = *held_->pinned;
+    const std::byte* const end = slab.base() + slab.size();
+    return payload.data() >= slab.base() && payload.data() + payload.size() <= end;
   }
 
   const int ordinal_;
@@ -649,23 +576,18 @@ class CudaDevice final : public Device {
   const uint64_t host_slab_bytes_;
 
   // Made by the device's thread before start() returns.
-  void* memory_ = nullptr;
-  std::unique_ptr<RangeSlab> regions_;    // of memory_
+  std::unique_ptr<Holdings> held_;
+  std::unique_ptr<RangeSlab> regions_;    // of the device's memory
   std::unique_ptr<RangeSlab> file_slab_;  // the rest of it; null unless asked for
-  std::unique_ptr<HostSlab> pinned_;
-  bool slab_is_pinned_ = false;
-  std::byte* notes_ = nullptr;
-  void* counters_ = nullptr;  // Counters, one a flight
   cuda::Secret secret_{};
-  cudaStream_t setup_stream_ = nullptr;  // of what is waited for: nothing of it waits for the engine
-  std::array<cudaStream_t, kLoadLanes + kStoreLanes> streams_{};  // of loads, then of stores
   std::unique_ptr<cuda::Marks> marks_;
+  std::atomic<size_t> copies_ = 0;  // copying_.size(), for the registry
   std::unique_ptr<cuda::Registry> registry_;
   std::vector<std::unique_ptr<cuda::Bounce>> bounces_;
 
   // The device's thread only.
-  std::array<Flight, kMostInFlight> flights_{};
-  std::vector<Flight*> convoy_;  // being started: neighbours, in the order of their payloads
+  std::vector<Flight*> convoy_;   // being started: neighbours, in the order of their payloads
+  std::vector<Flight*> copying_;  // the last ones of convoys whose copy has not ended
   std::array<std::deque<Flight*>, kLoadLanes + kStoreLanes>
       flying_;  // their events tell when they have landed
   std::unique_ptr<cuda::Caches> caches_ = std::make_unique<cuda::Caches>();

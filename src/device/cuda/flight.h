@@ -56,7 +56,8 @@ struct Flight {
   uint32_t* note_outcome = nullptr;
   Counters* counters = nullptr;  // in device memory
   cudaStream_t stream = nullptr;
-  uint32_t lane = 0;  // the number of the stream
+  uint32_t lane = 0;             // the number of the stream
+  cudaEvent_t copied = nullptr;  // behind the copy that this one shares as the last
   cudaEvent_t done = nullptr;
   Move move{};
   bool aligned = false;

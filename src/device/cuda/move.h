@@ -18,12 +18,11 @@ struct Secret {
 
 constexpr uint32_t kFewDigests = 64;
 
-/// Zero between launches: a kernel leaves it as it found it.
+/// Zero between an extent and the next: the kernels leave it as they found it.
 struct Counters {
-  uint32_t arrived;           // thread blocks of verify + scatter that have verified
-  uint32_t left;              // of them, those that know the outcome
+  uint32_t asked;             // thread blocks of scatter that know the outcome
   uint32_t bad;               // 1 when a shard differs
-  uint32_t pages_done[4093];  // [shards]
+  uint32_t pages_done[4094];  // [shards]
 };
 constexpr uint32_t kMostShards = sizeof Counters::pages_done / sizeof(uint32_t);
 
@@ -38,18 +37,19 @@ struct Move {
   uint64_t* shard_digests;  // [shards], mapped host memory: gather writes; verify reads what is expected, or
                             // null = few_digests
   Counters* counters;       // of this launch alone
-  uint32_t* outcome;        // mapped host memory: verify + scatter leaves 0 = written or 1 = bad here
+  uint32_t* outcome;        // mapped host memory: scatter leaves 0 = written or 1 = bad here
   uint64_t few_digests[kFewDigests];
 };
 
 /// Loads the code onto the device now: later it might have to wait for all that the engine has queued. Fails
 /// where this build has no code for the GPU.
 cudaError_t load_kernels();
-/// Gather and digest in one kernel. `blocks` thread blocks of 512.
-cudaError_t launch_gather(const Move& move, const Secret& secret, uint32_t blocks, bool aligned,
-                          cudaStream_t stream);
-/// Verify and scatter in one cooperative kernel: nothing is written unless every shard of the run is right.
-cudaError_t launch_scatter(const Move& move, const Secret& secret, uint32_t blocks, bool aligned,
-                           cudaStream_t stream);
+/// Gather and digest in one kernel.
+cudaError_t launch_gather(const Move& move, const Secret& secret, bool aligned, cudaStream_t stream);
+/// Notes in the counters whether every shard of the run is right. Does not touch the paged cache.
+cudaError_t launch_verify(const Move& move, const Secret& secret, cudaStream_t stream);
+/// Behind launch_verify() of the same `move` on the same stream: tells the outcome, and writes unless it is
+/// bad.
+cudaError_t launch_scatter(const Move& move, bool aligned, cudaStream_t stream);
 
 }  // namespace tokendepot::cuda

@@ -19,12 +19,15 @@ namespace {
 
 // Registering takes 43 ms a GiB where the pages are in this process's page table already and 250 where not,
 // and all the while the driver keeps others waiting: an engine that started beside 33 GiB took 6 s longer. So
-// the pages come first, without the driver, and it rests as long as registering takes where nobody else is at
-// the driver. Not as long as it took: beside a working engine that is mostly waiting, and rests as long as
-// that let stores get ahead of it. Nor longer beside the engine's steps: then the loads after a restart find
-// less registered, which cost them more than the shorter rests cost the steps.
+// the pages come first, without the driver, while the chunk before is registered, and it rests as long as
+// registering takes where nobody else is at the driver. Not as long as it took: beside a working engine that
+// is mostly waiting, and rests as long as that let stores get ahead of it. Nor longer beside the engine's
+// steps: then the loads after a restart find less registered, which cost them more than the shorter rests
+// cost the steps.
 constexpr uint64_t kChunkBytes = 32ull << 20;
 constexpr auto kRest = std::chrono::microseconds(1400);
+constexpr auto kLongestWait = std::chrono::milliseconds(50);
+constexpr auto kLook = std::chrono::microseconds(500);
 // The kernel maps the neighbours of a touched page with it: 90 ms a GiB for one thread, where
 // MADV_POPULATE_WRITE takes 220.
 constexpr uint64_t kFaultAroundBytes = 64 << 10;
@@ -60,7 +63,7 @@ void bring_pages(std::span<const std::byte> chunk) {
 
 }  // namespace
 
-Registry::Registry(int ordinal) : ordinal_(ordinal) {
+Registry::Registry(int ordinal, const std::atomic<size_t>& copies) : ordinal_(ordinal), copies_(copies) {
   thread_ = start_io_thread([](void* self) { static_cast<Registry*>(self)->serve(); }, this);
 }
 
@@ -127,6 +130,8 @@ void Registry::serve() {
   std::unique_lock lock(mutex_);
   while (true) {
     if (!released_.empty()) {
+      await_ahead();  // it may be at the mapping's pages
+      ahead_ = {};
       std::optional<Mapping> mapping = std::move(released_.back());
       released_.pop_back();
       unregister(lock, mapping->data(), mapping->size());
@@ -134,6 +139,7 @@ void Registry::serve() {
       mapping.reset();  // unmapping a whole segment takes long, too
       lock.lock();
     } else if (closing_) {
+      await_ahead();
       return;
     } else if (!waiting_.empty()) {
       register_chunk(lock);
@@ -149,18 +155,47 @@ void Registry::serve() {
   }
 }
 
+std::span<std::byte> Registry::next_chunk_locked() const {
+  if (waiting_.empty()) return {};
+  std::byte* const mapping = waiting_.begin()->second;
+  const Adopted& adopted = adopted_.at(mapping);
+  return {mapping + adopted.begun, std::min(kChunkBytes, adopted.bytes - adopted.begun)};
+}
+
+void Registry::bring_ahead(std::span<std::byte> chunk) {
+  ahead_ = chunk;
+  bringer_ =
+      start_io_thread([](void* span) { bring_pages(*static_cast<std::span<std::byte>*>(span)); }, &ahead_);
+  if (!bringer_.joinable()) ahead_ = {};
+}
+
+void Registry::await_ahead() {
+  if (bringer_.joinable()) bringer_.join();
+}
+
+void Registry::give_way() const {
+  const auto ends = std::chrono::steady_clock::now() + kLongestWait;
+  while (copies_ > 0 && std::chrono::steady_clock::now() < ends) std::this_thread::sleep_for(kLook);
+}
+
 void Registry::register_chunk(std::unique_lock<std::mutex>& lock) {
-  const auto hottest = waiting_.begin();
-  std::byte* const mapping = hottest->second;
+  const std::span<std::byte> chunk = next_chunk_locked();
+  std::byte* const mapping = waiting_.begin()->second;
   Adopted& adopted = adopted_.at(mapping);
-  std::byte* const begin = mapping + adopted.registered;
-  const uint64_t bytes = std::min(kChunkBytes, adopted.bytes - adopted.registered);
   const unsigned flags =
       cudaHostRegisterDefault | (adopted.writable ? 0u : unsigned{cudaHostRegisterReadOnly});
   const bool possible = adopted.writable || read_only_possible_;
+  adopted.begun += chunk.size();
+  const bool last = adopted.begun == adopted.bytes;
+  if (last) std::erase_if(waiting_, [mapping](const auto& entry) { return entry.second == mapping; });
+  const std::span<std::byte> next = next_chunk_locked();
   lock.unlock();
-  if (possible) bring_pages({begin, bytes});
-  const cudaError_t status = possible ? cudaHostRegister(begin, bytes, flags) : cudaErrorNotSupported;
+  await_ahead();
+  if (possible && ahead_.data() != chunk.data()) bring_pages(chunk);
+  if (possible && !next.empty()) bring_ahead(next);
+  if (possible) give_way();
+  const cudaError_t status =
+      possible ? cudaHostRegister(chunk.data(), chunk.size(), flags) : cudaErrorNotSupported;
   if (status != cudaSuccess) cudaGetLastError();
   std::this_thread::sleep_for(kRest);
   if (status != cudaSuccess) {
@@ -171,12 +206,11 @@ void Registry::register_chunk(std::unique_lock<std::mutex>& lock) {
         cudaGetErrorString(status));
   }
   lock.lock();
-  if (status == cudaSuccess) chunks_.emplace(begin, bytes);
-  const auto still = adopted_.find(mapping);  // it may have been released meanwhile
-  if (still == adopted_.end()) return;
-  still->second.registered += bytes;
-  if (status == cudaSuccess && still->second.registered < still->second.bytes) return;
-  std::erase_if(waiting_, [mapping](const auto& entry) { return entry.second == mapping; });
+  if (status == cudaSuccess) {
+    chunks_.emplace(chunk.data(), chunk.size());
+  } else {  // nor will the rest of it be
+    std::erase_if(waiting_, [mapping](const auto& entry) { return entry.second == mapping; });
+  }
 }
 
 void Registry::unregister(std::unique_lock<std::mutex>& lock, std::byte* begin, uint64_t bytes) {

@@ -1,7 +1,9 @@
 // Mapped segments, registered with the driver in the background: what the device reaches without a copy.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -22,7 +24,9 @@ namespace tokendepot::cuda {
 /// with the file and its extents are absent. Nothing of it raises SIGBUS, which only a CPU's access does.
 class Registry {
  public:
-  explicit Registry(int ordinal);
+  /// While `copies`, which outlives this, is not 0, registering waits, for a bounded time: the driver does
+  /// one thing at a time, and copies that are not followed by others in time leave the link idle.
+  Registry(int ordinal, const std::atomic<size_t>& copies);
   /// Everything adopted has been released.
   ~Registry();
   Registry(const Registry&) = delete;
@@ -41,19 +45,27 @@ class Registry {
  private:
   struct Adopted {
     uint64_t bytes = 0;
-    uint64_t registered = 0;
+    uint64_t begun = 0;  // of them, registered or refused
     bool writable = false;
   };
 
   void serve();
   uint64_t registered_locked() const;
   void register_chunk(std::unique_lock<std::mutex>& lock);
+  std::span<std::byte> next_chunk_locked() const;
+  void bring_ahead(std::span<std::byte> chunk);
+  void await_ahead();
+  void give_way() const;
   void unregister(std::unique_lock<std::mutex>& lock, std::byte* begin, uint64_t bytes);
 
   const int ordinal_;
-  bool read_only_possible_ = false;  // the thread's own, as are the next two
+  const std::atomic<size_t>& copies_;
+  // The thread's own.
+  bool read_only_possible_ = false;
   bool complained_ = false;
   bool told_ = false;
+  std::span<std::byte> ahead_;  // the chunk whose pages were brought while another was registered
+  std::thread bringer_;
   mutable std::mutex mutex_;
   std::condition_variable wake_;
   bool closing_ = false;

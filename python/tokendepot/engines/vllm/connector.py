@@ -25,6 +25,7 @@ from tokendepot.engines.vllm.worker import WorkerHalf
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -135,6 +136,11 @@ class TokendepotConnector(KVConnectorBase_V1, SupportsHMA):
         report = connector_output.kv_connector_worker_meta
         finished = set(connector_output.finished_recving or ())
         self._guarded(lambda: half.report(report if isinstance(report, StepReport) else None, finished), None)
+
+    def take_events(self) -> list[KVCacheEvent]:
+        half = self._scheduler_half
+        nothing: list[KVCacheEvent] = []
+        return self._guarded(half.take_events, nothing) if half is not None else nothing
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         if self._scheduler_half is not None:

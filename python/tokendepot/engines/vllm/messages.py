@@ -93,7 +93,7 @@ class StepOrders(KVConnectorMetadata):
 class StepReport(KVConnectorWorkerMetadata):
     """Worker half to scheduler half; one step's reports of all ranks are merged by vLLM."""
 
-    failed_chunks: set[tuple[int, int, int]] = field(default_factory=set)  # (load job, chunk, group)
+    failed_chunks: dict[tuple[int, int, int], str] = field(default_factory=dict)  # (load job, chunk, group) -> reason
     ended_stores: dict[int, int] = field(default_factory=dict)  # store job -> ranks that ended it
     failed_stores: set[tuple[int, int]] = field(default_factory=set)  # (store job, item)
     ended_holds: dict[int, int] = field(default_factory=dict)  # hold job -> ranks that ended it

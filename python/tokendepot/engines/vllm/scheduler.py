@@ -21,6 +21,7 @@ from typing import Any
 from tokendepot import _core
 from tokendepot.engines.vllm import versions
 from tokendepot.engines.vllm.adapters import Adapters, PendingError
+from tokendepot.engines.vllm.events import DepotEvents, wanted
 from tokendepot.engines.vllm.fence import StoreFence
 from tokendepot.engines.vllm.groups import FULL, Group, describe_groups, loads_are_safe
 from tokendepot.engines.vllm.identity import manifest
@@ -32,10 +33,12 @@ from tokendepot.engines.vllm.messages import (
     StepReport,
     StoreOrder,
 )
+from tokendepot.engines.vllm.misses import Misses, other_namespaces
 from tokendepot.engines.vllm.places import NULL_BLOCK, everything, everywhere, places_of
 from tokendepot.engines.vllm.repeats import Repeats
 from tokendepot.engines.vllm.settings import RefusedError, Settings
 from tokendepot.engines.vllm.sharing import Sharing
+from tokendepot.engines.vllm.stats import MISSED, JournalLag
 from tokendepot.engines.vllm.tracked import Hold, Load, Promise, Store, Tracked, bar
 from tokendepot.engines.vllm.worth import Worth, starting_values
 
@@ -68,7 +71,13 @@ class SchedulerHalf:
         self._may_store = bool(transfer.is_kv_producer)
         self._drop_last_chunk = versions.chunk_drop_needed(vllm_config.speculative_config)
         self._fence = StoreFence(self._groups, self._ranks)
-        self._worth = None if settings.min_load_is_fixed else Worth(*starting_values(self._groups, self._depot.stats()))
+        self._worth = Worth(*starting_values(self._groups, self._depot.stats()))
+        self._misses = Misses(self._depot, other_namespaces(settings.root_paths, self._namespace))
+        self._lag = JournalLag()
+        self._events: DepotEvents | None = None
+        if wanted(vllm_config):
+            roots = [root["path"] for root in self._depot.stats()["roots"]]
+            self._events = DepotEvents(roots, self._chunk, self._namespace)
         self._repeats = Repeats()
         self._sharing = Sharing(
             self._groups,
@@ -117,7 +126,7 @@ class SchedulerHalf:
     def matched_tokens(self, request: Any, local_tokens: int) -> int | None:
         """Tokens beyond `local_tokens` that the depot can load; None = ask again. May be asked any number of times."""
         tracked = self._track(request)
-        tracked.promise, tracked.not_worth, tracked.found = None, 0, None
+        tracked.promise, tracked.not_worth, tracked.found, tracked.asked_chunks = None, 0, None, 0
         if self._off or not self._may_load or tracked.load_failed:
             return 0
         if request.skip_reading_prefix_cache:  # it wants its prompt computed, for the prompt's log probabilities
@@ -146,6 +155,7 @@ class SchedulerHalf:
         keys = chain.keys(0, chunks)
         hit = self._depot.longest_prefix(keys, self._wants)
         tracked.found = hit > 0
+        tracked.asked_chunks, tracked.missing, tracked.local_tokens = chunks, hit, local_tokens
         if hit and self._drop_last_chunk:
             hit = self._depot.longest_prefix(chain.keys(0, hit - 1), self._wants)
         external = hit * self._chunk - local_tokens
@@ -168,7 +178,8 @@ class SchedulerHalf:
         return external
 
     def _is_worth_loading(self, request: Any, local_tokens: int, hit_tokens: int) -> bool:
-        return self._worth is None or self._worth.of_load(local_tokens, hit_tokens, request.num_tokens)
+        fixed = self._settings.min_load_is_fixed
+        return fixed or self._worth.of_load(local_tokens, hit_tokens, request.num_tokens)
 
     def _verified(self, tracked: Tracked, keys: bytes, hit: int) -> int | None:
         """Chunks of the prefix that all ranks hold, verified, in memory; None = they are at it."""
@@ -213,6 +224,8 @@ class SchedulerHalf:
             self._count("queried_tokens", request.num_tokens)
             if tracked.not_worth:
                 self._count("not_worth_tokens", tracked.not_worth)
+                self._count(f"{MISSED}not_worth_loading", tracked.not_worth)
+            self._explain_miss(tracked)
             self._watch_repeats(tracked)
         if external_tokens <= 0:
             self._let_go(tracked)
@@ -222,6 +235,16 @@ class SchedulerHalf:
         order = self._order(tracked, tables, promise, external_tokens)
         self._pending.append(order)
         self._count("hit_tokens", external_tokens)
+
+    def _explain_miss(self, tracked: Tracked) -> None:
+        """Of what was asked for, all from the first missing chunk on counts by the cause of that chunk."""
+        at, chain = tracked.missing, tracked.chain
+        missed = tracked.asked_chunks * self._chunk - max(at * self._chunk, tracked.local_tokens)
+        if missed <= 0 or chain is None or at >= len(chain):
+            return
+        cause = self._guard(lambda: self._misses.cause(chain.keys(at, at + 1), tracked.request, first=at == 0))
+        if cause is not None:
+            self._count(f"{MISSED}{cause}", missed)
 
     def _watch_repeats(self, tracked: Tracked) -> None:
         if tracked.found is None or tracked.chain is None:
@@ -248,10 +271,13 @@ class SchedulerHalf:
             plan = self._plan(keys, groups)
         broken = plan is None and not held_job
         began = hold.began if hold is not None else time.monotonic()
-        self._loads[job] = Load(request_id, keys, external, began, failed=broken)
+        self._loads[job] = Load(
+            request_id, keys, local, external, tracked.request.num_tokens, began, failed=broken
+        )
         if broken:
             tracked.load_failed = True
             self._count("broken_promises", 1)
+            self._count(f"{MISSED}evicted", external)
             self._sharing.brings_nothing(request_id)
             groups = everything(self._groups, tables, local, end)
         else:
@@ -286,14 +312,13 @@ class SchedulerHalf:
             orders.fence = self._fence.needed_by(output)
             orders.stores = self._stores_of(output)
             orders.timed = self._timed(output)
+            self._guard(lambda: self._add_counts(self._lag.delta(self._depot.stats)))
         except Exception as error:  # the loads of this step must reach the workers whatever happens here
             self.turn_off(f"choosing what to store: {type(error).__name__}: {error}")
         return orders
 
     def _timed(self, output: Any) -> int:
         """The number under which this step is timed, 0 when it is not."""
-        if self._worth is None:
-            return 0
         cached = output.scheduled_cached_reqs
         before = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         before |= {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
@@ -374,6 +399,8 @@ class SchedulerHalf:
                 blocks = self._owned_blocks(group, table, chunk, computed, whole_table)
                 if blocks is not None:
                     into.append((key, chunk, group.index, blocks))
+                    if self._events is not None:
+                        self._events.learn(key, chunk, tracked)
                     self._storing[(key, group.index)] = now + STORE_MEMORY_S
         tracked.next_chunk = last
 
@@ -413,12 +440,12 @@ class SchedulerHalf:
     def report(self, report: StepReport | None, finished_loads: set[str]) -> None:
         """What all ranks said in one step; `finished_loads` are the requests whose load every rank has ended."""
         if report is not None:
-            for number in report.steps if self._worth is not None else ():
+            for number in report.steps:
                 self._worth.step_ended(number)
             if report.disabled:
                 self.turn_off(report.disabled)
-            for job, chunk, group in report.failed_chunks:
-                self._load_failed(job, chunk, group)
+            for (job, chunk, group), reason in report.failed_chunks.items():
+                self._load_failed(job, chunk, group, reason)
             for job, ranks in report.ended_holds.items():
                 self._hold_ended(job, ranks, failed=job in report.failed_holds)
             for job, item in report.failed_stores:
@@ -439,15 +466,18 @@ class SchedulerHalf:
     def _learn_from_loads(self, finished: set[str]) -> None:
         now = time.monotonic()
         for load in self._loads.values():
-            if self._worth is not None and load.request_id in finished and not load.failed:
+            if load.request_id in finished and not load.failed:
                 self._worth.loaded(load.tokens, now - load.began)
+                saved = self._worth.saved(load.local, load.local + load.tokens, load.total, now - load.began)
+                self._count("saved_seconds", saved)
 
-    def _forget(self, keys: bytes, chunk: int, group: int) -> None:
-        """Not promised again until somebody stores it anew, which the recomputing request does."""
+    def _forget(self, keys: bytes, chunk: int, group: int, reason: str) -> str:
+        """Not promised again until somebody stores it anew, which the recomputing request does. Returns the cause."""
         key = keys[chunk * _core.KEY_BYTES : (chunk + 1) * _core.KEY_BYTES]
         if len(key) == _core.KEY_BYTES:
             self._guard(lambda: self._depot.forget(key, group))
             self._storing.pop((key, group), None)
+        return self._misses.failed(key, reason)
 
     def _hold_ended(self, job: int, ranks: int, *, failed: bool) -> None:
         hold = self._holds.get(job)
@@ -459,15 +489,15 @@ class SchedulerHalf:
             del self._holds[job]
             self._sharing.ended(hold.request_id, time.monotonic())
 
-    def _load_failed(self, job: int, chunk: int, group: int) -> None:
+    def _load_failed(self, job: int, chunk: int, group: int, reason: str) -> None:
         hold = self._holds.get(job)
         if hold is not None:
-            self._forget(hold.keys, chunk, group)
+            self._missed_chunk(hold, chunk, self._forget(hold.keys, chunk, group, reason))
             return
         load = self._loads.get(job)
         if load is None:
             return
-        self._forget(load.keys, chunk, group)
+        self._missed_chunk(load, chunk, self._forget(load.keys, chunk, group, reason))
         if not load.failed:
             load.failed = True
             self._sharing.brings_nothing(load.request_id)
@@ -475,6 +505,12 @@ class SchedulerHalf:
             tracked = self._requests.get(load.request_id)
             if tracked is not None:
                 tracked.load_failed = True
+
+    def _missed_chunk(self, of: Load | Hold, chunk: int, cause: str) -> None:
+        """Once for all groups and ranks."""
+        if chunk not in of.missed:
+            of.missed.add(chunk)
+            self._count(f"{MISSED}{cause}", self._chunk)
 
     def _store_ended(self, job: int, ranks: int) -> None:
         store = self._stores.get(job)
@@ -490,6 +526,10 @@ class SchedulerHalf:
             for first in store.firsts:
                 if first in self._storing:  # else a rank failed to store it
                     self._repeats.stored(first[0], until)
+
+    def take_events(self) -> list[Any]:
+        """KV events since the last call; none where the engine's configuration wants none."""
+        return self._events.take() if self._events is not None and not self._off else []
 
     # --- requests ------------------------------------------------------------------------------------------------
 
@@ -558,6 +598,8 @@ class SchedulerHalf:
                 self.turn_off("the namespace after a reset cannot be registered")
             else:
                 self._namespace = fresh
+                if self._events is not None:
+                    self._events.move_to(fresh)
         self._storing.clear()
         self._stores.clear()
         for tracked in self._requests.values():
@@ -577,7 +619,13 @@ class SchedulerHalf:
     def close(self) -> None:
         self._off = self._off or "closed"
         self._adapters.close()
+        if self._events is not None:
+            self._events.close()
         self._guard(self._depot.close)
+
+    def _add_counts(self, counts: dict[str, float]) -> None:
+        for name, amount in counts.items():
+            self._count(name, amount)
 
     def _count(self, name: str, amount: float) -> None:
         self._counts[name] = self._counts.get(name, 0) + amount

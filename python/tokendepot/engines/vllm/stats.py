@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
-from prometheus_client import REGISTRY, Counter
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 REASONS = ("absent", "mismatch", "corrupt", "io_error", "timed_out", "cancelled", "dropped")
 FAILURE = "failures:"  # prefix of "failures:<load|store>:<reason>" in the data
 PATHS = ("mapped", "direct", "buffered", "gds_p2p", "gds_compat")
 CARRIED = "bytes_by:"  # prefix of "bytes_by:<load|store>:<path>" in the data
+DROPS = ("no_root", "queue_full", "no_space", "late")
+DROPPED = "drops:"  # prefix of "drops:<reason>" in the data
+CAUSES = ("absent", "evicted", "corrupt", "other_namespace", "timed_out", "failed", "not_worth_loading")
+MISSED = "missed:"  # prefix of "missed:<cause>" in the data
+EVICTIONS = {"capacity": "evicted_bytes", "corrupt": "corrupt_bytes"}  # cause -> what a root's statistics call it
+ROOT = "root:"  # prefix of "root:<what>:<root>[:<more>]" in the data
+ROOT_DIGITS = 8  # of a root's id in labels, as the exporter has them
+NAMED_ROOTS = 4  # with labels of their own; so that all series of an engine stay below 200
+OTHER_ROOTS = "other"
+BUCKETS = "bucket:"  # prefix of "bucket:<histogram>:<number, or sum>" in the data
+GAUGE = "gauge:"  # prefix of "gauge:<name>": a change, not a value
+LAG_EVERY_S = 30.0  # asking costs time on the scheduler's thread that grows with the segments
+BOUNDS_S = (0.0001, 0.0004, 0.0016, 0.0064, 0.0256, 0.1024, 0.4096, 1.6384, 6.5536, 26.2144)  # LatencyCounts
 
 # Key of the data -> (metric name, help). Prometheus appends "_total".
 COUNTERS = {
@@ -60,6 +75,10 @@ COUNTERS = {
         "tokendepot_switched_off",
         "Parts of the connector (the scheduler's, and each rank's) that do without the depot from some moment on.",
     ),
+    "saved_seconds": (
+        "tokendepot_saved_seconds",
+        "Seconds of prefill that loads saved, at the measured prefill rate and less the time of the load; an estimate.",
+    ),
     "failed_requests": (
         "tokendepot_failed_load_requests",
         "Requests with at least one chunk that failed to load.",
@@ -73,6 +92,38 @@ CARRIED_METRIC = (
     "tokendepot_carried_bytes",
     "Bytes by operation and by the path that really carried them.",
 )
+DROPPED_METRIC = ("tokendepot_dropped_stores", "Extents that were not stored because a bound was reached, by bound.")
+MISSED_METRIC = ("tokendepot_missed_tokens", "Tokens of whole chunks of prompts that were not loaded, by cause.")
+# What of "root:<what>:..." -> (metric name, help, labels besides root).
+ROOT_METRICS = {
+    "moved_bytes": ("tokendepot_root_moved_bytes", "Bytes loaded from and stored into a root.", ("operation",)),
+    "moved_tokens": (
+        "tokendepot_root_moved_tokens",
+        "Tokens loaded from and stored into a root, as rank 0 sees the first group.",
+        ("operation",),
+    ),
+    "written_bytes": (
+        "tokendepot_root_written_bytes",
+        "Bytes that engines wrote into a root: stores, copies of demoted segments, journal records.",
+        (),
+    ),
+    "evicted_bytes": ("tokendepot_root_evicted_bytes", "Bytes that went from a root, by cause.", ("cause",)),
+}
+# Name of "bucket:<name>:..." -> (metric name, help).
+HISTOGRAMS = {
+    "load_latency": ("tokendepot_load_latency_seconds", "Of one loaded extent, from submission to its end."),
+    "load_queue": ("tokendepot_load_queue_seconds", "Of one extent to load, from submission to its beginning."),
+    "store_latency": ("tokendepot_store_latency_seconds", "Of one stored extent, from submission to its journal record."),
+    "store_queue": ("tokendepot_store_queue_seconds", "Of one extent to store, from submission to its beginning."),
+    "journal_lag": (
+        "tokendepot_journal_lag_seconds",
+        "Age of others' journal records when the scheduler saw them, by the writers' clocks.",
+    ),
+}
+GAUGES = {
+    "mapped_bytes": ("tokendepot_mapped_bytes", "Of segments, mapped into the workers."),
+    "registered_bytes": ("tokendepot_registered_bytes", "Of them, what the device reaches without a copy."),
+}
 
 
 class DepotStats(KVConnectorStats):
@@ -90,6 +141,8 @@ class DepotStats(KVConnectorStats):
         """The periodic log line: totals of the interval, and the rates that follow from them."""
         line: dict[str, int | float] = {}
         for key, value in sorted(self.data.items()):
+            if key.startswith((ROOT, BUCKETS, GAUGE)):
+                continue
             line[f"tokendepot_{key}"] = round(value, 4) if isinstance(value, float) else value
         for way in ("load", "store"):
             if seconds := self.data.get(f"{way}_seconds"):
@@ -99,34 +152,80 @@ class DepotStats(KVConnectorStats):
         return line
 
     def is_empty(self) -> bool:
-        return not any(self.data.values())
+        return not self.data
 
 
 class EngineCounters:
-    """Turns the ever-growing counters of Depot.stats() into deltas."""
+    """Turns the ever-growing counters of a worker's Depot.stats() into deltas; those of gauges may be negative."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int) -> None:
         self._before: dict[str, float] = {}
+        self._rank = rank
 
     def delta(self, stats: dict[str, Any]) -> dict[str, float]:
         now: dict[str, float] = {}
+        now |= {f"{DROPPED}{reason}": stats["drops"][reason] for reason in DROPS}
+        now |= {f"{GAUGE}{name}": stats["device"][name] for name in GAUGES}
+        for number, root in enumerate(stats["roots"]):
+            label = root["id"][:ROOT_DIGITS] if number < NAMED_ROOTS else OTHER_ROOTS
+            for key, value in self._of_root(label, root).items():
+                now[key] = now.get(key, 0) + value
         for way in ("load", "store"):
             counts = stats[way]
             now[f"{way}_extents"] = counts["extents"]
             now[f"{way}_bytes"] = counts["bytes"]
             now[f"{way}_seconds"] = counts["nanoseconds"] / 1e9
+            now |= buckets(f"{way}_latency", counts["latency"])
+            now |= buckets(f"{way}_queue", counts["queue"])
             for reason in REASONS:
                 now[f"{FAILURE}{way}:{reason}"] = counts["failures"][reason]
             for path in PATHS:
                 now[f"{CARRIED}{way}:{path}"] = counts["by_path"][path]
         now["gds_errors"] = sum(root["gds_errors"] for root in stats["roots"])
         change = {key: value - self._before.get(key, 0) for key, value in now.items()}
+        # Series of roots begin with the first message: with 0, or Prometheus would take what follows for their beginning.
+        first, self._before = not self._before, now
+        return {key: value for key, value in change.items() if value or (first and key.startswith(ROOT))}
+
+    def _of_root(self, label: str, root: dict[str, Any]) -> dict[str, float]:
+        found = {f"{ROOT}evicted_bytes:{label}:{cause}": root[key] for cause, key in EVICTIONS.items()}
+        found[f"{ROOT}written_bytes:{label}"] = root["written_bytes"]
+        for way, traffic in (("load", root["loaded"]), ("store", root["stored"])):
+            found[f"{ROOT}moved_bytes:{label}:{way}"] = traffic["bytes"]
+            if self._rank == 0:  # each rank has a part of the same tokens
+                found[f"{ROOT}moved_tokens:{label}:{way}"] = traffic["tokens"]
+        return found
+
+
+class JournalLag:
+    """What the scheduler's depot counts, now and then."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, float] = {}
+        self._due = 0.0
+
+    def delta(self, stats: Callable[[], dict[str, Any]]) -> dict[str, float]:
+        """Asks `stats` (of a depot) once each LAG_EVERY_S at most."""
+        if time.monotonic() < self._due:
+            return {}
+        self._due = time.monotonic() + LAG_EVERY_S
+        now: dict[str, float] = {}
+        for root in stats()["roots"]:
+            for key, value in buckets("journal_lag", root["journal_lag"]).items():
+                now[key] = now.get(key, 0) + value
+        change = {key: value - self._before.get(key, 0) for key, value in now.items()}
         self._before = now
         return {key: value for key, value in change.items() if value}
 
 
+def buckets(name: str, counts: dict[str, Any]) -> dict[str, float]:
+    """LatencyCounts as data: how many in each bucket, and the sum of the seconds."""
+    data: dict[str, float] = {f"{BUCKETS}{name}:{number}": count for number, count in enumerate(counts["counts"])}
+    return data | {f"{BUCKETS}{name}:sum": counts["nanoseconds"] / 1e9}
+
+
 class DepotPromMetrics(KVConnectorPromMetrics):
-    """Lives in the API server's process."""
+    """Lives in the API server's process. Labels come from fixed lists, and from root ids in the data."""
 
     def __init__(
         self,
@@ -138,7 +237,7 @@ class DepotPromMetrics(KVConnectorPromMetrics):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._counters: dict[str, dict[int, Any]] = {}
         for key, (name, text) in COUNTERS.items():
-            metric = self._counter(name, text, labelnames)
+            metric = self._metric(self._counter_cls, Counter, name, text, labelnames)
             self._counters[key] = {
                 engine: metric.labels(*values) for engine, values in per_engine_labelvalues.items()
             }
@@ -146,7 +245,7 @@ class DepotPromMetrics(KVConnectorPromMetrics):
             (FAILURE_METRIC, "reason", REASONS, FAILURE),
             (CARRIED_METRIC, "path", PATHS, CARRIED),
         ):
-            metric = self._counter(name, text, [*labelnames, "operation", label])
+            metric = self._metric(self._counter_cls, Counter, name, text, [*labelnames, "operation", label])
             for way in ("load", "store"):
                 for choice in choices:
                     self._counters[f"{prefix}{way}:{choice}"] = {
@@ -154,16 +253,60 @@ class DepotPromMetrics(KVConnectorPromMetrics):
                         for engine, values in per_engine_labelvalues.items()
                     }
 
-    def _counter(self, name: str, text: str, labelnames: list[str]) -> Any:
-        """A second engine in one process goes on with the first one's counter: names are unique in the registry."""
-        if self._counter_cls is Counter:
+        for (name, text), label, choices, prefix in (
+            (DROPPED_METRIC, "reason", DROPS, DROPPED),
+            (MISSED_METRIC, "cause", CAUSES, MISSED),
+        ):
+            metric = self._metric(self._counter_cls, Counter, name, text, [*labelnames, label])
+            for choice in choices:
+                self._counters[f"{prefix}{choice}"] = {
+                    engine: metric.labels(*values, choice) for engine, values in per_engine_labelvalues.items()
+                }
+        self._of_roots = {
+            what: self._metric(self._counter_cls, Counter, name, text, [*labelnames, "root", *labels])
+            for what, (name, text, labels) in ROOT_METRICS.items()
+        }
+        self._gauges = {
+            name: self._metric(self._gauge_cls, Gauge, *about, labelnames, multiprocess_mode="livesum")
+            for name, about in GAUGES.items()
+        }
+        self._histograms = {
+            name: self._metric(self._histogram_cls, Histogram, *about, labelnames, buckets=BOUNDS_S)
+            for name, about in HISTOGRAMS.items()
+        }
+        for metric in (*self._gauges.values(), *self._histograms.values()):
+            for values in per_engine_labelvalues.values():
+                metric.labels(*values)  # shown from the start, with 0
+
+    def _metric(self, kind: Any, plain: Any, name: str, text: str, labelnames: list[str], **more: Any) -> Any:
+        """A second engine in one process goes on with the first one's metric: names are unique in the registry."""
+        if kind is plain:
             registered = getattr(REGISTRY, "_names_to_collectors", {}).get(name)
             if registered is not None and getattr(registered, "_labelnames", None) == tuple(labelnames):
                 return registered
-        return self._counter_cls(name=name, documentation=text, labelnames=labelnames)
+        return kind(name=name, documentation=text, labelnames=labelnames, **more)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        values = self.per_engine_labelvalues[engine_idx]
         for key, value in transfer_stats_data.items():
-            counter = self._counters.get(key)
-            if counter is not None and value > 0:
+            kind, _, rest = key.partition(":")
+            name, *more = rest.split(":")
+            if kind + ":" == GAUGE and name in self._gauges:
+                self._gauges[name].labels(*values).inc(value)
+            elif kind + ":" == BUCKETS and name in self._histograms:
+                _add_to_bucket(self._histograms[name].labels(*values), more[0], value)
+            elif kind + ":" == ROOT and name in self._of_roots:
+                self._of_roots[name].labels(*values, *more).inc(max(0, value))
+            elif (counter := self._counters.get(key)) is not None and value > 0:
                 counter[engine_idx].inc(value)
+
+
+def _add_to_bucket(histogram: Any, bucket: str, value: float) -> None:
+    """What was counted elsewhere. prometheus_client has no public way to add to a bucket; wrappers of it (Ray's) get
+    observations of the bucket's bound."""
+    counts = getattr(histogram, "_buckets", None)
+    if counts is not None:
+        (histogram._sum if bucket == "sum" else counts[int(bucket)]).inc(value)
+    elif bucket != "sum":
+        for _ in range(int(value)):
+            histogram.observe(BOUNDS_S[min(int(bucket), len(BOUNDS_S) - 1)])

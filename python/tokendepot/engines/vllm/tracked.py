@@ -26,6 +26,7 @@ class Hold:
     until: float  # when it is given up
     ended_by: int = 0
     failed: bool = False
+    missed: set[int] = field(default_factory=set)  # chunks that failed
 
 
 @dataclass
@@ -44,15 +45,21 @@ class Tracked:
     next_chunk: int = 0  # chunks before it need no more thought
     counted: bool = False  # in queried_tokens
     found: bool | None = None  # whether the last look-up found anything; None = there was none
+    asked_chunks: int = 0  # of the last look-up; 0 = there was none
+    missing: int = 0  # chunk at which its hit ended
+    local_tokens: int = 0  # that the engine had then
 
 
 @dataclass
 class Load:
     request_id: str
     keys: bytes
-    tokens: int
+    local: int  # tokens that the engine had
+    tokens: int  # that are loaded
+    total: int  # of the prompt
     began: float
     failed: bool = False
+    missed: set[int] = field(default_factory=set)  # chunks that failed
 
 
 @dataclass

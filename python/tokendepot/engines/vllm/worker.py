@@ -56,7 +56,7 @@ class WorkerHalf:
         self._failed_requests: set[str] = set()
         self._bad_blocks: set[int] = set()
         self._report = StepReport()
-        self._counters = EngineCounters()
+        self._counters = EngineCounters(self._placement.rank)
         self._scheduler_counts: dict[str, float] = {}
         self._stats_due = 0.0
         self._failure_line_due = 0.0
@@ -239,7 +239,7 @@ class WorkerHalf:
         self._holding.discard(job)
         for _, chunk, group, reason in completion["failures"]:
             if reason != "dropped":  # a full slab says nothing against the extent
-                self._report.failed_chunks.add((job, chunk, group))
+                self._report.failed_chunks[job, chunk, group] = reason
             self._note_failure(f"chunk not loaded ({reason}), recomputed")
         self._end_hold(job, failed=bool(completion["failures"]))
 
@@ -251,7 +251,7 @@ class WorkerHalf:
         places = {groups.group: groups for groups in order.groups}
         for _, chunk, group, reason in completion["failures"]:
             bad |= places[group].of_chunk(chunk)
-            self._report.failed_chunks.add((order.job, chunk, group))
+            self._report.failed_chunks[order.job, chunk, group] = reason
             self._note_failure(f"chunk not loaded ({reason}), recomputed")
         self._end_load(order, bad=bad)
 

@@ -26,6 +26,7 @@ SHORT_STEP_EVERY_S = 1.0
 STEPS_UNDER_WAY = 64  # remembered; a step that nobody reports is forgotten
 LOADS_COUNT_S = 60.0
 KEPT = 5  # observations of one power of two
+UNTOLD = 1024
 LOAD_LATENCY_S = 2e-3
 LATENCY_SHARE = 4  # of a load's time over that of its bytes, for guesses about larger ones
 START_MEMORY_RATE, START_DISK_RATE = 20e9, 3e9  # bytes a second, where nothing was measured
@@ -90,6 +91,7 @@ class Worth:
         self._last_number = 0
         self._last_end = 0.0
         self._short_step_due = 0.0
+        self._untold: deque[tuple[int, int, int, float]] = deque(maxlen=UNTOLD)  # loads before computing was measured
 
     # --- the rule ------------------------------------------------------------------------------------------------
 
@@ -129,6 +131,19 @@ class Worth:
         first, self._no_load_yet = self._no_load_yet, False
         if not first or seconds <= self._first_guess(tokens):
             self._loads.observe(self._clock(), tokens, seconds)
+
+    def saved(self, local: int, hit: int, total: int, seconds: float) -> float:
+        """Seconds that were saved by a load of tokens [local, hit) of a prompt of `total`, which took `seconds`, and by
+        those before it that could not be valued yet: 0 until a prefill was measured. A load that was slower than
+        computing saved nothing."""
+        self._untold.append((local, hit, total, seconds))
+        if self._contexts.near(total) is None:
+            return 0.0
+        told, self._untold = self._untold, deque(maxlen=UNTOLD)
+        return sum(
+            max(0.0, self.compute_seconds(local, total) - self.compute_seconds(hit, total) - took)
+            for local, hit, total, took in told
+        )
 
     def step_begins(self, scheduled: list[tuple[int, int]]) -> int:
         """(computed before, tokens in this step) of every request -> a number to be reported when the step has ended,

@@ -1,4 +1,4 @@
-#include "device/cuda/gds_lane.h"
+#include "device/gds/gds_lane.h"
 
 #include <algorithm>
 #include <cstdlib>

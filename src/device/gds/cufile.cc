@@ -1,4 +1,4 @@
-#include "device/cuda/cufile.h"
+#include "device/gds/cufile.h"
 
 #include <dlfcn.h>
 #include <fcntl.h>

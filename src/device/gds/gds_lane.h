@@ -5,7 +5,7 @@
 #include <memory>
 #include <string>
 
-#include "device/cuda/cufile.h"
+#include "device/gds/cufile.h"
 #include "io/engine.h"
 
 namespace tokendepot {

@@ -1,0 +1,74 @@
+"""`tokendepot events`: imports what it runs when it is called."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from ..holdings import Holdings
+from . import show
+from .arguments import Roots, once_each
+
+EXTRA = "tokendepot events needs the package {}: pip install 'tokendepot[events]'"
+NOT_DONE = 3
+
+
+class Hashes(str, Enum):
+    number = "number"
+    bytes = "bytes"
+
+
+class Form(str, Enum):
+    map = "map"
+    array = "array"
+
+
+def events(
+    roots: Roots,
+    endpoint: Annotated[
+        str, typer.Option(metavar="URL", help="ZeroMQ endpoint to publish on; a port of 0 = any that is free.")
+    ] = "tcp://127.0.0.1:5557",
+    replay: Annotated[
+        str | None, typer.Option(metavar="URL", help="Endpoint that sends earlier batches again. [default: none]")
+    ] = None,
+    topic: Annotated[str, typer.Option(help="Of all messages.")] = "",
+    hashes: Annotated[
+        Hashes, typer.Option(help="Block hashes: the last 8 bytes of a key as a number, as vLLM's are, or its 32 bytes.")
+    ] = Hashes.number,
+    form: Annotated[
+        Form, typer.Option(help="Events as maps, as vLLM sends them from 0.24 on, or arrays, as before.")
+    ] = Form.map,
+) -> None:
+    """Publishes what comes into roots and what goes as KV events, in vLLM's format, until SIGTERM."""
+    try:
+        import zmq
+
+        from ..publisher import Publisher, Wire, follow
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(EXTRA.format(error.name)) from None
+    for option, given in (("--endpoint", endpoint), ("--replay", replay)):
+        if given is not None and not given.startswith(("tcp://", "ipc://")):
+            raise typer.BadParameter(f"{option} is {given!r}, expected tcp://ADDRESS:PORT or ipc://PATH")
+    holdings = Holdings(once_each(roots), show.complain)
+    wire = Wire(arrays=form is Form.array, number_hashes=hashes is Hashes.number)
+    try:
+        publisher = Publisher(endpoint, replay, topic, wire)
+    except zmq.ZMQError as error:
+        show.complain(f"cannot publish on {' and '.join(filter(None, (endpoint, replay)))}: {error}")
+        raise typer.Exit(NOT_DONE) from None
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    for path, root_id in zip(once_each(roots), holdings.root_ids, strict=True):
+        show.say(f"root {root_id[:8]} is {show.clean(path)}")
+    show.say(f"events on {' and replays on '.join(publisher.endpoints)}")
+    sys.stdout.flush()
+    try:
+        follow(holdings, publisher, wire, stop.is_set)
+    finally:
+        publisher.close()

@@ -1,0 +1,102 @@
+"""A real vLLM with a pool too small for its requests, aborts, and a depot whose files are damaged now and then.
+
+Its answers equal those of a run without a depot, its memory and descriptors stay flat, and nothing that it wrote has a
+salt or a prompt in clear.
+"""
+
+from __future__ import annotations
+
+import array
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from campaign import Campaign
+from soak_engine import prompts_of
+from tally import Tally
+
+KIND = "soak of a real vLLM"
+SECONDS = {"short": 60, "long": 600}
+START_LIMIT_S = 300
+SALT = "salt-of-a-tenant-3f9a"
+# Over the last third against the third before: what is allowed to vary in an engine whose requests differ.
+MOST_GROWTH, MOST_MORE_BYTES, MOST_MORE_DESCRIPTORS = 1.05, 32 << 20, 8
+HERE = Path(__file__).resolve().parent
+
+
+def engine(order: dict, tally: Tally, where: str) -> tuple[list[dict], str]:
+    """What it told, and everything that it logged."""
+    command = [sys.executable, str(HERE / "soak_engine.py"), json.dumps(order)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=order["seconds"] * 2 + START_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        tally.fail("hangs", f"{where}: the engine did not end")
+        return [], ""
+    if done.returncode != 0:
+        tally.fail("deaths", f"{where}: the engine ended with code {done.returncode}: {done.stderr[-3000:]}")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")], done.stdout + done.stderr
+
+
+def flat(samples: list[dict], name: str) -> tuple[float, float]:
+    """The largest of the third before the last, and of the last third."""
+    third = max(1, len(samples) // 3)
+    return max(s[name] for s in samples[-2 * third : -third]), max(s[name] for s in samples[-third:])
+
+
+def secrets_in(root: Path, log: str, seed: int) -> list[str]:
+    """Where a salt or a prompt stands in clear, as text or as numbers, in any name or content."""
+    found = []
+    tokens = [tokens[:8] for tokens, _ in prompts_of(seed)]
+    shapes = {SALT.encode()}
+    for some in tokens:
+        shapes |= {array.array(code, some).tobytes() for code in "Iqi"}
+        shapes.add(", ".join(map(str, some)).encode())
+    for file in root.rglob("*"):
+        if any(shape in str(file).encode() for shape in shapes):
+            found.append(f"the name {file.name}")
+        content = file.read_bytes() if file.is_file() else b""
+        found += [f"{file.relative_to(root)} at {content.find(shape)}" for shape in shapes if shape in content]
+    said = "\n".join(line for line in log.splitlines() if "tokendepot" in line).encode()
+    return found + [f"a log line or metric: {shape!r}" for shape in shapes if shape in said]
+
+
+def run(campaign: Campaign) -> Tally:
+    tally = Tally(KIND)
+    if importlib.util.find_spec("vllm") is None:
+        tally.not_here.append("soak: no vLLM in this Python (scripts/setup vllm)")
+        return tally
+    sys.path.insert(0, str(HERE.parents[1] / "tests/vllm"))
+    from tiny_model import write_checkpoint
+
+    seed, where = campaign.seed, f"seed {campaign.seed}"
+    with campaign.directory() as model, campaign.directory() as root:
+        order = {"model": write_checkpoint(model, "llama"), "extra": None, "seed": seed, "salt": SALT, "seconds": 0}
+        told, _ = engine(order, tally, f"{where} without a depot")
+        expected = {t["answer"]: t["tokens"] for t in told if "answer" in t}
+        extra = {"roots": [f"{root}?capacity=128MiB"], "free_space_reserve": 0, "slab": "32MiB", "min_load_tokens": 1}
+        order |= {"extra": extra, "seconds": SECONDS["long" if campaign.long else "short"]}
+        told, log = engine(order, tally, where)
+        for answer in (t for t in told if "answer" in t):
+            tally.checked += 1
+            if answer["tokens"] != expected.get(answer["answer"]):
+                tally.fail("wrong", f"{where}: prompt {answer['answer']} was answered otherwise than without a depot")
+        end = next((t for t in told if "metrics" in t), {"injected": 0, "metrics": {}})
+        tally.injected += end["injected"]
+        metrics = end["metrics"]
+        tried = ["tokendepot_load_bytes_total"] + (["vllm:num_preemptions_total"] if campaign.long else [])
+        for name in tried:
+            if metrics.get(name, 0) == 0:
+                tally.fail("hangs", f"{where}: {name} is 0, so nothing was tried")
+        for secret in secrets_in(root, log, seed):
+            tally.fail("wrong", f"{where}: a secret in clear in {secret}")
+        samples = [t for t in told if "resident" in t]
+        if len(samples) >= 9:
+            before, after = flat(samples, "resident")
+            if after > before * MOST_GROWTH + MOST_MORE_BYTES:
+                tally.fail("deaths", f"{where}: memory grew from {before:,} to {after:,} bytes")
+            before, after = flat(samples, "descriptors")
+            if after > before + MOST_MORE_DESCRIPTORS:
+                tally.fail("deaths", f"{where}: descriptors grew from {before} to {after}")
+    return tally

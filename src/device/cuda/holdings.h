@@ -1,0 +1,47 @@
+// What a CUDA device takes from the driver when it starts and gives back at its end.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "device/cuda/flight.h"
+#include "device/host_slab.h"
+#include "tokendepot/error.h"
+
+namespace tokendepot::cuda {
+
+constexpr uint32_t kMostInFlight = 64;
+constexpr uint32_t kLoadLanes = 4;
+constexpr uint32_t kStoreLanes = 3;
+
+/// Made and destroyed on one thread, the device's own, when nothing of it is in use.
+struct Holdings {
+  /// Errors: unsupported (no GPU, no such GPU), no_space (naming what is free), io (the driver's words).
+  static Result<std::unique_ptr<Holdings>> make(int ordinal, uint64_t device_slab_bytes, uint64_t slab_bytes);
+  ~Holdings();
+  Holdings() = default;
+  Holdings(const Holdings&) = delete;
+  Holdings& operator=(const Holdings&) = delete;
+
+  void* memory = nullptr;            // device_slab_bytes of the GPU
+  std::unique_ptr<HostSlab> pinned;  // slab_bytes of the host
+  std::array<Flight, kMostInFlight> flights{};
+  cudaStream_t setup_stream = nullptr;  // of what is waited for: nothing of it waits for the engine
+  std::array<cudaStream_t, kLoadLanes + kStoreLanes> streams{};  // of loads, then of stores
+
+ private:
+  Status take_memory(int ordinal, uint64_t device_slab_bytes);
+  Status pin_slab(int ordinal, uint64_t slab_bytes);
+  Status make_streams();
+  Status make_flights();
+
+  bool slab_is_pinned_ = false;
+  void* notes_ = nullptr;     // kNoteBytes a flight, mapped
+  void* counters_ = nullptr;  // Counters, one a flight
+};
+
+}  // namespace tokendepot::cuda

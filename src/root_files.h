@@ -1,0 +1,37 @@
+// The files of a root as tools meet them from outside: nothing is created, nothing stands still.
+#pragma once
+
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "format/extent.h"
+#include "format/marker.h"
+#include "io/file.h"
+#include "store/keeper_lock.h"
+#include "tokendepot/error.h"
+#include "tokendepot/key.h"
+#include "tokendepot/tools.h"
+
+namespace tokendepot {
+
+/// `not_found` when `path` has no marker, `corrupt` or `unsupported` when it has none that can be read.
+Result<Marker> read_marker(const std::string& path);
+/// A directory that was never created holds nothing.
+Result<std::vector<DirectoryEntry>> entries_of(const std::string& path);
+/// A file that is being made, or was when its maker died.
+bool is_temporary(const std::string& name);
+/// Somebody holds the lock of this journal.
+bool has_live_writer(const std::string& journal);
+/// "<64 hex>.json". nullopt: not a manifest's name.
+std::optional<NamespaceDigest> digest_of_manifest(const std::string& name);
+/// The sole right to create, recycle and remove segments; engines hold it for moments. `busy` after 2 s.
+Result<KeeperLock> lock_keeper(const std::string& path);
+/// Whether the header found at `where` is the one that the journal speaks of. `corrupt` if not.
+Status check_header(const ExtentHeader& header, const StoredExtent& extent, const std::string& where);
+/// Whether the payload behind the header at the front of `extent`, all of it in memory, is what its digests
+/// say. `corrupt` if not.
+Status check_payload(const ExtentHeader& header, std::span<const std::byte> extent, const std::string& where);
+
+}  // namespace tokendepot

@@ -1,0 +1,262 @@
+"""`tokendepot events` on roots that a real engine fills: a router that listens knows what they hold, at any time."""
+
+import contextlib
+import re
+import subprocess
+import sys
+import time
+
+import msgspec
+import pytest
+import zmq
+from paged import MANIFEST, Cache, config, filled_root, keys_of, split, store
+
+import tokendepot
+from tokendepot import Depot, publisher
+
+COMMAND = [sys.executable, "-c", "from tokendepot.cli import main; main()", "events"]
+WAIT_S = 20.0
+
+
+class Router:
+    """What a router knows: (hash, group, medium) of all blocks that it was told of."""
+
+    def __init__(self, endpoint, replay=None, topic=""):
+        self.context = zmq.Context()
+        self.context.setsockopt(zmq.LINGER, 0)  # of all sockets: who fails must not hang at the end
+        self.live = self.context.socket(zmq.SUB)
+        self.live.connect(endpoint)
+        self.live.subscribe(topic)
+        self.replay = replay
+        self.next = None  # sequence number that is expected
+        self.blocks = set()
+        self.seen = []  # events, as they came
+
+    def close(self):
+        self.context.destroy(linger=0)
+
+    def catch_up(self, since=0):
+        """Asks for everything from `since` on; what comes live later and is older than that is passed over."""
+        asking = self.context.socket(zmq.DEALER)
+        asking.connect(self.replay)
+        asking.send_multipart((b"", since.to_bytes(8, "big")))
+        while asking.poll(10_000):
+            _, _, number, payload = asking.recv_multipart()
+            if number == publisher.END:
+                return
+            self.take(int.from_bytes(number, "big"), payload)
+        raise AssertionError("no end of the replay")
+
+    def listen(self, seconds=0.0):
+        while self.live.poll(int(seconds * 1000)):
+            seconds = 0.0
+            _, number, payload = self.live.recv_multipart()
+            self.take(int.from_bytes(number, "big"), payload)
+
+    def take(self, number, payload):
+        if self.next is not None and number < self.next:
+            return
+        assert self.next is None or number == self.next, "a batch was lost"
+        self.next = number + 1
+        when, events, rank = msgspec.msgpack.decode(payload)
+        assert abs(time.time() - when) < 60 and events and rank == 0
+        for event in events:
+            self.seen.append(event)
+            kind, hashes, medium, group = self.parts(event)
+            places = {(block, group, medium) for block in hashes}
+            if kind == "AllBlocksCleared":
+                self.blocks.clear()
+            elif kind == "BlockStored":
+                self.blocks |= places
+            else:
+                self.blocks -= places
+
+    @staticmethod
+    def parts(event):
+        if isinstance(event, dict):
+            return event["type"], event.get("block_hashes", ()), event.get("medium"), event.get("group_idx", 0)
+        kind = event[0]
+        if kind == "AllBlocksCleared":
+            return kind, (), None, 0
+        medium, group = (6, 9) if kind == "BlockStored" else (2, 3)
+        return kind, event[1], event[medium], event[group] if len(event) > group else 0
+
+    def until_equal(self, expected):
+        end = time.monotonic() + WAIT_S
+        while self.blocks != expected and time.monotonic() < end:
+            self.listen(0.05)
+        assert self.blocks == expected
+
+
+@contextlib.contextmanager
+def publishing(*arguments):
+    """The process and the endpoints that it printed."""
+    command = [*COMMAND, *map(str, arguments), "--endpoint", "tcp://127.0.0.1:0", "--replay", "tcp://127.0.0.1:0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        for line in process.stdout:
+            if found := re.search(r"events on (\S+) and replays on (\S+)", line):
+                yield process, found[1], found[2]
+                break
+        else:
+            raise AssertionError("it ended before it published")
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def held(*roots, number=True):
+    """What the catalog of each root holds, as a router would know it."""
+    return {
+        (publisher.hash_of(extent["key"], number=number), extent["group"], medium(root))
+        for root in roots
+        for extent in tokendepot.list_extents(str(root))
+    }
+
+
+def medium(root):
+    return "CPU" if tokendepot.inspect_root(str(root))["file_system"] == "tmpfs" else "STORAGE"
+
+
+def test_a_router_follows_stores_evictions_removals_and_a_restart_and_ends_equal_to_the_catalog(memory_root):
+    filled_root(memory_root, chunks=8)
+    with publishing(memory_root) as (process, endpoint, replay):
+        router = Router(endpoint, replay)
+        router.catch_up()
+        router.until_equal(held(memory_root))
+        assert len(router.blocks) == 8
+
+        depot = Depot.open(config(memory_root))
+        namespace = depot.register_namespace(MANIFEST)
+        cache = Cache(64 * 4, seed=3)
+        cache.lend_to(depot)
+        assert store(depot, namespace, keys_of(namespace, 40, first_token=10_000))["items_ok"] == 40
+        router.until_equal(held(memory_root))
+        assert len(router.blocks) == 48
+        depot.close()
+
+        tokendepot.evict_segments(str(memory_root), 1)
+        router.until_equal(held(memory_root))
+        after_eviction = len(router.blocks)
+        assert 0 < after_eviction < 48
+
+        some = tokendepot.list_extents(str(memory_root))[:5]
+        assert tokendepot.remove_extents(str(memory_root), some) == 5
+        router.until_equal(held(memory_root))
+        assert len(router.blocks) == after_eviction - 5
+
+        late = Router(endpoint, replay)  # hears nothing of what was before but by the replay
+        late.catch_up()
+        late.until_equal(router.blocks)
+        assert late.next == router.next
+        late.close()
+        router.close()
+        process.terminate()
+        assert process.wait(10) == 0
+
+    with publishing(memory_root) as (_, endpoint, replay):
+        router = Router(endpoint, replay)
+        router.blocks = {(1, 0, "CPU")}  # of the publisher before
+        router.catch_up()
+        router.until_equal(held(memory_root))
+        router.close()
+
+
+def test_a_store_evicts_what_is_oldest_and_the_router_hears_of_both(memory_root):
+    filled_root(memory_root, chunks=8)
+    with publishing(memory_root) as (_, endpoint, replay):
+        router = Router(endpoint, replay)
+        router.catch_up()
+        depot = Depot.open(config(memory_root))
+        namespace = depot.register_namespace(MANIFEST)
+        cache = Cache(160, seed=3)
+        cache.lend_to(depot)
+        for job in range(20):  # more than the capacity of 16 MiB holds
+            store(depot, namespace, keys_of(namespace, 40, first_token=20_000 * (job + 1)), job=job + 1)
+        depot.close()
+        router.until_equal(held(memory_root))
+        kinds = [Router.parts(event)[0] for event in router.seen]
+        assert kinds.count("BlockRemoved") >= 8 and kinds.count("AllBlocksCleared") == 1
+        router.close()
+
+
+def test_media_are_told_apart_and_a_lost_root_holds_nothing_until_it_is_back(memory_root, root):
+    filled_root(memory_root, chunks=4)
+    filled_root(root, chunks=6)
+    with publishing(memory_root, root) as (_, endpoint, replay):
+        router = Router(endpoint, replay)
+        router.catch_up()
+        router.until_equal(held(memory_root, root))
+        aside = root.with_name("aside")
+        root.rename(aside)
+        router.until_equal(held(memory_root))
+        aside.rename(root)
+        router.until_equal(held(memory_root, root))
+        router.close()
+
+
+@pytest.mark.parametrize("form", ["map", "array"])
+def test_events_have_the_fields_and_the_order_of_the_releases_that_want_this_form(memory_root, form):
+    _, keys, _ = filled_root(memory_root, chunks=1)
+    with publishing(memory_root, "--form", form, "--hashes", "bytes", "--topic", "kv") as (_, endpoint, replay):
+        router = Router(endpoint, replay, topic="kv")
+        router.catch_up()
+        router.until_equal({(split(keys)[0], 0, "CPU")})
+        stored = router.seen[-1]
+        router.close()
+    if form == "map":
+        wanted = {
+            "type": "BlockStored", "block_hashes": [keys], "parent_block_hash": None, "token_ids": [], "block_size": 32,
+            "lora_id": None, "medium": "CPU", "lora_name": None,
+        }  # fmt: skip
+        assert {name: stored[name] for name in wanted} == wanted
+    else:
+        assert stored[:8] == ["BlockStored", [keys], None, [], 32, None, "CPU", None]
+
+
+def test_who_asks_for_batches_that_are_not_kept_is_told_everything_anew(memory_root, monkeypatch):
+    _, keys, _ = filled_root(memory_root, chunks=3)
+    monkeypatch.setattr(publisher, "BATCHES_KEPT", 2)
+    monkeypatch.setattr(publisher, "FRESH_START_EVERY_S", 0.0)
+    wire = publisher.Wire(arrays=False, number_hashes=True)
+    one = publisher.Publisher("tcp://127.0.0.1:0", "tcp://127.0.0.1:0", "", wire)
+    holdings = publisher.Holdings([str(memory_root)], pytest.fail)
+    router = Router(*one.endpoints)
+    asking = router.context.socket(zmq.DEALER)
+    asking.connect(router.replay)
+    for _ in range(3):
+        one.send([wire.cleared()])  # the first of them is not kept any more
+    time.sleep(0.2)  # until the subscription is there
+    asking.send_multipart((b"", (0).to_bytes(8, "big")))
+    end = time.monotonic() + WAIT_S
+
+    def told_anew():
+        router.listen()
+        kinds = [Router.parts(event)[0] for event in router.seen]
+        return (kinds[-3:] == ["BlockStored"] * 3 and kinds.count("BlockStored") == 6) or time.monotonic() > end
+
+    publisher.follow(holdings, one, wire, told_anew)
+    assert [Router.parts(event)[0] for event in router.seen[-4:]] == ["AllBlocksCleared", *["BlockStored"] * 3]
+    assert router.blocks == held(memory_root)
+    router.close()
+    one.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "complaint"),
+    [
+        (["/nowhere"], 2, "/nowhere is not the root of a depot"),
+        (["ROOT", "--endpoint", "5557"], 2, "--endpoint is '5557', expected tcp://ADDRESS:PORT or ipc://PATH"),
+        (["ROOT", "--endpoint", "tcp://nowhere.invalid:1"], 3, "cannot publish on tcp://nowhere.invalid:1"),
+        (["ROOT", "--form", "list"], 2, "list"),
+        ([], 2, "ROOT"),
+    ],
+)
+def test_bad_input_is_one_sentence(memory_root, arguments, code, complaint):
+    filled_root(memory_root, chunks=1)
+    arguments = [str(memory_root) if text == "ROOT" else text for text in arguments]
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    said = " ".join(re.sub("[│╭╮╰╯─]", " ", done.stderr).split())
+    assert complaint in said and "Traceback" not in said

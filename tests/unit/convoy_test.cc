@@ -1,0 +1,74 @@
+// Which loads share a copy to a CUDA device.
+#include "device/cuda/convoy.h"
+
+#include <gtest/gtest.h>
+
+#include <vector>
+
+namespace tokendepot::testing {
+namespace {
+
+using cuda::convoy_length;
+using cuda::kMostConvoy;
+using cuda::kMostGap;
+
+constexpr uint64_t kExtent = 64 << 10;
+constexpr uint64_t kAll = 1ull << 40;
+
+/// Works on payloads in one stretch of memory.
+class ConvoyTest : public ::testing::Test {
+ protected:
+  void add(uint64_t at, uint64_t bytes = kExtent, bool on_device = false) {
+    ScatterWork work;
+    work.payload = {memory_ + at, bytes};
+    work.on_device = on_device;
+    works_.push_back(work);
+  }
+  size_t length(size_t most = 100, uint64_t most_bytes = kAll) {
+    std::deque<ScatterWork*> queue;
+    for (ScatterWork& work : works_) queue.push_back(&work);
+    return convoy_length(queue, most, most_bytes);
+  }
+  // Never read: only where payloads lie is asked.
+  std::byte* const memory_ = reinterpret_cast<std::byte*>(uint64_t{1} << 40);
+  std::vector<ScatterWork> works_;
+};
+
+TEST_F(ConvoyTest, NeighboursShareACopyAcrossTheHeadersBetweenThem) {
+  for (uint64_t i = 0; i < 5; ++i) add(i * (kExtent + 4096));
+  EXPECT_EQ(length(), 5u);
+}
+
+TEST_F(ConvoyTest, AGapOrAStepBackEndsIt) {
+  add(0);
+  add(kExtent + kMostGap);
+  add(2 * kExtent + 2 * kMostGap + 1);
+  EXPECT_EQ(length(), 2u);
+  works_.resize(1);
+  add(0);
+  EXPECT_EQ(length(), 1u);
+  works_.resize(1);
+  add(kExtent - 1);
+  EXPECT_EQ(length(), 1u) << "overlapping";
+}
+
+TEST_F(ConvoyTest, ItsBoundsAreWorksBytesAndFreeFlights) {
+  for (uint64_t i = 0; i < 2 * kMostConvoy; ++i) add(i * kExtent);
+  EXPECT_EQ(length(), kMostConvoy);
+  EXPECT_EQ(length(3), 3u);
+  EXPECT_EQ(length(100, 4 * kExtent), 4u);
+  EXPECT_EQ(length(100, 4 * kExtent - 1), 3u);
+  EXPECT_EQ(length(100, 1), 1u) << "a large extent goes alone";
+}
+
+TEST_F(ConvoyTest, WhatIsOnTheDeviceAlreadyGoesAlone) {
+  add(0, kExtent, true);
+  add(kExtent);
+  EXPECT_EQ(length(), 1u);
+  works_.erase(works_.begin());
+  add(2 * kExtent, kExtent, true);
+  EXPECT_EQ(length(), 1u);
+}
+
+}  // namespace
+}  // namespace tokendepot::testing

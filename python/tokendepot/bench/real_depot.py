@@ -27,6 +27,7 @@ from .traces import Request, Trace
 PAGED_CACHE_BYTES = 64 << 20  # the engine's side: as many chunks as fit are loaded or stored at once
 POLL_S = 0.0002
 JOB_PATIENCE_S = 60.0
+SETTLE_S = 1.0  # until what was evicted has gone from the index: journals are read once a second at least
 RESERVE_BYTES = 256 << 20  # what the engine leaves free on a file system by default
 
 
@@ -146,6 +147,7 @@ class RealDepot:
                 outcome.unique_stored = len(seen)
                 advance(1)
         finally:
+            time.sleep(SETTLE_S)
             outcome.stats = self._depot.stats()
             outcome.stored = outcome.stats["store"]["extents"]
             # A promoted extent has two entries while its copy lives: copies that have gone make this too high.

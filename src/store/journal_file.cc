@@ -84,7 +84,8 @@ Result<uint64_t> JournalReader::read_new(const std::function<void(const Record&)
   const uint64_t size = std::max(*now, listed_bytes);
   const uint64_t slots = size / kRecordBytes;
   // A long damaged tail is not read over and over; a short one may be a record that is being written.
-  if (size == std::exchange(size_seen_, size) && slots > next_index_ + kReadBytes / kRecordBytes) return 0;
+  if (size == size_seen_ && slots > next_index_ + kReadBytes / kRecordBytes) return 0;
+  size_seen_ = kNothing;  // a read that fails has seen nothing
   uint64_t index = next_index_;
   uint64_t good = 0;
   uint64_t pending_bad = 0;
@@ -112,6 +113,7 @@ Result<uint64_t> JournalReader::read_new(const std::function<void(const Record&)
     }
   }
   has_tail_ = size > next_index_ * kRecordBytes;
+  size_seen_ = size;
   return good;
 }
 

@@ -55,7 +55,8 @@ class JournalReader {
   uint64_t next_index_ = 0;
   uint64_t bad_records_ = 0;
   bool has_tail_ = false;
-  uint64_t size_seen_ = 0;
+  static constexpr uint64_t kNothing = UINT64_MAX;
+  uint64_t size_seen_ = kNothing;  // all of a file of this size was read
 };
 
 /// Appends to one journal while holding its lock. Not thread-safe.

@@ -159,14 +159,20 @@ void Replay::put_back_displaced() {
   }
 }
 
-void Replay::poll() {
+bool Replay::poll() {
   std::lock_guard lock(read_mutex_);
   const auto listed = find_journals();
-  if (!listed) return;
-  for (auto& [writer, reader] : journals_) {
-    const auto bytes = listed->find(writer);
-    if (bytes != listed->end() && !reader.has_read(bytes->second)) (void)read(reader, bytes->second);
+  if (!listed) return false;
+  bool whole = true;
+  for (const auto& [writer, bytes] : *listed) {
+    const auto reader = journals_.find(writer);
+    if (reader == journals_.end()) {
+      whole &= writer == own_journal_;
+    } else if (!reader->second.has_read(bytes)) {
+      whole &= read(reader->second, bytes).has_value();
+    }
   }
+  return whole;
 }
 
 std::vector<uint64_t> Replay::writers() const {

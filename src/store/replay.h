@@ -27,8 +27,9 @@ class Replay {
 
   /// Reads everything, then drops what the journals speak of but the directory does not hold.
   Status first();
-  /// Reads what was appended since. Never fails: what cannot be read now is read at the next poll.
-  void poll();
+  /// Reads what was appended since. False: some journal could not be read to its end now; the next poll tries
+  /// again, and until then nobody may conclude that no journal speaks of something.
+  bool poll();
 
   /// Applies a record that this process wrote itself (its own journal is not tailed).
   void apply(const Record& record) { apply(std::span(&record, 1)); }

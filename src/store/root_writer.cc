@@ -105,7 +105,9 @@ Status RootWriter::adopt_or_create() {
         Record seal;
         seal.type = RecordType::seal;
         seal.where = {*id, used, 0};
-        if (auto sealed = append(seal); !sealed) return sealed;
+        // Without room for a record the segment stays unsealed, and so in use, until the next start.
+        auto sealed = append(seal);
+        if (!sealed && sealed.error().kind != ErrorKind::no_space) return sealed;
       } else if (auto removed = remove_file(root_.segments_dir() + "/" + entry.name);
                  !removed && removed.error().kind != ErrorKind::not_found) {
         return removed;
@@ -118,7 +120,8 @@ Status RootWriter::adopt_or_create() {
       Record gone;
       gone.type = RecordType::condemn_segment;
       gone.where.segment = *id;
-      if (auto condemned = append(gone); !condemned) return condemned;
+      auto condemned = append(gone);
+      if (!condemned && condemned.error().kind != ErrorKind::no_space) return condemned;
       continue;
     }
     if (!file) return std::unexpected(file.error());
@@ -179,6 +182,10 @@ Result<RootWriter::Place> RootWriter::reserve(uint64_t bytes) {
   return cut_locked(*current_, bytes);
 }
 
+SegmentId RootWriter::next_id_locked() {
+  return {journal_.writer(), next_sequence_++};
+}
+
 RootWriter::Place RootWriter::cut_locked(Current& segment, uint64_t bytes) {
   Place place{segment.slot, {segment.id, segment.used, bytes}, root_.files().share(segment.segment), hold_};
   segment.used += bytes;
@@ -202,7 +209,7 @@ Result<RootWriter::Place> RootWriter::reserve_copy(uint64_t bytes,
         (segments_.condemned(copies_->slot, root_.index()) || copies_->segment->file.was_removed()))
       copies_.reset();
     if (copies_ && copies_->used + bytes <= copies_->bytes) return cut_locked(*copies_, bytes);
-    id = {journal_.writer(), next_sequence_++};
+    id = next_id_locked();
   }
   const uint64_t file_bytes = std::max(root_.segment_bytes(), bytes);
   auto segment = make_segment(id, file_bytes, before_eviction);
@@ -436,7 +443,7 @@ Status RootWriter::prepare_spare(const std::function<void(uint32_t)>& before_evi
       outgrown = std::move(spare_);
       spare_.reset();
     }
-    id = {journal_.writer(), next_sequence_++};
+    id = next_id_locked();
   }
   if (outgrown) {
     root_.files().drop(outgrown->id);
@@ -524,7 +531,8 @@ uint32_t RootWriter::tend_dead_writers() {
 void RootWriter::remove_orphans() {
   const auto keeper = root_.keeper_election().acquire(0);
   if (!keeper || !*keeper) return;
-  replay_.poll();
+  // A segment that only an unread journal speaks of looks like nobody's.
+  if (!replay_.poll()) return;
   const uint64_t own = writer_id();
   const auto entries = list_directory(root_.segments_dir());
   if (!entries) return;

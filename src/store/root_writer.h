@@ -116,6 +116,7 @@ class RootWriter {
                                     const std::function<void(uint32_t)>& before_eviction);
   /// `busy`, and the file removed, when the journal got another id since this one was given.
   Status still_ours_locked(const SegmentId& id);
+  SegmentId next_id_locked();
   /// Cuts `bytes` off a segment that has room for them.
   Place cut_locked(Current& segment, uint64_t bytes);
   /// The journal and the segments that are being filled are another process's now.

@@ -105,9 +105,7 @@ Status RootWriter::adopt_or_create() {
         Record seal;
         seal.type = RecordType::seal;
         seal.where = {*id, used, 0};
-        // Without room for a record the segment stays unsealed, and so in use, until the next start.
-        auto sealed = append(seal);
-        if (!sealed && sealed.error().kind != ErrorKind::no_space) return sealed;
+        if (auto sealed = append(seal); !sealed) return sealed;
       } else if (auto removed = remove_file(root_.segments_dir() + "/" + entry.name);
                  !removed && removed.error().kind != ErrorKind::not_found) {
         return removed;
@@ -120,8 +118,7 @@ Status RootWriter::adopt_or_create() {
       Record gone;
       gone.type = RecordType::condemn_segment;
       gone.where.segment = *id;
-      auto condemned = append(gone);
-      if (!condemned && condemned.error().kind != ErrorKind::no_space) return condemned;
+      if (auto condemned = append(gone); !condemned) return condemned;
       continue;
     }
     if (!file) return std::unexpected(file.error());

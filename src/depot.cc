@@ -103,6 +103,8 @@ class OpenDepot final : public Depot {
   std::unique_ptr<Device> device_;  // before the roots: they give their mappings back to it
   std::unique_ptr<CuFile> cufile_;  // before the roots: their files are registered with it
   std::vector<Tier> tiers_;
+  std::unique_ptr<Promotion> promotion_;
+  std::unique_ptr<Rewriting> rewriting_;
   std::unique_ptr<Transfers> transfers_;
   std::unique_ptr<Keeper> keeper_;
   std::atomic<uint64_t> lookups_ = 0;
@@ -190,11 +192,15 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::uniq
     transfer_tiers.push_back({tier.root.get(), tier.writer.get()});
     keeper_tiers.push_back({tier.root.get(), tier.replay.get(), tier.writer.get()});
   }
-  depot->transfers_ = std::make_unique<Transfers>(*depot->device_, transfer_tiers, *depot->segments_,
-                                                  system_clock(), options.store_queue_bytes);
-  depot->keeper_ =
-      std::make_unique<Keeper>(keeper_tiers, *depot->segments_, depot->catalog_.get(), options.poll_ms,
-                               [transfers = depot->transfers_.get()] { transfers->space_ready(); });
+  depot->promotion_ = std::make_unique<Promotion>(keeper_tiers, *depot->segments_, system_clock());
+  depot->rewriting_ = std::make_unique<Rewriting>(options.rewrite_percent, depot->promotion_->use(),
+                                                  *depot->segments_, system_clock());
+  depot->transfers_ =
+      std::make_unique<Transfers>(*depot->device_, transfer_tiers, *depot->segments_, system_clock(),
+                                  options.store_queue_bytes, depot->promotion_.get());
+  depot->keeper_ = std::make_unique<Keeper>(
+      keeper_tiers, *depot->segments_, depot->catalog_.get(), *depot->promotion_, *depot->rewriting_,
+      options.poll_ms, [transfers = depot->transfers_.get()] { transfers->space_ready(); });
   if (!depot->transfers_->running() || !depot->keeper_->running()) {
     return fail(
         ErrorKind::busy,
@@ -232,6 +238,8 @@ OpenDepot::~OpenDepot() {
 void OpenDepot::leak() {
   keeper_.release();     // NOLINT(bugprone-unused-return-value)
   transfers_.release();  // NOLINT(bugprone-unused-return-value)
+  rewriting_.release();  // NOLINT(bugprone-unused-return-value)
+  promotion_.release();  // NOLINT(bugprone-unused-return-value)
   device_.release();     // NOLINT(bugprone-unused-return-value)
   cufile_.release();     // NOLINT(bugprone-unused-return-value)
   for (Tier& tier : tiers_) {
@@ -511,9 +519,16 @@ DepotStats OpenDepot::stats() const {
       root.written_bytes = tier.writer->written_bytes();
       root.suspended = tier.writer->failing();
       root.used_bytes += tier.writer->spare_bytes();
+      if (tier.writer.get() == keeper_->store_target()) {
+        root.promoted_extents = promotion_->extents();
+        root.promoted_bytes = promotion_->bytes();
+        root.rewritten_extents = rewriting_->extents();
+        root.rewritten_bytes = rewriting_->bytes();
+      }
     }
     root.gds_errors = tier.root->gds_errors();
     root.mended_manifests = tier.root->mended_manifests();
+    root.demotion_lag_bytes = keeper_->demotion_lag_bytes(tier.root->index());
     root.demoted_segments = keeper_->demoted(tier.root->index());
     root.journal_lag = tier.replay->lag();
   }

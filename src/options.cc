@@ -29,15 +29,16 @@ using Json = nlohmann::json;
 constexpr size_t kMaxConfigBytes = 1 << 20;
 // Until segments are registered, and where they cannot be, these are what keeps a link busy.
 constexpr uint32_t kCudaDeviceThreads = 8;
+constexpr uint32_t kMostRewritePercent = 10;
 constexpr uint64_t kMaxSize = std::numeric_limits<int64_t>::max();
 
 constexpr std::string_view kSizeAllowed =
     "a size greater than 0 in bytes or with one of the units KiB MiB GiB TiB (by 1024) or KB MB GB TB (by "
     "1000)";
 
-constexpr std::array<std::string_view, 9> kTopKeys{
-    "roots",    "device",      "device_slab",        "slab",   "device_threads",
-    "io_depth", "store_queue", "free_space_reserve", "poll_ms"};
+constexpr std::array<std::string_view, 10> kTopKeys{
+    "roots",    "device",      "device_slab",        "slab",    "device_threads",
+    "io_depth", "store_queue", "free_space_reserve", "poll_ms", "rewrite_percent"};
 constexpr std::array<std::string_view, 7> kRootKeys{"path", "capacity",  "segment",    "transport",
                                                     "io",   "read_only", "require_gds"};
 
@@ -423,12 +424,14 @@ Result<Options> parse_options(std::string_view json) {
     const char* key;
     uint32_t most;
     uint32_t* into;
+    uint32_t least = 1;
   };
   for (const Count& count :
        {Count{"device_threads", 64, &options.device_threads}, Count{"io_depth", 128, &options.io_depth},
-        Count{"poll_ms", 60'000, &options.poll_ms}}) {
+        Count{"poll_ms", 60'000, &options.poll_ms},
+        Count{"rewrite_percent", kMostRewritePercent, &options.rewrite_percent, 0}}) {
     if (!config.contains(count.key)) continue;
-    const auto number = count_of(count.key, config[count.key], 1, count.most);
+    const auto number = count_of(count.key, config[count.key], count.least, count.most);
     if (!number) return std::unexpected(number.error());
     *count.into = *number;
   }
@@ -454,7 +457,8 @@ std::string to_json(const Options& options) {
                     {"io_depth", options.io_depth},
                     {"store_queue", options.store_queue_bytes},
                     {"free_space_reserve", options.free_space_reserve},
-                    {"poll_ms", options.poll_ms}};
+                    {"poll_ms", options.poll_ms},
+                    {"rewrite_percent", options.rewrite_percent}};
   return config.dump(-1, ' ', false, Json::error_handler_t::replace);
 }
 

@@ -1,8 +1,6 @@
 #include "root_files.h"
 
 #include <cerrno>
-#include <chrono>
-#include <thread>
 
 #include "base/errors.h"
 #include "format/digest.h"
@@ -60,22 +58,15 @@ std::optional<NamespaceDigest> digest_of_manifest(const std::string& name) {
   return digest;
 }
 
-Result<File> lock_keeper(const std::string& path) {
-  constexpr auto kPatience = std::chrono::seconds(2);
-  constexpr auto kPause = std::chrono::milliseconds(5);
-  auto file = File::open(path + "/keeper.lock", {.write = true, .create = true});
-  if (!file) return file;
-  for (auto waited = std::chrono::milliseconds(0);; waited += kPause) {
-    const auto locked = file->try_lock_exclusive();
-    if (!locked) return std::unexpected(locked.error());
-    if (*locked) return file;
-    if (waited >= kPatience) {
-      return fail(ErrorKind::busy,
-                  "{} is held by an engine that is making space; expected it free within {} s", file->path(),
-                  kPatience.count());
-    }
-    std::this_thread::sleep_for(kPause);
-  }
+Result<KeeperLock> lock_keeper(const std::string& path) {
+  constexpr uint32_t kPatienceMs = 2000;
+  KeeperElection election(path + "/keeper.lock");
+  auto keeper = election.acquire(kPatienceMs);
+  if (!keeper) return std::unexpected(keeper.error());
+  if (*keeper) return std::move(**keeper);
+  return fail(ErrorKind::busy,
+              "{}/keeper.lock is held by an engine that is making space; expected it free within {} s", path,
+              kPatienceMs / 1000);
 }
 
 Status check_header(const ExtentHeader& header, const StoredExtent& extent, const std::string& where) {

@@ -10,6 +10,7 @@
 #include "format/journal.h"
 #include "format/marker.h"
 #include "io/file.h"
+#include "store/keeper_lock.h"
 #include "tokendepot/error.h"
 #include "tokendepot/key.h"
 #include "tokendepot/tools.h"
@@ -29,7 +30,7 @@ bool has_live_writer(const std::string& journal);
 /// "<64 hex>.json". nullopt: not a manifest's name.
 std::optional<NamespaceDigest> digest_of_manifest(const std::string& name);
 /// The sole right to create, recycle and remove segments; engines hold it for moments. `busy` after 2 s.
-Result<File> lock_keeper(const std::string& path);
+Result<KeeperLock> lock_keeper(const std::string& path);
 /// Whether the header found at `where` is the one that the journal speaks of. `corrupt` if not.
 Status check_header(const ExtentHeader& header, const StoredExtent& extent, const std::string& where);
 /// Whether the payload behind the header at the front of `extent`, all of it in memory, is what its digests

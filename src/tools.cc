@@ -338,7 +338,7 @@ Result<uint64_t> remove_extents(const std::string& path, const std::vector<Store
 
 Result<Evicted> evict_segments(const std::string& path, uint64_t bytes, bool dry_run) {
   if (const auto marker = read_marker(path); !marker) return std::unexpected(marker.error());
-  std::optional<File> keeper;  // held to the end
+  std::optional<KeeperLock> keeper;  // held to the end
   if (!dry_run) {
     auto locked = lock_keeper(path);
     if (!locked) return std::unexpected(locked.error());

@@ -29,7 +29,7 @@ enum class IoChoice : uint8_t { automatic, threads, uring };
 struct RootOptions {
   std::string path;             // absolute; created with mode 0700 if its parent exists
   uint64_t capacity_bytes = 0;  // upper bound of the segment files, the depot's own; required
-  uint64_t segment_bytes = 0;   // 0 = chosen from the capacity (at most 256 MiB)
+  uint64_t segment_bytes = 0;   // 0 = chosen from the capacity (about 256 MiB at most)
   TransportChoice transport = TransportChoice::automatic;  // mapped on tmpfs, direct elsewhere
   IoChoice io = IoChoice::automatic;                       // measured at open
   bool read_only = false;
@@ -49,6 +49,9 @@ struct Options {
   uint64_t store_queue_bytes = 512ull << 20;   // stores queued beyond this are dropped and counted
   uint64_t free_space_reserve = 256ull << 20;  // left free on each root's file system
   uint32_t poll_ms = 100;                      // how often other writers' journals are read
+  // Of the bytes stored, so many percent may be written once more to carry on what is used of a segment that
+  // no lower root holds and that must go; at most 10.
+  uint32_t rewrite_percent = 0;
 };
 
 /// Reads the JSON object that users write, e.g. {"roots":["/dev/shm/depot?capacity=8GiB"],"slab":"256MiB"}.

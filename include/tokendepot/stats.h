@@ -80,6 +80,11 @@ struct RootStats {
   uint64_t segments = 0;    // gauge
   uint64_t evicted_segments = 0;
   uint64_t demoted_segments = 0;
+  uint64_t demotion_lag_bytes = 0;  // gauge: extents that the next writable root does not have yet
+  uint64_t promoted_extents = 0;    // copied into this root after they were loaded from a lower one
+  uint64_t promoted_bytes = 0;
+  uint64_t rewritten_extents = 0;  // carried on into this root when their segment was evicted
+  uint64_t rewritten_bytes = 0;
   uint64_t evicted_bytes = 0;  // of the segment files evicted by this process to make room
   uint64_t corrupt_bytes = 0;  // of extents condemned by this process: bad or missing on the medium
   uint64_t written_bytes = 0;  // by this process: stores, copies of demoted segments, journal records

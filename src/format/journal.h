@@ -27,6 +27,10 @@ enum class RecordType : uint8_t {
   adopt_segment = 7,    // a copy of a sealed segment is complete in this root; its puts follow
 };
 
+/// `group` of an open_segment record: everything in the segment is a copy of what a lower root holds, so it
+/// need not be demoted. Readers that do not know it demote it.
+inline constexpr uint16_t kCopiesOnly = 1;
+
 struct Record {
   RecordType type = RecordType::put;
   LayoutKind kind = LayoutKind::canonical;  // put

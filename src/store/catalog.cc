@@ -1,6 +1,7 @@
 #include "store/catalog.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <utility>
 
@@ -75,16 +76,18 @@ size_t Catalog::home(const Probe& probe, size_t capacity) {
                              32);  // a shard has far fewer than 2^32 entries
 }
 
-const Catalog::Entry* Catalog::seek(const Table& table, const Probe& probe) {
+template <typename Wanted>
+const Catalog::Entry* Catalog::seek(const Table& table, const Probe& probe, Wanted wanted) {
   for (size_t at = home(probe, table.size());; at = at + 1 == table.size() ? 0 : at + 1) {
     const Entry& entry = table[at];
     if (entry.pages == 0) return nullptr;
-    if (entry.low == probe.low && entry.high == probe.high) return &entry;
+    if (entry.low == probe.low && entry.high == probe.high && wanted(entry)) return &entry;
   }
 }
 
-Catalog::Entry* Catalog::seek(Table& table, const Probe& probe) {
-  return const_cast<Entry*>(seek(std::as_const(table), probe));
+template <typename Wanted>
+Catalog::Entry* Catalog::seek(Table& table, const Probe& probe, Wanted wanted) {
+  return const_cast<Entry*>(seek(std::as_const(table), probe, wanted));
 }
 
 void Catalog::insert(Table& table, const Entry& entry) {
@@ -129,7 +132,12 @@ void Catalog::put(const Key& key, PartId part, uint32_t slot, const ExtentRef& w
               part,       0};
   Shard& shard = shard_of(probe);
   std::lock_guard lock(shard.mutex);
-  if (Entry* entry = seek(shard.table, probe)) {
+  const uint32_t roots = segments_.present_in(slot);
+  const auto replaceable = [&](const Entry& entry) {
+    const uint32_t others = segments_.present_in(entry.slot);
+    return entry.slot == slot || others == 0 || std::countr_zero(others) == std::countr_zero(roots);
+  };
+  if (Entry* entry = seek(shard.table, probe, replaceable)) {
     *entry = fresh;
     return;
   }
@@ -142,10 +150,13 @@ void Catalog::erase_at(const Key& key, PartId part, uint32_t slot, uint64_t offs
   const Probe probe = probe_of(key, part);
   Shard& shard = shard_of(probe);
   std::lock_guard lock(shard.mutex);
-  Entry* entry = seek(shard.table, probe);
-  if (entry == nullptr || entry->slot != slot || entry->page != offset / kPageBytes) return;
-  gone_.add(probe.high);
+  const auto here = [&](const Entry& entry) {
+    return entry.slot == slot && entry.page == offset / kPageBytes;
+  };
+  Entry* entry = seek(shard.table, probe, here);
+  if (entry == nullptr) return;
   erase(shard, entry);
+  if (seek(shard.table, probe, [](const Entry&) { return true; }) == nullptr) gone_.add(probe.high);
 }
 
 void Catalog::note_gone(const Key& key) {
@@ -157,7 +168,7 @@ void Catalog::forget(const Key& key, uint16_t group) {
     const Probe probe = probe_of(key, part);
     Shard& shard = shard_of(probe);
     std::lock_guard lock(shard.mutex);
-    if (Entry* entry = seek(shard.table, probe)) erase(shard, entry);
+    while (Entry* entry = seek(shard.table, probe, [](const Entry&) { return true; })) erase(shard, entry);
   }
 }
 
@@ -165,16 +176,25 @@ std::optional<Catalog::Found> Catalog::find(const Key& key, PartId part) const {
   const Probe probe = probe_of(key, part);
   const Shard& shard = shard_of(probe);
   std::lock_guard lock(shard.mutex);
-  const Entry* entry = seek(shard.table, probe);
-  if (entry == nullptr || !segments_.alive(entry->slot)) return std::nullopt;
-  return Found{entry->slot, entry->page * kPageBytes, entry->pages * kPageBytes};
+  const Entry* best = nullptr;
+  int best_root = kMaxRoots;
+  (void)seek(shard.table, probe, [&](const Entry& entry) {
+    const uint32_t roots = segments_.present_in(entry.slot);
+    if (roots != 0 && std::countr_zero(roots) < best_root) {
+      best = &entry;
+      best_root = std::countr_zero(roots);
+    }
+    return false;  // on to the next place
+  });
+  if (best == nullptr) return std::nullopt;
+  return Found{best->slot, best->page * kPageBytes, best->pages * kPageBytes};
 }
 
 bool Catalog::present(const Probe& probe) const {
   const Shard& shard = shard_of(probe);
   std::lock_guard lock(shard.mutex);
-  const Entry* entry = seek(shard.table, probe);
-  return entry != nullptr && segments_.alive(entry->slot);
+  return seek(shard.table, probe, [this](const Entry& entry) { return segments_.alive(entry.slot); }) !=
+         nullptr;
 }
 
 void Catalog::prefetch(const Probe& probe) const {
@@ -326,10 +346,9 @@ KeyHistory Catalog::history(const Key& key) const {
     const Probe probe = probe_of(key, static_cast<PartId>(part));
     const Shard& shard = shard_of(probe);
     std::lock_guard lock(shard.mutex);
-    const Entry* entry = seek(shard.table, probe);
-    if (entry == nullptr) continue;
-    if (segments_.alive(entry->slot)) return KeyHistory::stored;
-    dead = true;
+    const auto alive = [this](const Entry& entry) { return segments_.alive(entry.slot); };
+    if (seek(shard.table, probe, alive) != nullptr) return KeyHistory::stored;
+    dead |= seek(shard.table, probe, [](const Entry&) { return true; }) != nullptr;
   }
   return dead || gone_.holds(probe_of(key, 0).high) ? KeyHistory::gone : KeyHistory::never;
 }

@@ -43,11 +43,12 @@ class Catalog {
   std::optional<PartId> part_id(const PartShape& shape);
   PartShape shape_of(PartId id) const;
 
-  /// The newest put of a key and part wins.
+  /// The newest put of a key and part wins among those whose segments lie in the same root; one that lies in
+  /// a lower root is kept beside it and answers when the higher one has gone.
   void put(const Key& key, PartId part, uint32_t slot, const ExtentRef& where);
   /// Starts fetching what put() or find() will look at: in a large catalog that is not in any cache.
   void prefetch(const Key& key, PartId part) const { prefetch(probe_of(key, part)); }
-  /// Forgets the entry of this key and part if it still points at this place.
+  /// Forgets this place of a key and part.
   void erase_at(const Key& key, PartId part, uint32_t slot, uint64_t offset);
   void forget(const Key& key, uint16_t group);
   /// For history(): an extent of this key was stored once and is gone.
@@ -58,6 +59,7 @@ class Catalog {
     uint64_t offset = 0;
     uint64_t bytes = 0;
   };
+  /// The place in the highest root.
   std::optional<Found> find(const Key& key, PartId part) const;
   /// Adds 1 to out[i] where key i is present, prefetching ahead. Returns at the first absent key if `stop` is
   /// set.
@@ -105,8 +107,12 @@ class Catalog {
   Shard& shard_of(const Probe& probe) { return shards_[probe.high >> 58]; }
   const Shard& shard_of(const Probe& probe) const { return shards_[probe.high >> 58]; }
   static size_t home(const Probe& probe, size_t capacity);
-  static Entry* seek(Table& table, const Probe& probe);
-  static const Entry* seek(const Table& table, const Probe& probe);
+  /// The first entry of this probe that `wanted` takes; null when there is none. Entries of one probe are
+  /// the places of one extent.
+  template <typename Wanted>
+  static const Entry* seek(const Table& table, const Probe& probe, Wanted wanted);
+  template <typename Wanted>
+  static Entry* seek(Table& table, const Probe& probe, Wanted wanted);
   static void insert(Table& table, const Entry& entry);
   static void erase(Shard& shard, Entry* entry);
   static void grow(Shard& shard);

@@ -52,7 +52,7 @@ Status RootWriter::start_anew_locked() {
   auto fresh = JournalWriter::create(root_.journals_dir());
   if (!fresh) return std::unexpected(fresh.error());
   // Their files belong to who has the journal; stores under way end as failed (Place::hold).
-  for (std::optional<Current>* segment : {&current_, &spare_}) {
+  for (std::optional<Current>* segment : {&current_, &spare_, &copies_}) {
     if (*segment) root_.files().drop((*segment)->id);
     segment->reset();
   }

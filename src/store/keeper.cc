@@ -24,25 +24,15 @@ constexpr auto kBlindPoll = milliseconds(1000);
 constexpr uint32_t kRoundsPerTidying = 10;
 constexpr uint64_t kCopyPiece = 4ull << 20;
 
-/// Keeps this process from evicting a segment that it is copying.
-struct SegmentInUse {
-  SegmentInUse(SegmentTable& table, uint32_t segment_slot) : segments(table), slot(segment_slot) {
-    segments.acquire(slot);
-  }
-  ~SegmentInUse() { segments.release(slot); }
-  SegmentInUse(const SegmentInUse&) = delete;
-  SegmentInUse& operator=(const SegmentInUse&) = delete;
-  SegmentTable& segments;
-  const uint32_t slot;
-};
-
 }  // namespace
 
-Keeper::Keeper(std::vector<Tier> tiers, SegmentTable& segments, Catalog* catalog, uint32_t poll_ms,
-               std::function<void()> space_ready)
+Keeper::Keeper(std::vector<Tier> tiers, SegmentTable& segments, Catalog* catalog, Promotion& promotion,
+               Rewriting& rewriting, uint32_t poll_ms, std::function<void()> space_ready)
     : tiers_(std::move(tiers)),
       segments_(segments),
       catalog_(catalog),
+      promotion_(promotion),
+      rewriting_(rewriting),
       poll_ms_(poll_ms),
       space_ready_(std::move(space_ready)) {
   make_space_ready();  // before the first store, which would have to wait for it
@@ -135,7 +125,7 @@ void Keeper::make_space_ready() {
   if (!target->wants_spare()) return;
   const auto tier = static_cast<size_t>(
       std::ranges::find(tiers_, target, [](const Tier& t) { return t.writer; }) - tiers_.begin());
-  const auto ready = target->prepare_spare([this, tier](uint32_t slot) { demote(tier, slot); });
+  const auto ready = target->prepare_spare([this, tier](uint32_t slot) { save(tier, slot); });
   if (ready) {
     last_complaint_.reset();
     if (space_ready_) space_ready_();
@@ -196,13 +186,14 @@ bool Keeper::demote(size_t tier, uint32_t slot) {
   size_t below = 0;
   const SegmentTable::Segment segment = segments_.get(slot);
   const SegmentTable::PerRoot& state = segment.roots[tiers_[tier].root->index()];
-  if (!state.sealed || state.extents == 0 || !is_wanted_below(tier, slot, &below)) return false;
+  if (!state.sealed || state.copies || state.extents == 0 || !is_wanted_below(tier, slot, &below))
+    return false;
   auto source = tiers_[tier].root->files().open(segment.id);
   if (!source) return false;
   const SegmentInUse in_use(segments_, slot);
   RootWriter& target = *tiers_[below].writer;
   auto copy =
-      target.open_copy(segment.id, (*source)->bytes, [this, below](uint32_t next) { demote(below, next); });
+      target.open_copy(segment.id, (*source)->bytes, [this, below](uint32_t next) { save(below, next); });
   if (!copy) return false;
   const std::unique_ptr<std::byte, void (*)(void*)> piece(
       static_cast<std::byte*>(std::aligned_alloc(kPageBytes, kCopyPiece)), &std::free);
@@ -227,6 +218,51 @@ bool Keeper::demote(size_t tier, uint32_t slot) {
   return true;
 }
 
+void Keeper::save(size_t tier, uint32_t slot) {
+  demote(tier, slot);
+  rewriting_.carry_on(tiers_[tier], slot, *store_target(), stop_);
+}
+
+uint64_t Keeper::demotion_lag_bytes(RootIndex root) const {
+  const auto tier = static_cast<size_t>(
+      std::ranges::find(tiers_, root, [](const Tier& t) { return t.root->index(); }) - tiers_.begin());
+  if (tiers_[tier].writer == nullptr) return 0;
+  uint64_t lag = 0;
+  size_t below = 0;
+  for (const auto& [slot, segment] : segments_.present_segments(root)) {
+    const SegmentTable::PerRoot& state = segment.roots[root];
+    const bool ours = segment.id.writer == tiers_[tier].writer->writer_id();
+    if (ours && !state.copies && is_wanted_below(tier, slot, &below)) lag += state.used_bytes;
+  }
+  return lag;
+}
+
+void Keeper::demote_all() {
+  for (size_t tier = 0; tier + 1 < tiers_.size(); ++tier) {
+    for (const auto& [slot, segment] : segments_.present_segments(tiers_[tier].root->index())) {
+      if (stop_) return;
+      demote(tier, slot);
+    }
+  }
+}
+
+void Keeper::promote() {
+  const RootWriter* target = store_target();
+  if (target == nullptr) return;
+  const auto top = static_cast<size_t>(
+      std::ranges::find(tiers_, target, [](const Tier& tier) { return tier.writer; }) - tiers_.begin());
+  promotion_.run_round([this, top](uint32_t slot) { save(top, slot); }, stop_);
+}
+
+void Keeper::tidy_up() {
+  for (const Tier& tier : tiers_) {
+    if (tier.writer == nullptr || stop_) continue;
+    tier.writer->tend_dead_writers();
+    tier.writer->remove_orphans();
+    tier.writer->compact_journal();
+  }
+}
+
 void Keeper::run_slow() {
   for (const Tier& tier : tiers_) tier.root->map_ahead(segments_, stop_);
   std::unique_lock lock(mutex_);
@@ -235,20 +271,9 @@ void Keeper::run_slow() {
     if (stop_) return;
     lock.unlock();
     for (const Tier& tier : tiers_) tier.root->map_ahead(segments_, stop_);  // others' new ones
-    for (size_t tier = 0; tier + 1 < tiers_.size(); ++tier) {
-      for (const auto& [slot, segment] : segments_.present_segments(tiers_[tier].root->index())) {
-        if (stop_) break;
-        demote(tier, slot);
-      }
-    }
-    if (round % kRoundsPerTidying == 0 && !stop_) {
-      for (const Tier& tier : tiers_) {
-        if (tier.writer == nullptr) continue;
-        tier.writer->tend_dead_writers();
-        tier.writer->remove_orphans();
-        tier.writer->compact_journal();
-      }
-    }
+    demote_all();
+    promote();
+    if (round % kRoundsPerTidying == 0) tidy_up();
     lock.lock();
   }
 }

@@ -17,20 +17,19 @@
 #include <thread>
 #include <vector>
 
+#include "store/promotion.h"
+#include "store/rewriting.h"
 #include "store/root_writer.h"
 
 namespace tokendepot {
 
 class Keeper {
  public:
-  struct Tier {
-    Root* root = nullptr;
-    Replay* replay = nullptr;
-    RootWriter* writer = nullptr;  // null: this process does not write there
-  };
-  /// `catalog` may be null. `space_ready` is called on a keeper thread when a segment became ready.
-  Keeper(std::vector<Tier> tiers, SegmentTable& segments, Catalog* catalog, uint32_t poll_ms,
-         std::function<void()> space_ready);
+  using Tier = Promotion::Tier;
+  /// `catalog` may be null. `promotion` and `rewriting` outlive the keeper. `space_ready` is called on a
+  /// keeper thread when a segment became ready.
+  Keeper(std::vector<Tier> tiers, SegmentTable& segments, Catalog* catalog, Promotion& promotion,
+         Rewriting& rewriting, uint32_t poll_ms, std::function<void()> space_ready);
   /// Waits for the threads, however long.
   ~Keeper();
 
@@ -48,6 +47,9 @@ class Keeper {
   /// False: the system refused the threads.
   bool running() const;
   uint64_t demoted(RootIndex root) const { return demoted_[root]; }
+  /// Of the segments that this process fills or filled in this root: what would be lost with it, though the
+  /// next writable root is to have it.
+  uint64_t demotion_lag_bytes(RootIndex root) const;
 
  private:
   struct Tail {
@@ -63,11 +65,18 @@ class Keeper {
   /// Copies a sealed segment to the next writable tier below unless it is there. False: could not.
   bool demote(size_t tier, uint32_t slot);
   bool is_wanted_below(size_t tier, uint32_t slot, size_t* below) const;
+  /// Before a segment goes: to the root below, or what is hot of it to where stores go.
+  void save(size_t tier, uint32_t slot);
+  void demote_all();
+  void promote();
+  void tidy_up();
   void make_space_ready();
 
   const std::vector<Tier> tiers_;
   SegmentTable& segments_;
   Catalog* const catalog_;
+  Promotion& promotion_;
+  Rewriting& rewriting_;
   const uint32_t poll_ms_;
   const std::function<void()> space_ready_;
   std::atomic<uint64_t> demoted_[kMaxRoots] = {};

@@ -223,6 +223,11 @@ std::optional<PartId> Replay::part_of(const Record& record) {
   return last_part_;
 }
 
+bool Replay::condemned_extent(uint32_t slot, uint64_t offset) const {
+  std::lock_guard lock(apply_mutex_);
+  return bad_places_.contains({slot, offset});
+}
+
 void Replay::apply(std::span<const Record> records) {
   std::lock_guard lock(apply_mutex_);
   for (size_t i = 0; i < records.size(); ++i) {
@@ -241,7 +246,10 @@ void Replay::apply_locked(const Record& record) {
   switch (record.type) {
     case RecordType::open_segment:
     case RecordType::adopt_segment:
-      if (!segments_.condemned(slot, root)) segments_.set_present(slot, root, record.where.bytes);
+      if (segments_.condemned(slot, root)) break;
+      if (record.type == RecordType::open_segment && record.group == kCopiesOnly)
+        segments_.mark_copies(slot, root);
+      segments_.set_present(slot, root, record.where.bytes);
       break;
     case RecordType::put: {
       const uint64_t end = record.where.offset + record.where.bytes;
@@ -263,8 +271,8 @@ void Replay::apply_locked(const Record& record) {
       segments_.seal(slot, root, record.where.offset);
       break;
     case RecordType::condemn_extent:
-      if (catalog_ == nullptr) break;
       if (bad_places_.size() < kMostBadPlaces) bad_places_.insert({slot, record.where.offset});
+      if (catalog_ == nullptr) break;
       if (const auto part = part_of(record)) catalog_->erase_at(record.key, *part, slot, record.where.offset);
       break;
     case RecordType::condemn_segment:

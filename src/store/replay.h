@@ -41,6 +41,9 @@ class Replay {
   /// The writers of all journals found so far, this process's own left out.
   std::vector<uint64_t> writers() const;
 
+  /// Whether the extent at this place was condemned: nobody may carry it on.
+  bool condemned_extent(uint32_t slot, uint64_t offset) const;
+
   uint64_t records() const { return records_; }
   uint64_t bad_records() const { return bad_records_; }
   /// From the time of each put that another process wrote to the poll that found it. What was there at the

@@ -5,9 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <ranges>
-#include <thread>
 
 #include "base/clock.h"
 #include "base/errors.h"
@@ -23,7 +21,8 @@ constexpr uint64_t kGdsCheckBytes = 1 * kMiB;
 constexpr uint64_t kGdsMeasureBytes = 32 * kMiB;
 // Transfers past the host spare its memory and one copy: a rate that is nearly the same is a win.
 constexpr double kGdsWorthwhile = 0.9;
-constexpr uint64_t kSegmentsPerRoot = 32;  // fewer would make each eviction forget too much at once
+// An eviction forgets a whole segment: fewer cost hits (docs/benchmarks.md, "Real traces").
+constexpr uint64_t kSegmentsPerRoot = 256;
 
 uint64_t default_segment_bytes(uint64_t capacity) {
   return std::clamp(capacity / kSegmentsPerRoot / kMiB * kMiB, kSmallestSegment, kLargestSegment);
@@ -193,6 +192,7 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
                                          Device* device, CuFile* cufile) {
   std::unique_ptr<Root> root(new Root);
   root->options_ = options;
+  root->election_ = std::make_unique<KeeperElection>(options.path + "/keeper.lock");
   root->index_ = index;
   if (options.path.size() > kMaxRootPathBytes) {
     return fail(
@@ -228,6 +228,7 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
                 options.path, options.capacity_bytes, wanted);
   }
   root->segment_bytes_ = align_up(wanted);
+  root->base_segment_bytes_ = root->segment_bytes_;
   if (auto marked = root->open_marker(); !marked) return std::unexpected(marked.error());
   if (auto chosen = root->choose_transport(*system, depot.io_depth); !chosen)
     return std::unexpected(chosen.error());
@@ -243,12 +244,20 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
 }
 
 Status Root::fit_extent(uint64_t extent_bytes) {
+  const uint64_t extent = align_up(extent_bytes);
+  uint64_t least = largest_extent_bytes_;
+  while (least < extent && !largest_extent_bytes_.compare_exchange_weak(least, extent)) {
+  }
   uint64_t before = segment_bytes_;
-  const uint64_t wanted = std::max(before, align_up(extent_bytes));
-  if (wanted * 3 > capacity()) {
+  uint64_t wanted = std::max(before, extent);
+  if (wanted > capacity() / 3) {
     return fail(ErrorKind::invalid_argument,
                 "root \"{}\": capacity={} is too small for extents of {} bytes; give at least {} bytes",
                 path(), capacity(), extent_bytes, wanted * 3);
+  }
+  if (options_.segment_bytes == 0) {
+    const uint64_t whole = (base_segment_bytes_ + extent - 1) / extent * extent;
+    if (whole <= capacity() / 3) wanted = std::max(wanted, whole);
   }
   while (before < wanted && !segment_bytes_.compare_exchange_weak(before, wanted)) {
   }
@@ -286,19 +295,6 @@ Status Root::keep_manifest(const Manifest& manifest) {
   log(LogLevel::warning, "root \"{}\": manifest {} was damaged and is written anew: {}", path(), name,
       damage);
   return {};
-}
-
-Result<std::optional<File>> Root::lock_keeper(uint32_t patience_ms) const {
-  auto file = File::open(path() + "/keeper.lock", {.write = true, .create = true});
-  if (!file) return std::unexpected(file.error());
-  constexpr uint32_t kPauseMs = 5;
-  for (uint32_t waited = 0;; waited += kPauseMs) {
-    const auto locked = file->try_lock_exclusive();
-    if (!locked) return std::unexpected(locked.error());
-    if (*locked) return std::optional<File>(std::move(*file));
-    if (waited >= patience_ms) return std::optional<File>();
-    std::this_thread::sleep_for(std::chrono::milliseconds(kPauseMs));
-  }
 }
 
 }  // namespace tokendepot

@@ -16,6 +16,7 @@
 #include "format/marker.h"
 #include "io/engine.h"
 #include "io/file.h"
+#include "store/keeper_lock.h"
 #include "store/segment_files.h"
 #include "store/segment_table.h"
 #include "tokendepot/depot.h"
@@ -64,9 +65,12 @@ class Root {
   std::string journals_dir() const { return path() + "/journals"; }
   std::string manifests_dir() const { return path() + "/manifests"; }
 
-  /// Size of the segment files that are made from now on; grows when larger extents are attached.
+  /// Size of the segment files that are made from now on; grows when extents are attached.
   uint64_t segment_bytes() const { return segment_bytes_; }
-  /// `invalid_argument` when an extent of this size cannot be kept within the capacity.
+  /// What a segment must hold to be of use to what is attached.
+  uint64_t largest_extent_bytes() const { return largest_extent_bytes_; }
+  /// `invalid_argument` when an extent of this size cannot be kept within the capacity. Where the size of
+  /// segments was not stated they become as large as a whole number of such extents, headers included.
   Status fit_extent(uint64_t extent_bytes);
 
   /// Stores the manifest unless it is there. An equal file is left as it is; a damaged one is told, counted
@@ -74,9 +78,8 @@ class Root {
   Status keep_manifest(const Manifest& manifest);
   uint64_t mended_manifests() const { return mended_manifests_; }
 
-  /// Sole right to create, recycle and remove segments, held by at most one process. Waits up to
-  /// `patience_ms`.
-  Result<std::optional<File>> lock_keeper(uint32_t patience_ms) const;
+  /// Sole right to create, recycle and remove segments, held by at most one process, for moments.
+  KeeperElection& keeper_election() const { return *election_; }
 
  private:
   Root() = default;
@@ -91,7 +94,9 @@ class Root {
   bool mapped_ = false;
   bool network_ = false;
   bool direct_ = false;
+  uint64_t base_segment_bytes_ = 0;  // before anything was attached
   std::atomic<uint64_t> segment_bytes_ = 0;
+  std::atomic<uint64_t> largest_extent_bytes_ = 0;
   std::string transport_;
   std::string without_gds_;
   std::string reason_;
@@ -101,6 +106,7 @@ class Root {
   std::unique_ptr<IoEngine> engine_;
   std::unique_ptr<GdsLane> gds_;
   std::unique_ptr<SegmentFiles> files_;
+  std::unique_ptr<KeeperElection> election_;
 };
 
 }  // namespace tokendepot

@@ -21,6 +21,14 @@ RootWriter::RootWriter(Root& root, Replay& replay, SegmentTable& segments, const
 
 RootWriter::~RootWriter() = default;
 
+Record RootWriter::seal_of(const Current& segment) const {
+  Record seal;
+  seal.type = RecordType::seal;
+  seal.where = {segment.id, segment.used, 0};
+  seal.time_ns = clock_.wall_ns();
+  return seal;
+}
+
 Result<std::unique_ptr<RootWriter>> RootWriter::open(Root& root, Replay& replay, SegmentTable& segments,
                                                      const Clock& clock, uint64_t free_space_reserve) {
   std::unique_ptr<RootWriter> writer(new RootWriter(root, replay, segments, clock, free_space_reserve));
@@ -90,7 +98,7 @@ Status RootWriter::adopt_or_create() {
     }
     // Over a network "dead" may mean cut off: a segment into which its owner may still write is not filled
     // up.
-    const bool fill = !root_.network() && !current_ && used < entry.bytes;
+    const bool fill = !root_.network() && !state.copies && !current_ && used < entry.bytes;
     const bool keep = state.condemned ? false : (journaled ? fill : !spare_);
     if (!keep) {
       if (journaled) {
@@ -157,10 +165,7 @@ Result<RootWriter::Place> RootWriter::reserve(uint64_t bytes) {
     }
     Record records[2];
     size_t count = 0;
-    if (current_) {
-      records[count].type = RecordType::seal;
-      records[count++].where = {current_->id, current_->used, 0};
-    }
+    if (current_) records[count++] = seal_of(*current_);
     records[count].type = RecordType::open_segment;
     records[count++].where = {spare_->id, 0, spare_->bytes};
     for (size_t i = 0; i < count; ++i) records[i].time_ns = clock_.wall_ns();
@@ -170,10 +175,59 @@ Result<RootWriter::Place> RootWriter::reserve(uint64_t bytes) {
     current_ = std::move(spare_);
     spare_.reset();
   }
-  Place place{
-      current_->slot, {current_->id, current_->used, bytes}, root_.files().share(current_->segment), hold_};
-  current_->used += bytes;
+  stored_bytes_ += bytes;
+  return cut_locked(*current_, bytes);
+}
+
+SegmentId RootWriter::next_id_locked() {
+  return {journal_.writer(), next_sequence_++};
+}
+
+RootWriter::Place RootWriter::cut_locked(Current& segment, uint64_t bytes) {
+  Place place{segment.slot, {segment.id, segment.used, bytes}, root_.files().share(segment.segment), hold_};
+  segment.used += bytes;
   return place;
+}
+
+Result<RootWriter::Place> RootWriter::reserve_beside(uint64_t bytes) {
+  std::lock_guard lock(mutex_);
+  if (!current_ || segments_.condemned(current_->slot, root_.index()) ||
+      current_->used + bytes > current_->bytes)
+    return fail(ErrorKind::busy, "root \"{}\": no room beside what is stored", root_.path());
+  return cut_locked(*current_, bytes);
+}
+
+Result<RootWriter::Place> RootWriter::reserve_copy(uint64_t bytes,
+                                                   const std::function<void(uint32_t)>& before_eviction) {
+  SegmentId id;
+  {
+    std::lock_guard lock(mutex_);
+    if (copies_ &&
+        (segments_.condemned(copies_->slot, root_.index()) || copies_->segment->file.was_removed()))
+      copies_.reset();
+    if (copies_ && copies_->used + bytes <= copies_->bytes) return cut_locked(*copies_, bytes);
+    id = next_id_locked();
+  }
+  const uint64_t file_bytes = std::max(root_.segment_bytes(), bytes);
+  auto segment = make_segment(id, file_bytes, before_eviction);
+  if (!segment) return std::unexpected(segment.error());
+  std::lock_guard lock(mutex_);
+  if (auto ours = still_ours_locked(id); !ours) return std::unexpected(ours.error());
+  std::vector<Record> records;
+  if (copies_) records.push_back(seal_of(*copies_));
+  Record& open = records.emplace_back();
+  open.type = RecordType::open_segment;
+  open.group = kCopiesOnly;
+  open.where = {id, 0, file_bytes};
+  for (Record& record : records) record.time_ns = clock_.wall_ns();
+  if (auto written = append_locked(records); !written) {
+    root_.files().drop(id);
+    (void)remove_file(root_.files().path_of(id));
+    return std::unexpected(written.error());
+  }
+  for (const Record& record : records) replay_.apply(record);
+  copies_ = Current{segments_.slot_of(id), id, std::move(*segment), 0, file_bytes};
+  return cut_locked(*copies_, bytes);
 }
 
 Status RootWriter::acknowledge(const Place& place, Record put) {
@@ -223,7 +277,7 @@ uint64_t RootWriter::spare_bytes() const {
 
 bool RootWriter::wants_spare() const {
   std::lock_guard lock(mutex_);
-  return !spare_ || spare_->bytes < root_.segment_bytes() || cramped_;
+  return !spare_ || spare_->bytes < root_.largest_extent_bytes() || cramped_;
 }
 
 Result<uint64_t> RootWriter::bytes_on_medium() const {
@@ -234,13 +288,15 @@ Result<uint64_t> RootWriter::bytes_on_medium() const {
   return total;
 }
 
-Status RootWriter::evict_coldest(const std::function<void(uint32_t)>& before_eviction,
+Status RootWriter::evict_coldest(KeeperLock& keeper, const std::function<void(uint32_t)>& before_eviction,
                                  const std::string& recycle_as, uint64_t wanted_bytes, bool* recycled,
                                  SegmentMapping* kept) {
   *recycled = false;
   for (const auto& [slot, segment] : segments_.present_segments(root_.index())) {
     if (!segment.roots[root_.index()].sealed || segment.in_use > 0) continue;
+    keeper.renew();
     if (before_eviction) before_eviction(slot);
+    if (auto still = still_keeper(keeper); !still) return still;
     const SegmentTable::Segment now = segments_.get(slot);
     if (now.in_use > 0 || now.roots[root_.index()].condemned) continue;
     const std::string path = root_.files().path_of(segment.id);
@@ -270,19 +326,25 @@ Status RootWriter::evict_coldest(const std::function<void(uint32_t)>& before_evi
   return fail(ErrorKind::no_space, "root \"{}\": nothing can be evicted", root_.path());
 }
 
-Result<File> RootWriter::lock_keeper() const {
-  auto keeper = root_.lock_keeper(kKeeperPatienceMs);
+Result<KeeperLock> RootWriter::lock_keeper() {
+  auto keeper = root_.keeper_election().acquire(kKeeperPatienceMs);
   if (!keeper) return std::unexpected(keeper.error());
   if (!*keeper)
     return fail(ErrorKind::busy, "root \"{}\": another process keeps the keeper's lock", root_.path());
   return std::move(**keeper);
 }
 
-Result<File> RootWriter::make_file(const std::string& path, uint64_t bytes,
+Status RootWriter::still_keeper(const KeeperLock& keeper) const {
+  if (keeper.held()) return {};
+  return fail(ErrorKind::busy, "root \"{}\": another process has taken over as keeper", root_.path());
+}
+
+Result<File> RootWriter::make_file(KeeperLock& keeper, const std::string& path, uint64_t bytes,
                                    const std::function<void(uint32_t)>& before_eviction,
                                    SegmentMapping* kept) {
   // Each round evicts one segment, so the number of segments bounds the rounds.
   while (true) {
+    keeper.renew();
     const auto used = bytes_on_medium();
     if (!used) return std::unexpected(used.error());
     const auto system = file_system_of(root_.path());
@@ -300,7 +362,7 @@ Result<File> RootWriter::make_file(const std::string& path, uint64_t bytes,
       if (allocated.error().kind != ErrorKind::no_space) return std::unexpected(allocated.error());
     }
     bool recycled = false;
-    if (auto evicted = evict_coldest(before_eviction, path, bytes, &recycled, kept); !evicted) {
+    if (auto evicted = evict_coldest(keeper, before_eviction, path, bytes, &recycled, kept); !evicted) {
       if (evicted.error().kind != ErrorKind::no_space) return std::unexpected(evicted.error());
       return fail(
           ErrorKind::no_space,
@@ -329,14 +391,42 @@ Result<File> RootWriter::make_file(const std::string& path, uint64_t bytes,
   }
 }
 
+Result<SegmentLease> RootWriter::make_segment(const SegmentId& id, uint64_t bytes,
+                                              const std::function<void(uint32_t)>& before_eviction) {
+  const std::string path = root_.files().path_of(id);
+  SegmentMapping kept;
+  bool populated = false;
+  auto made = [&]() -> Result<SegmentLease> {
+    auto keeper = lock_keeper();
+    if (!keeper) return std::unexpected(keeper.error());
+    auto file = make_file(*keeper, path, bytes, before_eviction, &kept);
+    if (!file) return std::unexpected(file.error());
+    populated = kept.is_mapped();
+    auto adopted = root_.files().adopt(id, std::move(*file), std::move(kept));
+    // Left behind, it would take up capacity until the next start.
+    if (!adopted) (void)remove_file(path);
+    return adopted;
+  }();
+  if (made && (*made)->mapping.is_mapped() && !populated) (*made)->mapping.populate();
+  return made;
+}
+
+Status RootWriter::still_ours_locked(const SegmentId& id) {
+  if (id.writer == journal_.writer()) return {};
+  // The journal was compacted meanwhile: nobody would find this segment by its name after a crash.
+  root_.files().drop(id);
+  if (auto removed = remove_file(root_.files().path_of(id)); !removed) return removed;
+  return fail(ErrorKind::busy, "root \"{}\": the journal changed its name", root_.path());
+}
+
 Status RootWriter::prepare_spare(const std::function<void(uint32_t)>& before_eviction) {
   if (cramped_) {
     // Others have filled the file system, and without a journal no segment is worth anything: one goes for
     // it.
-    const auto keeper = lock_keeper();
+    auto keeper = lock_keeper();
     if (!keeper) return std::unexpected(keeper.error());
     bool recycled = false;
-    auto evicted = evict_coldest(before_eviction, {}, 0, &recycled);
+    auto evicted = evict_coldest(*keeper, before_eviction, {}, 0, &recycled);
     failing_ = no_space_ = !evicted;
     if (!evicted) return evicted;
     cramped_ = false;
@@ -345,12 +435,12 @@ Status RootWriter::prepare_spare(const std::function<void(uint32_t)>& before_evi
   std::optional<Current> outgrown;
   {
     std::lock_guard lock(mutex_);
-    if (spare_ && spare_->bytes >= root_.segment_bytes()) return {};
+    if (spare_ && spare_->bytes >= root_.largest_extent_bytes()) return {};
     if (spare_) {
       outgrown = std::move(spare_);
       spare_.reset();
     }
-    id = {journal_.writer(), next_sequence_++};
+    id = next_id_locked();
   }
   if (outgrown) {
     root_.files().drop(outgrown->id);
@@ -358,32 +448,12 @@ Status RootWriter::prepare_spare(const std::function<void(uint32_t)>& before_evi
     outgrown.reset();
   }
   const uint64_t bytes = root_.segment_bytes();
-  const std::string path = root_.files().path_of(id);
-  bool populated = false;
-  const auto make = [&]() -> Result<SegmentLease> {
-    const auto keeper = lock_keeper();
-    if (!keeper) return std::unexpected(keeper.error());
-    SegmentMapping kept;
-    auto file = make_file(path, bytes, before_eviction, &kept);
-    if (!file) return std::unexpected(file.error());
-    populated = kept.is_mapped();
-    auto adopted = root_.files().adopt(id, std::move(*file), std::move(kept));
-    // Left behind, it would take up capacity until the next start.
-    if (!adopted) (void)remove_file(path);
-    return adopted;
-  };
-  auto segment = make();
+  auto segment = make_segment(id, bytes, before_eviction);
   // A lock held by another process passes; everything else means that stores cannot wait for space.
   failing_ = no_space_ = !segment && segment.error().kind != ErrorKind::busy;
   if (!segment) return std::unexpected(segment.error());
-  if ((*segment)->mapping.is_mapped() && !populated) (*segment)->mapping.populate();
   std::lock_guard lock(mutex_);
-  if (id.writer != journal_.writer()) {
-    // The journal was compacted meanwhile: nobody would find this segment by its name after a crash.
-    root_.files().drop(id);
-    if (auto removed = remove_file(path); !removed) return removed;
-    return fail(ErrorKind::busy, "root \"{}\": the journal changed its name", root_.path());
-  }
+  if (auto ours = still_ours_locked(id); !ours) return ours;
   spare_ = Current{segments_.slot_of(id), id, std::move(*segment), 0, bytes};
   return {};
 }
@@ -456,7 +526,7 @@ uint32_t RootWriter::tend_dead_writers() {
 }
 
 void RootWriter::remove_orphans() {
-  const auto keeper = root_.lock_keeper(0);
+  const auto keeper = root_.keeper_election().acquire(0);
   if (!keeper || !*keeper) return;
   // A segment that only an unread journal speaks of looks like nobody's.
   if (!replay_.poll()) return;
@@ -496,7 +566,7 @@ void RootWriter::remove_orphans() {
 Result<File> RootWriter::open_copy(const SegmentId& id, uint64_t bytes,
                                    const std::function<void(uint32_t)>& before_eviction) {
   const std::string path = root_.segments_dir() + "/.tmp-" + segment_name(id);
-  const auto keeper = lock_keeper();
+  auto keeper = lock_keeper();
   if (!keeper) return std::unexpected(keeper.error());
   if (const auto other = File::open(path, {.write = true})) {
     const auto idle = other->try_lock_exclusive();
@@ -504,7 +574,7 @@ Result<File> RootWriter::open_copy(const SegmentId& id, uint64_t bytes,
     if (!*idle) return fail(ErrorKind::busy, "{}: being copied by another process", path);
     if (auto removed = remove_file(path); !removed) return std::unexpected(removed.error());
   }
-  auto file = make_file(path, bytes, before_eviction);
+  auto file = make_file(*keeper, path, bytes, before_eviction);
   if (!file) return file;
   // While the keeper's lock is held: nobody may take an unlocked copy for a leftover.
   const auto locked = file->try_lock_exclusive();
@@ -533,6 +603,9 @@ Status RootWriter::publish_copy(const SegmentId& id, const File& copy, uint64_t 
   const auto keeper = lock_keeper();
   if (!keeper) return std::unexpected(keeper.error());
   const std::string path = root_.files().path_of(id);
+  // Whoever was passed over as keeper may find that its copy was taken for a leftover and begun anew.
+  if (!copy.is_at_its_path())
+    return fail(ErrorKind::busy, "{}: another process copies this segment now", copy.path());
   if (auto renamed = rename_file(copy.path(), path); !renamed) return renamed;
   {
     std::lock_guard lock(mutex_);
@@ -563,12 +636,9 @@ void RootWriter::compact_journal() {
   if (!total || kept.size() * 2 > *total) return;
   // Segments carry their first writer's id, and a dead writer's half-filled segments are found by it: so none
   // may be open across the change of id.
-  if (current_) {
-    Record& seal = kept.emplace_back();
-    seal.type = RecordType::seal;
-    seal.where = {current_->id, current_->used, 0};
-    seal.time_ns = clock_.wall_ns();
-  }
+  const size_t open_ones = kept.size();
+  if (current_) kept.push_back(seal_of(*current_));
+  if (copies_) kept.push_back(seal_of(*copies_));
   auto fresh = JournalWriter::create(root_.journals_dir());
   if (!fresh) return;
   const uint64_t old_writer = journal_.writer();
@@ -577,8 +647,9 @@ void RootWriter::compact_journal() {
       log(LogLevel::warning, "{}", removed.error().message);
     return;
   }
-  if (current_) replay_.apply(kept.back());
+  for (size_t i = open_ones; i < kept.size(); ++i) replay_.apply(kept[i]);
   current_.reset();
+  copies_.reset();
   if (spare_) {
     const std::string spare_path = root_.files().path_of(spare_->id);
     root_.files().drop(spare_->id);

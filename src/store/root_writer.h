@@ -42,6 +42,12 @@ class RootWriter {
   /// none can be had. Thread-safe, as are the calls below.
   Result<Place> reserve(uint64_t bytes);
 
+  /// Space in the segment that is being filled and in no other: what the keeper carries on never takes the
+  /// space that stores wait for. `busy` when it is full.
+  Result<Place> reserve_beside(uint64_t bytes);
+  /// Space in the segment of copies. May wait, and evict: the keeper's slow thread only.
+  Result<Place> reserve_copy(uint64_t bytes, const std::function<void(uint32_t slot)>& before_eviction);
+
   /// Makes a written extent known: the store is acknowledged when this returns success. `closed`: another
   /// process has taken the place over since it was reserved.
   Status acknowledge(const Place& place, Record put);
@@ -75,6 +81,8 @@ class RootWriter {
   /// Publishes the finished copy under its name and journals its content.
   Status publish_copy(const SegmentId& id, const File& copy, uint64_t used_bytes);
 
+  /// Given out by reserve() since it was opened.
+  uint64_t stored_bytes() const { return stored_bytes_; }
   uint64_t evicted_segments() const { return evicted_; }
   uint64_t evicted_bytes() const { return evicted_bytes_; }
   /// Of extents that condemn_extent() was called for.
@@ -87,13 +95,30 @@ class RootWriter {
   /// Of the segment that is ready and not begun: no journal speaks of it.
   uint64_t spare_bytes() const;
   Root& root() { return root_; }
+  const std::string& root_path() const { return root_.path(); }
 
  private:
+  struct Current {
+    uint32_t slot = 0;
+    SegmentId id;
+    SegmentLease segment;
+    uint64_t used = 0;
+    uint64_t bytes = 0;
+  };
   RootWriter(Root& root, Replay& replay, SegmentTable& segments, const Clock& clock, uint64_t reserve);
   Status adopt_or_create();
   /// Scans what lies behind the last journaled extent of a segment and journals it. Returns the end.
   Result<uint64_t> recover_tail(JournalWriter& journal, const SegmentId& id, uint64_t used);
   Status start_segment(const SegmentId& id, File file, uint64_t used, bool journaled);
+  Record seal_of(const Current& segment) const;
+  /// A segment file of this id that nothing speaks of yet, open and mapped.
+  Result<SegmentLease> make_segment(const SegmentId& id, uint64_t bytes,
+                                    const std::function<void(uint32_t)>& before_eviction);
+  /// `busy`, and the file removed, when the journal got another id since this one was given.
+  Status still_ours_locked(const SegmentId& id);
+  SegmentId next_id_locked();
+  /// Cuts `bytes` off a segment that has room for them.
+  Place cut_locked(Current& segment, uint64_t bytes);
   /// The journal and the segments that are being filled are another process's now.
   Status start_anew_locked();
   bool holds_journal_locked() const;
@@ -102,16 +127,19 @@ class RootWriter {
   Status append(Record record);
   Status append_locked(std::span<Record> records);
   /// The keeper's lock, or `busy`.
-  Result<File> lock_keeper() const;
+  Result<KeeperLock> lock_keeper();
   /// A file of `bytes` under `path`: new within the capacity, else the coldest segment's. The caller holds
   /// the keeper's lock.
   /// `kept`, when given, receives this process's mapping of a recycled file: its pages need no faults again.
-  Result<File> make_file(const std::string& path, uint64_t bytes,
+  Result<File> make_file(KeeperLock& keeper, const std::string& path, uint64_t bytes,
                          const std::function<void(uint32_t)>& before_eviction,
                          SegmentMapping* kept = nullptr);
   Result<uint64_t> bytes_on_medium() const;
-  Status evict_coldest(const std::function<void(uint32_t)>& before_eviction, const std::string& recycle_as,
-                       uint64_t wanted_bytes, bool* recycled, SegmentMapping* kept = nullptr);
+  /// `busy` when another process has taken over as keeper: whoever was stopped for long goes no further.
+  Status still_keeper(const KeeperLock& keeper) const;
+  Status evict_coldest(KeeperLock& keeper, const std::function<void(uint32_t)>& before_eviction,
+                       const std::string& recycle_as, uint64_t wanted_bytes, bool* recycled,
+                       SegmentMapping* kept = nullptr);
 
   Root& root_;
   Replay& replay_;
@@ -122,18 +150,13 @@ class RootWriter {
   mutable std::mutex mutex_;  // everything below
   JournalWriter journal_;
   uint32_t next_sequence_ = 0;
-  struct Current {
-    uint32_t slot = 0;
-    SegmentId id;
-    SegmentLease segment;
-    uint64_t used = 0;
-    uint64_t bytes = 0;
-  };
   uint32_t hold_ = 0;          // journals lost so far
   uint64_t confirmed_ns_ = 0;  // steady clock; 0 = still taking over what was found
   std::optional<Current> current_;
   std::optional<Current> spare_;
+  std::optional<Current> copies_;            // filled by reserve_copy()
   std::map<uint64_t, uint64_t> free_since_;  // writer -> steady clock; the slow keeper's only
+  std::atomic<uint64_t> stored_bytes_ = 0;
   std::atomic<uint64_t> evicted_ = 0;
   std::atomic<uint64_t> evicted_bytes_ = 0;
   std::atomic<uint64_t> condemned_bytes_ = 0;

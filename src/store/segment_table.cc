@@ -93,6 +93,11 @@ void SegmentTable::seal(uint32_t slot, RootIndex root, uint64_t used_bytes) {
   at.used_bytes = std::max(at.used_bytes, used_bytes);
 }
 
+void SegmentTable::mark_copies(uint32_t slot, RootIndex root) {
+  std::unique_lock lock(mutex_);
+  segments_[slot].roots[root].copies = true;
+}
+
 void SegmentTable::condemn(uint32_t slot, RootIndex root) {
   std::unique_lock lock(mutex_);
   segments_[slot].roots[root].condemned = true;
@@ -123,12 +128,14 @@ bool SegmentTable::touch_due(uint32_t slot, uint64_t now_ns, uint64_t interval_n
 void SegmentTable::acquire(uint32_t slot) {
   std::unique_lock lock(mutex_);
   ++segments_[slot].in_use;
+  in_motion_.fetch_add(1, std::memory_order_relaxed);
 }
 
 void SegmentTable::release(uint32_t slot) {
   std::unique_lock lock(mutex_);
   TD_CHECK(segments_[slot].in_use > 0);
   --segments_[slot].in_use;
+  in_motion_.fetch_sub(1, std::memory_order_relaxed);
 }
 
 SegmentTable::Segment SegmentTable::get(uint32_t slot) const {

@@ -27,6 +27,7 @@ class SegmentTable {
     bool present = false;    // a file is there, as far as is known
     bool condemned = false;  // for ever: ids are not reused
     bool sealed = false;
+    bool copies = false;  // holds nothing but what lower roots hold, too: not demoted
     uint64_t file_bytes = 0;
     uint64_t used_bytes = 0;  // end of the last extent known
     uint64_t extents = 0;     // puts seen
@@ -52,6 +53,7 @@ class SegmentTable {
   /// False: the segment is condemned there, the extent is gone with it.
   bool add_extent(uint32_t slot, RootIndex root, uint64_t end, uint64_t time_ns);
   void seal(uint32_t slot, RootIndex root, uint64_t used_bytes);
+  void mark_copies(uint32_t slot, RootIndex root);
   void condemn(uint32_t slot, RootIndex root);
   bool condemned(uint32_t slot, RootIndex root) const;
   void touch(uint32_t slot, uint64_t time_ns);
@@ -64,6 +66,8 @@ class SegmentTable {
 
   void acquire(uint32_t slot);
   void release(uint32_t slot);
+  /// Segments acquired now, each as often as it is: what this process has in motion.
+  uint32_t in_motion() const { return in_motion_.load(std::memory_order_relaxed); }
 
   Segment get(uint32_t slot) const;
   /// Copies of all segments present in `root`, coldest first.
@@ -73,6 +77,7 @@ class SegmentTable {
   mutable std::shared_mutex mutex_;
   std::map<SegmentId, uint32_t> slots_;
   std::vector<Segment> segments_;
+  std::atomic<uint32_t> in_motion_ = 0;
   // Read on every catalog probe without the lock; grown by whole blocks that never move.
   static constexpr uint32_t kBlock = 4096;
   static constexpr uint32_t kBlocks = kMost / kBlock;
@@ -80,6 +85,21 @@ class SegmentTable {
   std::array<std::atomic<MaskBlock*>, kBlocks> masks_{};
   std::vector<std::unique_ptr<MaskBlock>> mask_owner_;
   void publish_mask(uint32_t slot);
+};
+
+/// Keeps this process from evicting a segment for as long as it lives.
+class SegmentInUse {
+ public:
+  SegmentInUse(SegmentTable& segments, uint32_t slot) : segments_(segments), slot_(slot) {
+    segments_.acquire(slot_);
+  }
+  ~SegmentInUse() { segments_.release(slot_); }
+  SegmentInUse(const SegmentInUse&) = delete;
+  SegmentInUse& operator=(const SegmentInUse&) = delete;
+
+ private:
+  SegmentTable& segments_;
+  const uint32_t slot_;
 };
 
 }  // namespace tokendepot

@@ -341,6 +341,11 @@ void Transfers::scattered(LoadTask& task, ScatterOutcome outcome) {
   } else {
     segments_.touch(task.slot, clock_.wall_ns());
   }
+  if (promotion_ != nullptr) {
+    Record put = record_of(task.item);
+    put.ns_prefix = prefix_of(task.ns);
+    promotion_->note_load(task.tier, task.slot, put, task.header.stored_at_ns);
+  }
   if (task.hold) {
     leave_place(task);  // the bytes are ours now; the segment may be evicted
   } else {

@@ -35,12 +35,13 @@ void cut_pieces(std::vector<IoOperation>& pieces, const IoOperation& pattern, st
 }
 
 Transfers::Transfers(Device& device, std::vector<Tier> tiers, SegmentTable& segments, const Clock& clock,
-                     uint64_t store_queue_bytes)
+                     uint64_t store_queue_bytes, Promotion* promotion)
     : device_(device),
       tiers_(std::move(tiers)),
       segments_(segments),
       clock_(clock),
       store_queue_bytes_(store_queue_bytes),
+      promotion_(promotion),
       staged_(std::ranges::any_of(tiers_, [](const Tier& tier) { return !tier.root->mapped(); })),
       traffic_(kMaxRoots) {
   dispatching_ = 2;

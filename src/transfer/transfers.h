@@ -33,8 +33,9 @@ class Transfers {
     Root* root = nullptr;
     RootWriter* writer = nullptr;  // null: not written by this process
   };
+  /// `promotion`, where there is one, hears of every load and outlives the transfers.
   Transfers(Device& device, std::vector<Tier> tiers, SegmentTable& segments, const Clock& clock,
-            uint64_t store_queue_bytes);
+            uint64_t store_queue_bytes, Promotion* promotion = nullptr);
   /// close() has been called.
   ~Transfers();
 
@@ -155,6 +156,7 @@ class Transfers {
   SegmentTable& segments_;
   const Clock& clock_;
   const uint64_t store_queue_bytes_;
+  Promotion* const promotion_;
   const bool staged_;  // some root is not mapped
 
   mutable std::mutex mutex_;

@@ -148,12 +148,26 @@ def test_sealed_segments_are_copied_down_and_served_from_there_when_the_first_ti
     assert outcome.writes_per_unique == (16 + 14) / 16
 
 
-def test_nothing_is_copied_upwards():
+def test_what_comes_back_soon_is_copied_upwards_and_what_is_colder_than_the_first_root_is_not():
     prompts_of_two = [[i, i + 100] for i in range(8)]
     cache = depot(4, 20)
     played(trace_of(*prompts_of_two), cache)
-    for _ in range(3):
-        assert list(cache.serve([0, 100])) == [0, 2]
+    assert [list(cache.serve([0, 100])) for _ in range(3)] == [[0, 2], [0, 2], [2, 0]]
+    assert (cache.promoted, cache.copied, cache.evicted) == (2, 14, 0)
+    assert list(cache.serve([1, 101])) == [0, 2]
+    assert cache.promoted == 2
+
+
+def test_an_evicted_copy_costs_no_hit():
+    cache = depot(4, 40)
+    played(trace_of(*[[i, i + 100] for i in range(8)]), cache)
+    for block in (0, 0, 1, 1):
+        cache.serve([block, block + 100])
+    assert cache.promoted == 4
+    for block in range(20, 28):
+        cache.serve([block, block + 100])
+    assert list(cache.serve([0, 100])) == [0, 2]
+    assert cache.evicted == 0
 
 
 def test_with_room_for_everything_a_depot_finds_what_an_unbounded_cache_finds(traces):
@@ -167,7 +181,7 @@ def test_with_room_for_everything_a_depot_finds_what_an_unbounded_cache_finds(tr
     [
         ([2 * MIB], 4096, None, "expected at least 3145728, room for 3 segments of 1048576 bytes"),
         ([-5], 4096, None, "capacity of -5 bytes"),
-        ([64 * MIB, 1024], 4096, None, "room for 1 segment of 2097152 bytes"),
+        ([64 * MIB, 1024], 4096, None, "room for 1 segment of 1048576 bytes"),
         ([64 * MIB], 8192, 4096, "segments of 4096 bytes: expected room for a block of 8192 bytes"),
     ],
 )
@@ -184,11 +198,13 @@ def test_a_block_cache_needs_room_for_a_block():
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def test_automatic_segments_are_a_32nd_of_the_root_within_bounds():
-    assert automatic_segment_bytes(100 * MIB, 4096) == 3 * MIB
+def test_automatic_segments_are_a_256th_of_the_root_within_bounds_and_hold_whole_extents():
+    assert automatic_segment_bytes(800 * MIB, 4096) == 3 * MIB
     assert automatic_segment_bytes(4096, 4096) == MIB
     assert automatic_segment_bytes(1 << 50, 4096) == 256 * MIB
     assert automatic_segment_bytes(100 * MIB, 9 * MIB) == 9 * MIB
+    assert automatic_segment_bytes(1 << 50, 32 * MIB + 4096) == 8 * (32 * MIB + 4096)
+    assert automatic_segment_bytes(100 * MIB, 32 * MIB + 4096) == 32 * MIB + 4096
 
 
 def test_an_extent_is_a_header_page_and_heads_in_whole_pages():

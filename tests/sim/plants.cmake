@@ -71,16 +71,17 @@ tokendepot_plant(trust_any_record 600 "acknowledged lost" format/journal.cc
   [[if (stored != digest) {]]
   [[if (false && stored != digest) {]])
 
-tokendepot_plant(forget_to_seal 400 "(broken|hang)" store/root_writer.cc
-  [[      records[count].type = RecordType::seal;
-      records[count++].where]]
-  [[      records[count].type = RecordType::touch;
-      records[count++].where]])
+tokendepot_plant(forget_to_seal 1000 "(broken|hang)" store/root_writer.cc
+  [[if (current_) records[count++] = seal_of(*current_);]]
+  [[if (current_) {
+      records[count] = seal_of(*current_);
+      records[count++].type = RecordType::touch;
+    }]])
 
 tokendepot_plant(exceed_capacity 30 "capacity" store/root_writer.cc
   [[const bool capacity_is_short = bytes > root_.capacity() || *used > root_.capacity() - bytes;]]
   [[const bool capacity_is_short = bytes > root_.capacity();]])
 
 tokendepot_plant(reuse_a_segment_id 30 "(hang|acknowledged lost)" store/root_writer.cc
-  [[id = {journal_.writer(), next_sequence_++};]]
-  [[id = {journal_.writer(), next_sequence_++ % 4};]])
+  [[return {journal_.writer(), next_sequence_++};]]
+  [[return {journal_.writer(), next_sequence_++ % 4};]])

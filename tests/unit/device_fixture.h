@@ -24,8 +24,12 @@ class TransfersOnDevice : public ::testing::Test {
     transfers_ =
         std::make_unique<Transfers>(device_, std::vector{Transfers::Tier{root_.get(), writer_.get()}},
                                     segments_, system_clock(), 64 << 20);
+    promotion_ = std::make_unique<Promotion>(
+        std::vector{Keeper::Tier{root_.get(), replay_.get(), writer_.get()}}, segments_, system_clock());
+    rewriting_ = std::make_unique<Rewriting>(0, promotion_->use(), segments_, system_clock());
     keeper_ = std::make_unique<Keeper>(std::vector{Keeper::Tier{root_.get(), replay_.get(), writer_.get()}},
-                                       segments_, &catalog_, 20, [this] { transfers_->space_ready(); });
+                                       segments_, &catalog_, *promotion_, *rewriting_, 20,
+                                       [this] { transfers_->space_ready(); });
     EXPECT_TRUE(transfers_->attach(cache_.paged()));
     cache_.fill(1);
   }
@@ -85,6 +89,8 @@ class TransfersOnDevice : public ::testing::Test {
   std::unique_ptr<Root> root_;
   std::unique_ptr<Replay> replay_;
   std::unique_ptr<RootWriter> writer_;
+  std::unique_ptr<Promotion> promotion_;
+  std::unique_ptr<Rewriting> rewriting_;
   std::unique_ptr<Transfers> transfers_;
   std::unique_ptr<Keeper> keeper_;
 };

@@ -73,7 +73,7 @@ TEST(ParseOptions, RequireGdsIsForRootsOnCuFile) {
 
 TEST(ParseOptions, EveryKeyReachesItsOption) {
   const auto options = parse_options(with_root(
-      R"("slab":"128MiB","device_threads":3,"io_depth":7,"store_queue":"1GB","free_space_reserve":0,"poll_ms":250,"device":"cuda:3","device_slab":"1GiB")"));
+      R"("slab":"128MiB","device_threads":3,"io_depth":7,"store_queue":"1GB","free_space_reserve":0,"poll_ms":250,"rewrite_percent":7,"device":"cuda:3","device_slab":"1GiB")"));
   ASSERT_TRUE(options) << options.error().message;
   EXPECT_EQ(options->slab_bytes, 128ull << 20);
   EXPECT_EQ(options->device_threads, 3u);
@@ -81,6 +81,7 @@ TEST(ParseOptions, EveryKeyReachesItsOption) {
   EXPECT_EQ(options->store_queue_bytes, 1'000'000'000u);
   EXPECT_EQ(options->free_space_reserve, 0u);
   EXPECT_EQ(options->poll_ms, 250u);
+  EXPECT_EQ(options->rewrite_percent, 7u);
   EXPECT_EQ(options->device, "cuda:3");
   EXPECT_EQ(options->device_slab_bytes, 1ull << 30);
 }
@@ -224,6 +225,7 @@ TEST(ParseOptions, CountsHaveBounds) {
   }
   EXPECT_THAT(refusal_of(with_root(R"("io_depth":129)")), HasSubstr("from 1 to 128"));
   EXPECT_THAT(refusal_of(with_root(R"("poll_ms":60001)")), HasSubstr("from 1 to 60000"));
+  EXPECT_THAT(refusal_of(with_root(R"("rewrite_percent":11)")), HasSubstr("from 0 to 10"));
 }
 
 TEST(ParseOptions, ADeviceIsTheHostOrAGpuByNumber) {

@@ -77,7 +77,12 @@ class SegmentCache:
     The same steps as `RootWriter` and `Keeper` (src/store): one segment is being filled and one is ready beside it, so a
     root of n segments keeps n - 2 sealed ones. A segment is as warm as the last load from it or store into it. Sealed
     segments are copied to the root below, here at once. A block that is stored, but behind a miss, is neither stored
-    again nor used. Nothing is copied upwards.
+    again nor used. A block that was loaded from a lower root is copied to the first one, here at once, if its use before
+    that was later than the last use of the coldest sealed segment there, or if there is room; copies have segments of
+    their own, which are not copied down (`Promotion` in src/store; there only while nothing else moves).
+
+    Attributes:
+        promoted: blocks copied to the first root.
     """
 
     def __init__(self, capacities: Sequence[int], extent_bytes: int, segment_bytes: int | None = None) -> None:
@@ -94,9 +99,12 @@ class SegmentCache:
                     f"segment{'s' * (least > 1)} of {segment} bytes"
                 )
         self._per_segment = segment // extent_bytes
-        self.stored = self.copied = self.evicted = 0
+        self.stored = self.copied = self.evicted = self.promoted = 0
         self._now = 0
         self._place: dict[int, _Segment] = {}
+        self._copy: dict[int, _Segment] = {}
+        self._copies: _Segment | None = None  # the segment of copies that is being filled
+        self._used: dict[int, int] = {}
         self._current: _Segment | None = None
         self._made = 0
         # The sealed segments of each tier as a heap of (last used, number, segment). Segments get warmer behind the
@@ -106,24 +114,55 @@ class SegmentCache:
     def serve(self, blocks: Sequence[int]) -> Sequence[int]:
         hits = [0] * len(self._segments)
         leading = 0
+        from_below: list[tuple[int, int]] = []  # block, its use before
         for block in blocks:
-            segment = self._place.get(block)
+            segment = self._copy.get(block) or self._place.get(block)
             if segment is None:
                 break
             self._now += 1
             segment.last_used = self._now
-            hits[min(segment.tiers)] += 1
+            used_before, self._used[block] = self._used.get(block, 0), self._now
+            tier = min(segment.tiers)
+            hits[tier] += 1
             leading += 1
+            if tier > 0:
+                from_below.append((block, used_before))
         for block in blocks[leading:]:
-            if block not in self._place:
+            if block not in self._place and block not in self._copy:
                 self._store(block)
+        for block, used_before in from_below:
+            self._promote(block, used_before)
         return hits
+
+    def _promote(self, block: int, used_before: int) -> None:
+        segment = self._place.get(block)
+        if segment is None or 0 in segment.tiers or block in self._copy:
+            return
+        if len(self._sealed[0]) + self._open() >= self._segments[0]:
+            if not self._sealed[0] or used_before <= self._coldest(0).last_used:
+                return
+        if self._copies is None or len(self._copies.blocks) == self._per_segment:
+            if self._copies is not None:
+                self._seal(0, self._copies)
+            self._made += 1
+            self._copies = _Segment(self._made, self._now, tiers={0}, left=set(range(1, len(self._segments))))
+            if len(self._sealed[0]) + self._open() > self._segments[0]:
+                self._evict(0)
+        self._now += 1
+        self._copies.last_used = self._now
+        self._copies.blocks.append(block)
+        self._copy[block] = self._copies
+        self.promoted += 1
+
+    def _open(self) -> int:
+        """Segments of the first root that cannot be evicted: the one being filled, the one that is ready, and that of copies."""
+        return 2 + (self._copies is not None)
 
     def _store(self, block: int) -> None:
         if self._current is None or len(self._current.blocks) == self._per_segment:
             self._next_segment()
         self._now += 1
-        self._current.last_used = self._now
+        self._used[block] = self._current.last_used = self._now
         self._current.blocks.append(block)
         self._place[block] = self._current
         self.stored += 1
@@ -136,8 +175,7 @@ class SegmentCache:
             return
         self._seal(0, full)
         self._copy_down(0, full)
-        # Beside the sealed ones there are the one being filled and the one that is made ready now.
-        if len(self._sealed[0]) + 2 > self._segments[0]:
+        if len(self._sealed[0]) + self._open() > self._segments[0]:
             self._evict(0)
 
     def _seal(self, tier: int, segment: _Segment) -> None:
@@ -153,19 +191,26 @@ class SegmentCache:
         self._seal(below, segment)
         self.copied += len(segment.blocks)
 
-    def _evict(self, tier: int) -> None:
+    def _coldest(self, tier: int) -> _Segment:
         sealed = self._sealed[tier]
         while sealed[0][0] != sealed[0][2].last_used:
             stale = sealed[0][2]
             heapq.heapreplace(sealed, (stale.last_used, stale.number, stale))
-        coldest = heapq.heappop(sealed)[2]
+        return sealed[0][2]
+
+    def _evict(self, tier: int) -> None:
+        coldest = self._coldest(tier)
+        heapq.heappop(self._sealed[tier])
         self._copy_down(tier, coldest)
         coldest.tiers.remove(tier)
         coldest.left.add(tier)
         if not coldest.tiers:
-            self.evicted += len(coldest.blocks)
             for block in coldest.blocks:
-                del self._place[block]
+                if self._copy.get(block) is coldest:
+                    del self._copy[block]
+                elif self._place.get(block) is coldest:
+                    del self._place[block]
+                    self.evicted += 1
 
 
 @dataclass

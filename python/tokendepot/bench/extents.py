@@ -10,8 +10,8 @@ PAGE_BYTES = 4096
 MIB = 1 << 20
 HEADER_BYTES = PAGE_BYTES  # up to 480 shards (docs/format.md, "Extent")
 ENGINE_BLOCK_TOKENS = 16
-# What "segment": "auto" means to the engine (src/store/root.cc, default_segment_bytes).
-SEGMENTS_PER_ROOT, SMALLEST_SEGMENT, LARGEST_SEGMENT = 32, 1 * MIB, 256 * MIB
+# What "segment": "auto" means to the engine (src/store/root.cc, default_segment_bytes and fit_extent).
+SEGMENTS_PER_ROOT, SMALLEST_SEGMENT, LARGEST_SEGMENT = 256, 1 * MIB, 256 * MIB
 
 
 class SizeError(ValueError):
@@ -55,6 +55,7 @@ def extent_bytes(shard_bytes: int, shards: int) -> int:
 
 
 def automatic_segment_bytes(capacity_bytes: int, extent: int) -> int:
-    """The size of segments in a root of this capacity that is told none."""
+    """The size of segments in a root of this capacity that is told none: a whole number of extents."""
     usual = min(max(capacity_bytes // SEGMENTS_PER_ROOT // MIB * MIB, SMALLEST_SEGMENT), LARGEST_SEGMENT)
-    return max(usual, extent)
+    whole = -(-usual // extent) * extent
+    return whole if whole <= capacity_bytes // 3 else max(usual, extent)

@@ -150,7 +150,9 @@ class RealDepot:
             time.sleep(SETTLE_S)
             outcome.stats = self._depot.stats()
             outcome.stored = outcome.stats["store"]["extents"]
-            outcome.evicted = outcome.stored - outcome.stats["entries"]
+            # A promoted extent has two entries while its copy lives: copies that have gone make this too high.
+            promoted = sum(root["promoted_extents"] for root in outcome.stats["roots"])
+            outcome.evicted = max(0, outcome.stored + promoted - outcome.stats["entries"])
             demoted = sum(root["demoted_segments"] for root in outcome.stats["roots"])
             outcome.copied = demoted * self._chunks_per_segment  # only full segments are copied
 

@@ -137,6 +137,8 @@ def _measured(outcome: RealOutcome) -> dict[str, Any]:
         "written_bytes": store["bytes"],
         "evicted_segments": sum(root["evicted_segments"] for root in outcome.stats["roots"]),
         "demoted_segments": sum(root["demoted_segments"] for root in outcome.stats["roots"]),
+        "promoted_bytes": sum(root["promoted_bytes"] for root in outcome.stats["roots"]),
+        "rewritten_bytes": sum(root["rewritten_bytes"] for root in outcome.stats["roots"]),
         "load_gb_per_s": load["bytes"] / load_s / 1e9 if load_s else None,
         "store_gb_per_s": store["bytes"] / outcome.store_s / 1e9 if outcome.store_s else None,
         "load_ms": {f"p{p}": _milliseconds(outcome.load_s, p) for p in (50, 99, 100)} if outcome.load_s else None,
@@ -164,7 +166,8 @@ def _say_measured(outcome: RealOutcome) -> None:
     if found["store_gb_per_s"] is not None:
         show.say(f"  stores: {found['store_gb_per_s']:.2f} GB/s")
     show.say(
-        f"  {show.number(found['evicted_segments'], 'segment')} evicted, {found['demoted_segments']:,} copied down; "
+        f"  {show.number(found['evicted_segments'], 'segment')} evicted, {found['demoted_segments']:,} copied down, "
+        f"{show.size(found['promoted_bytes'])} promoted, {show.size(found['rewritten_bytes'])} rewritten; "
         f"the latest prompt was served {found['late_s']:.1f} s after its time"
     )
     if found["failures"]:

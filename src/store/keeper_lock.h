@@ -1,0 +1,63 @@
+// The sole right to create, recycle and remove segment files of a root: keeper.lock.
+//
+// The lock belongs to the open file, so the kernel (or the file server, when its lease ends) drops it when
+// its holder dies. A holder that is stopped, or whose host has gone where locks outlive hosts, is passed
+// over: each holder writes a stamp and renews it while it works, and whoever has waited for a minute at one
+// and the same stamp, by its own clock, removes the file and makes a new one. The old holder finds its file
+// gone
+// (`held`) and stops. What it still does between that look and its next step can be an eviction too many or a
+// file too much; ids are never given twice, so it is never another segment's file, and no reader believes
+// more than what an extent proves.
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+#include <optional>
+#include <string>
+
+#include "io/file.h"
+#include "tokendepot/error.h"
+
+namespace tokendepot {
+
+/// While it lives, its root's keeper is this process. Move-only.
+class KeeperLock {
+ public:
+  /// False: somebody took over, because it was not renewed for too long.
+  bool held() const { return file_.is_at_its_path(); }
+  /// Before anything that takes long. Cheap: one write.
+  void renew();
+
+ private:
+  friend class KeeperElection;
+  struct Stamp {
+    uint64_t epoch = 0;  // one more with each holder
+    uint64_t beats = 0;
+    bool operator==(const Stamp&) const = default;
+  };
+  Stamp stamp_;
+  File file_;
+};
+
+/// Thread-safe.
+class KeeperElection {
+ public:
+  static constexpr uint64_t kStuckMs = 60'000;
+  /// `stuck_ms`: how long a holder may go without renewing before it is passed over.
+  explicit KeeperElection(std::string path, uint64_t stuck_ms = kStuckMs)
+      : path_(std::move(path)), stuck_ms_(stuck_ms) {}
+
+  /// Waits up to `patience_ms`. nullopt: somebody else has it, and renews it.
+  Result<std::optional<KeeperLock>> acquire(uint32_t patience_ms);
+
+ private:
+  Result<std::optional<KeeperLock>> try_once();
+
+  const std::string path_;
+  const uint64_t stuck_ms_;
+  std::mutex mutex_;  // the two below
+  KeeperLock::Stamp seen_;
+  uint64_t seen_since_ns_ = 0;  // steady clock; 0 = nothing seen
+};
+
+}  // namespace tokendepot

@@ -17,6 +17,7 @@
 #include "store/replay.h"
 #include "store/root.h"
 #include "store/root_writer.h"
+#include "store/scrub.h"
 #include "tokendepot/depot.h"
 #include "transfer/transfers.h"
 
@@ -38,6 +39,8 @@ const char* name(ItemFailure::Reason reason) {
       return "cancelled";
     case ItemFailure::Reason::dropped:
       return "dropped";
+    case ItemFailure::Reason::pinned:
+      return "pinned";
   }
   return "unknown";
 }
@@ -93,6 +96,7 @@ class OpenDepot final : public Depot {
   std::vector<Tier> tiers_;
   std::unique_ptr<Transfers> transfers_;
   std::unique_ptr<Keeper> keeper_;
+  std::unique_ptr<Scrubber> scrubber_;
   std::atomic<uint64_t> lookups_ = 0;
   uint64_t open_ns_ = 0;
 };
@@ -183,7 +187,13 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::uniq
   depot->keeper_ =
       std::make_unique<Keeper>(keeper_tiers, depot->segments_, depot->catalog_.get(), options.poll_ms,
                                [transfers = depot->transfers_.get()] { transfers->space_ready(); });
-  if (!depot->transfers_->running() || !depot->keeper_->running()) {
+  std::vector<RootWriter*> writers;
+  for (const Tier& tier : depot->tiers_) {
+    if (tier.writer) writers.push_back(tier.writer.get());
+  }
+  depot->scrubber_ = std::make_unique<Scrubber>(std::move(writers), depot->segments_, system_clock(),
+                                                options.scrub_bytes_per_second);
+  if (!depot->transfers_->running() || !depot->keeper_->running() || !depot->scrubber_->running()) {
     return fail(
         ErrorKind::busy,
         "the system refused the depot's background threads; check the limit of processes (ulimit -u)");
@@ -201,6 +211,7 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::uniq
 OpenDepot::~OpenDepot() {
   if (forked()) {
     // The parent's threads are not here to be joined, and its files are not ours to unlock: leak on purpose.
+    scrubber_.release();   // NOLINT(bugprone-unused-return-value)
     keeper_.release();     // NOLINT(bugprone-unused-return-value)
     transfers_.release();  // NOLINT(bugprone-unused-return-value)
     device_.release();     // NOLINT(bugprone-unused-return-value)
@@ -215,6 +226,7 @@ OpenDepot::~OpenDepot() {
   }
   // The keeper's callback and the transfers' wake-ups point at each other: work ends first, then the threads.
   if (transfers_) transfers_->close();
+  scrubber_.reset();
   keeper_.reset();
   transfers_.reset();
 }
@@ -418,9 +430,17 @@ DepotStats OpenDepot::stats() const {
       root.suspended = tier.writer->failing();
       root.used_bytes += tier.writer->spare_bytes();
     }
+    root.evicted_bytes = tier.replay->evicted();
+    root.pinned_bytes = tier.replay->policies().pinned_bytes();
+    root.damaged_policies = tier.replay->policies().damaged();
     root.gds_errors = tier.root->gds_errors();
     root.mended_manifests = tier.root->mended_manifests();
     root.demoted_segments = keeper_->demoted(tier.root->index());
+    const Scrubber::Progress scrub = scrubber_->progress(tier.root->index());
+    root.scrubbed_bytes = scrub.scrubbed_bytes;
+    root.scrub_errors = scrub.errors;
+    root.scrub_pass_bytes = scrub.pass_bytes;
+    root.scrub_finished_ns = scrub.finished_ns;
   }
   return stats;
 }

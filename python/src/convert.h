@@ -126,6 +126,7 @@ extern template std::vector<int32_t> integers_from(nb::handle, const char*);
 void bind_key_chain(nb::module_& module);
 void bind_depot(nb::module_& module);
 void bind_tools(nb::module_& module);
+void bind_tending(nb::module_& module);
 void bind_workload(nb::module_& module);
 
 }  // namespace tokendepot::py

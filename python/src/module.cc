@@ -63,5 +63,6 @@ NB_MODULE(_core, module) {
   bind_key_chain(module);
   bind_depot(module);
   bind_tools(module);
+  bind_tending(module);
   bind_workload(module);
 }

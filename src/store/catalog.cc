@@ -156,7 +156,7 @@ std::optional<Catalog::Found> Catalog::find(const Key& key, PartId part) const {
   const Shard& shard = shard_of(probe);
   std::lock_guard lock(shard.mutex);
   const Entry* entry = seek(shard.table, probe);
-  if (entry == nullptr || !segments_.alive(entry->slot)) return std::nullopt;
+  if (entry == nullptr || !segments_.serves(entry->slot, entry->page)) return std::nullopt;
   return Found{entry->slot, entry->page * kPageBytes, entry->pages * kPageBytes};
 }
 
@@ -164,7 +164,7 @@ bool Catalog::present(const Probe& probe) const {
   const Shard& shard = shard_of(probe);
   std::lock_guard lock(shard.mutex);
   const Entry* entry = seek(shard.table, probe);
-  return entry != nullptr && segments_.alive(entry->slot);
+  return entry != nullptr && segments_.serves(entry->slot, entry->page);
 }
 
 void Catalog::prefetch(const Probe& probe) const {

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdlib>
 
+#include "base/clock.h"
 #include "base/errors.h"
 #include "base/log.h"
 #include "io/io_thread.h"
@@ -36,6 +37,7 @@ Keeper::Keeper(std::vector<Tier> tiers, SegmentTable& segments, Catalog* catalog
       catalog_(catalog),
       poll_ms_(poll_ms),
       space_ready_(std::move(space_ready)) {
+  tend_policies();     // before the first lookup and the first eviction
   make_space_ready();  // before the first store, which would have to wait for it
   fast_ = start_io_thread([](void* self) { static_cast<Keeper*>(self)->run_fast(); }, this);
   slow_ = start_io_thread([](void* self) { static_cast<Keeper*>(self)->run_slow(); }, this);
@@ -93,6 +95,13 @@ void Keeper::make_space_ready() {
   }
 }
 
+void Keeper::tend_policies() {
+  const uint64_t now = system_clock().steady_ns();
+  if (now < policies_due_ns_) return;
+  for (const Tier& tier : tiers_) tier.replay->tend(system_clock());
+  policies_due_ns_ = now + 1'000'000'000;
+}
+
 void Keeper::run_fast() {
   std::unique_lock lock(mutex_);
   while (!stop_) {
@@ -100,6 +109,7 @@ void Keeper::run_fast() {
     if (stop_) return;
     woken_ = false;
     lock.unlock();
+    tend_policies();
     make_space_ready();
     poll_journals();
     lock.lock();
@@ -163,6 +173,9 @@ void Keeper::run_slow() {
         if (stop_) break;
         demote(tier, slot);
       }
+    }
+    for (const Tier& tier : tiers_) {
+      if (tier.writer != nullptr && !stop_) tier.writer->reclaim();
     }
     if (round % kRoundsPerTidying == 0 && !stop_) {
       for (const Tier& tier : tiers_) {

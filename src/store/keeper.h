@@ -49,6 +49,8 @@ class Keeper {
   bool demote(size_t tier, uint32_t slot);
   bool is_wanted_below(size_t tier, uint32_t slot, size_t* below) const;
   void make_space_ready();
+  /// Obeys the roots' policies: at most once a second.
+  void tend_policies();
 
   const std::vector<Tier> tiers_;
   SegmentTable& segments_;
@@ -61,6 +63,7 @@ class Keeper {
   std::condition_variable wake_fast_;
   std::condition_variable wake_slow_;
   bool woken_ = false;
+  uint64_t policies_due_ns_ = 0;  // fast thread only
   std::atomic<bool> stop_ = false;
   std::optional<ErrorKind> last_complaint_;  // the message may name another file each time
   std::thread fast_;

@@ -81,7 +81,7 @@ Transfers::Start Transfers::start_store(StoreTask& task) {
       give_store_memory(task);
       return Start::later;
     }
-    finish_store(task, false, Reason::dropped);
+    finish_store(task, false, task.writer->space_is_pinned() ? Reason::pinned : Reason::dropped);
     return Start::over;
   }
   task.place = std::move(*place);

@@ -262,7 +262,7 @@ def test_ranges_of_whole_numbers_are_those_of_the_engine() -> None:
 
 def metrics() -> set[str]:
     counters = literal(VLLM / "stats.py", "COUNTERS")
-    labelled = {literal(VLLM / "stats.py", name)[0] for name in ("FAILURE_METRIC", "CARRIED_METRIC")}
+    labelled = {literal(VLLM / "stats.py", name)[0] for name in ("FAILURE_METRIC", "CARRIED_METRIC", "EVICTED_METRIC")}
     return {name for name, _ in counters.values()} | labelled
 
 

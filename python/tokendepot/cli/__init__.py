@@ -1,4 +1,4 @@
-"""The command line: `tokendepot stat`, ls, du, verify, evict, rm, doctor, metrics, bench, replay, plan, version.
+"""The command line: `tokendepot stat`, ls, du, verify, scrub, evict, rm, pin, ttl, quota, doctor, metrics, bench, replay, plan, version.
 
 Exit codes: 0 all well; 1 something in a root is damaged; 2 wrong usage, or a path that is not the root of a depot;
 3 the operation could not be done (permission, I/O, no space, busy) or was declined.

@@ -7,9 +7,11 @@ from typing import Any
 from prometheus_client import REGISTRY, Counter
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-REASONS = ("absent", "mismatch", "corrupt", "io_error", "timed_out", "cancelled", "dropped")
+REASONS = ("absent", "mismatch", "corrupt", "io_error", "timed_out", "cancelled", "dropped", "pinned")
 FAILURE = "failures:"  # prefix of "failures:<load|store>:<reason>" in the data
 PATHS = ("mapped", "direct", "buffered", "gds_p2p", "gds_compat")
+CAUSES = ("capacity", "quota", "ttl", "corrupt")  # by hand is counted by roots' own metrics: no engine does it
+EVICTED = "evicted_by:"  # prefix of "evicted_by:<cause>" in the data
 CARRIED = "bytes_by:"  # prefix of "bytes_by:<load|store>:<path>" in the data
 
 # Key of the data -> (metric name, help). Prometheus appends "_total".
@@ -37,6 +39,11 @@ COUNTERS = {
     "mended_manifests": (
         "tokendepot_mended_manifests",
         "Manifests that were found damaged and written anew.",
+    ),
+    "scrubbed_bytes": ("tokendepot_scrubbed_bytes", "Bytes that were read again and checked in the background."),
+    "scrub_errors": (
+        "tokendepot_scrub_errors",
+        "Extents that the scrub found bad, which are condemned, or could not read.",
     ),
     "queried_tokens": ("tokendepot_queried_tokens", "Tokens of prompts that were looked up."),
     "hit_tokens": ("tokendepot_hit_tokens", "Tokens that the depot promised to load."),
@@ -68,6 +75,10 @@ COUNTERS = {
 FAILURE_METRIC = (
     "tokendepot_failures",
     "Extents that were not loaded or not stored, by operation and reason.",
+)
+EVICTED_METRIC = (
+    "tokendepot_evicted_bytes",
+    "Bytes of extents that this engine's workers stopped serving, by cause.",
 )
 CARRIED_METRIC = (
     "tokendepot_carried_bytes",
@@ -119,7 +130,10 @@ class EngineCounters:
                 now[f"{FAILURE}{way}:{reason}"] = counts["failures"][reason]
             for path in PATHS:
                 now[f"{CARRIED}{way}:{path}"] = counts["by_path"][path]
-        now["gds_errors"] = sum(root["gds_errors"] for root in stats["roots"])
+        for name in ("gds_errors", "scrubbed_bytes", "scrub_errors"):
+            now[name] = sum(root[name] for root in stats["roots"])
+        for cause in CAUSES:
+            now[f"{EVICTED}{cause}"] = sum(root["evicted_bytes"][cause] for root in stats["roots"])
         change = {key: value - self._before.get(key, 0) for key, value in now.items()}
         self._before = now
         return {key: value for key, value in change.items() if value}
@@ -153,6 +167,13 @@ class DepotPromMetrics(KVConnectorPromMetrics):
                         engine: metric.labels(*values, way, choice)
                         for engine, values in per_engine_labelvalues.items()
                     }
+
+        name, text = EVICTED_METRIC
+        metric = self._counter(name, text, [*labelnames, "cause"])
+        for cause in CAUSES:
+            self._counters[f"{EVICTED}{cause}"] = {
+                engine: metric.labels(*values, cause) for engine, values in per_engine_labelvalues.items()
+            }
 
     def _counter(self, name: str, text: str, labelnames: list[str]) -> Any:
         """A second engine in one process goes on with the first one's counter: names are unique in the registry."""

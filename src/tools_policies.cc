@@ -156,17 +156,19 @@ Status set_policy(const std::string& path, Policy policy, uint64_t capacity_byte
   if (policy.kind == Policy::Kind::pin) {
     const uint64_t capacity = capacity_bytes != 0 ? capacity_bytes : read_notes(path).capacity_bytes;
     if (capacity == 0) {
-      return fail(ErrorKind::invalid_argument,
-                  "the capacity of {} is not known, because no engine has noted it yet; give it with --capacity",
-                  path);
+      return fail(
+          ErrorKind::invalid_argument,
+          "the capacity of {} is not known, because no engine has noted it yet; give it with --capacity",
+          path);
     }
     const auto judged = judge(path, *policies, now);
     if (!judged) return std::unexpected(judged.error());
     if (judged->pinned_bytes > capacity / kPinShare) {
-      return fail(ErrorKind::invalid_argument,
-                  "pins would hold {} bytes of segments in {}; allowed are {}, which is 1/{} of its capacity of "
-                  "{}",
-                  judged->pinned_bytes, path, capacity / kPinShare, kPinShare, capacity);
+      return fail(
+          ErrorKind::invalid_argument,
+          "pins would hold {} bytes of segments in {}; allowed are {}, which is 1/{} of its capacity of "
+          "{}",
+          judged->pinned_bytes, path, capacity / kPinShare, kPinShare, capacity);
     }
   }
   if (dry_run) return {};

@@ -55,15 +55,15 @@ struct RootStats {
   uint64_t segments = 0;    // gauge
   uint64_t evicted_segments = 0;
   uint64_t demoted_segments = 0;
-  EvictedBytes evicted_bytes;        // by this process; `manual` by anybody
-  uint64_t pinned_bytes = 0;         // gauge: segment files that pins hold
-  uint64_t damaged_policies = 0;     // times that the file was found damaged
-  uint64_t scrubbed_bytes = 0;       // read and checked by this process in the background
-  uint64_t scrub_errors = 0;         // extents that were bad or could not be read
-  uint64_t scrub_pass_bytes = 0;     // gauge: read in the pass under way, by whomever; 0 = none
-  uint64_t scrub_finished_ns = 0;    // gauge: wall clock at the end of the last full pass; 0 = never
-  uint64_t gds_errors = 0;        // of cuFile: the extent went the ordinary way, or was not stored
-  uint64_t mended_manifests = 0;  // found damaged and written anew
+  EvictedBytes evicted_bytes;      // by this process; `manual` by anybody
+  uint64_t pinned_bytes = 0;       // gauge: segment files that pins hold
+  uint64_t damaged_policies = 0;   // times that the file was found damaged
+  uint64_t scrubbed_bytes = 0;     // read and checked by this process in the background
+  uint64_t scrub_errors = 0;       // extents that were bad or could not be read
+  uint64_t scrub_pass_bytes = 0;   // gauge: read in the pass under way, by whomever; 0 = none
+  uint64_t scrub_finished_ns = 0;  // gauge: wall clock at the end of the last full pass; 0 = never
+  uint64_t gds_errors = 0;         // of cuFile: the extent went the ordinary way, or was not stored
+  uint64_t mended_manifests = 0;   // found damaged and written anew
   bool writable = false;
   bool suspended = false;  // gauge: failing, retried in the background
 };

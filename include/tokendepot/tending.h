@@ -21,10 +21,10 @@ struct Policy {
     pin = 3,    // extents are not evicted for space before `value` (wall clock in ns since 1970; 0 = never)
   };
   Kind kind = Kind::pin;
-  NamespaceDigest ns;      // all zero: the root as a whole, for a ttl only
-  uint64_t value = 0;      // more than 0 but for a pin
-  uint64_t made_ns = 0;    // wall clock, information only
-  std::vector<Key> keys;   // of a pin: these chunks only; empty = the whole namespace
+  NamespaceDigest ns;     // all zero: the root as a whole, for a ttl only
+  uint64_t value = 0;     // more than 0 but for a pin
+  uint64_t made_ns = 0;   // wall clock, information only
+  std::vector<Key> keys;  // of a pin: these chunks only; empty = the whole namespace
   bool operator==(const Policy&) const = default;
 };
 

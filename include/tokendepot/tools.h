@@ -77,8 +77,8 @@ Result<std::vector<StoredExtent>> list_extents(const std::string& path);
 /// corrupt, io.
 Status verify_extent(const std::string& path, const StoredExtent& extent);
 
-/// Journals that these extents are to be forgotten, and why; live engines obey at their next poll. Returns how
-/// many.
+/// Journals that these extents are to be forgotten, and why; live engines obey at their next poll. Returns
+/// how many.
 Result<uint64_t> remove_extents(const std::string& path, const std::vector<StoredExtent>& extents,
                                 Cause cause = Cause::manual);
 
@@ -86,8 +86,8 @@ struct Evicted {
   uint64_t segments = 0;
   uint64_t bytes = 0;
 };
-/// Condemns and removes the coldest sealed segments that are not pinned until at least `bytes` of the root are freed (or none is
-/// left). With `dry_run` only says what it would do.
+/// Condemns and removes the coldest sealed segments that are not pinned until at least `bytes` of the root
+/// are freed (or none is left). With `dry_run` only says what it would do.
 Result<Evicted> evict_segments(const std::string& path, uint64_t bytes, bool dry_run = false);
 
 struct PolicyInfo {

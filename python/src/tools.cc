@@ -181,8 +181,7 @@ void bind_tools(nb::module_& module) {
   module.def("inspect_root", &inspect, nb::arg("path"));
   module.def("list_extents", &list, nb::arg("path"));
   module.def("verify_extents", &verify, nb::arg("path"), nb::arg("extents"));
-  module.def("remove_extents", &remove, nb::arg("path"), nb::arg("extents"),
-             nb::arg("corrupt") = false);
+  module.def("remove_extents", &remove, nb::arg("path"), nb::arg("extents"), nb::arg("corrupt") = false);
   module.def("evict_segments", &evict, nb::arg("path"), nb::arg("bytes"), nb::arg("dry_run") = false);
 }
 

@@ -36,10 +36,10 @@ struct Record {
   uint64_t journal = 0;                     // writer id of the journal
   Key key;                                  // put, condemn_extent; zero otherwise
   uint64_t ns_prefix = 0;  // put: first 8 bytes (LE) of the namespace digest; condemn_*: set_cause()
-  ExtentRef where;                          // segment always; offset and bytes where the type says so
-  Part part;                                // put
-  uint32_t tokens = 0;                      // put
-  uint64_t time_ns = 0;                     // wall clock
+  ExtentRef where;         // segment always; offset and bytes where the type says so
+  Part part;               // put
+  uint32_t tokens = 0;     // put
+  uint64_t time_ns = 0;    // wall clock
   bool operator==(const Record&) const = default;
 };
 

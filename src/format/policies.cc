@@ -128,8 +128,7 @@ Result<Policies> decode_policies(std::span<const std::byte> bytes) {
     return fail(ErrorKind::corrupt, "policies have revision 0 or reserved bytes that are not zero");
   size_t at = kHeaderBytes;
   for (uint32_t i = 0; i < rules; ++i) {
-    if (end - at < kRuleBytes)
-      return fail(ErrorKind::corrupt, "policies end within rule {} of {}", i, rules);
+    if (end - at < kRuleBytes) return fail(ErrorKind::corrupt, "policies end within rule {} of {}", i, rules);
     const uint32_t keys = get_le<uint32_t>(bytes, at + kKeysAt);
     if (keys > (end - at - kRuleBytes) / kKeyBytes)
       return fail(ErrorKind::corrupt, "policy {} has {} keys, which is more than there are bytes for", i,
@@ -149,8 +148,7 @@ Result<Policies> decode_policies(std::span<const std::byte> bytes) {
       at += kKeyBytes;
     }
   }
-  if (at != end)
-    return fail(ErrorKind::corrupt, "policies have {} bytes behind their last rule", end - at);
+  if (at != end) return fail(ErrorKind::corrupt, "policies have {} bytes behind their last rule", end - at);
   if (auto right = check_policies(policies); !right)
     return fail(ErrorKind::corrupt, "{}", right.error().message);
   return policies;

@@ -30,8 +30,8 @@ uint64_t RootWriter::condemn_share(uint32_t slot, uint64_t ns_prefix, uint64_t w
   const auto segment = root_.files().open(id);
   if (!segment) return 0;
   uint64_t condemned = 0;
-  const auto end = scan_extents(
-      (*segment)->file, id, 0, false, [&](const ExtentHeader& header, uint64_t bytes) {
+  const auto end =
+      scan_extents((*segment)->file, id, 0, false, [&](const ExtentHeader& header, uint64_t bytes) {
         if (prefix_of(header.ns) != ns_prefix || condemned >= wanted) return;
         if (replay_.is_condemned(slot, header.offset)) return;
         Record record;

@@ -120,10 +120,10 @@ void RootPolicies::judge(uint64_t wall_now_ns) {
     segments_.set_expired(slot, root_, expired_end);
     const bool whole = expired_end > 0 && expired_end == held.ages.back().end;
     if (whole) fresh.expired.insert(slot);
-    const bool wanted = (pins_keys && held.pinned_extents > 0) ||
-                        std::ranges::any_of(held.tenants, [&](const auto& tenant) {
-                          return tenant.bytes > 0 && pinned_namespaces.contains(tenant.ns_prefix);
-                        });
+    const bool wanted =
+        (pins_keys && held.pinned_extents > 0) || std::ranges::any_of(held.tenants, [&](const auto& tenant) {
+          return tenant.bytes > 0 && pinned_namespaces.contains(tenant.ns_prefix);
+        });
     if (!wanted || whole) continue;
     const SegmentTable::Segment segment = segments_.get(slot);
     const SegmentTable::PerRoot& here = segment.roots[root_];

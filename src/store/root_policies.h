@@ -33,9 +33,9 @@ class RootPolicies {
   void judge(uint64_t wall_now_ns);
 
   struct Verdict {
-    std::set<uint32_t> pinned;          // slots not to be evicted for space
-    std::set<uint32_t> expired;         // slots of which nothing is served any more
-    std::map<uint64_t, uint64_t> over;  // namespace (prefix) -> bytes beyond its quota
+    std::set<uint32_t> pinned;                              // slots not to be evicted for space
+    std::set<uint32_t> expired;                             // slots of which nothing is served any more
+    std::map<uint64_t, uint64_t> over;                      // namespace (prefix) -> bytes beyond its quota
     std::map<uint32_t, SegmentContents::Segment> contents;  // only where some rule asks for it
   };
   /// As of the last judge().

@@ -57,8 +57,8 @@ class RootWriter {
   uint32_t tend_dead_writers();
   /// Removes segment files that no journal speaks of and no live writer owns.
   void remove_orphans();
-  /// Removes what has outlived its time, and of namespaces over their quota their own coldest. Returns how many
-  /// segments. What is filled, used by this process or pinned stays.
+  /// Removes what has outlived its time, and of namespaces over their quota their own coldest. Returns how
+  /// many segments. What is filled, used by this process or pinned stays.
   uint32_t reclaim();
   /// Rewrites the journal without what is gone, when it is large and mostly stale.
   void compact_journal();
@@ -124,7 +124,7 @@ class RootWriter {
   std::atomic<uint64_t> evicted_ = 0;
   std::atomic<bool> failing_ = false;
   std::atomic<bool> no_space_ = false;
-  std::atomic<bool> pinned_ = false;  // the last search for something to evict passed over pinned segments
+  std::atomic<bool> pinned_ = false;   // the last search for something to evict passed over pinned segments
   std::atomic<bool> cramped_ = false;  // the file system has no room for a journal record
 };
 

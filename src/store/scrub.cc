@@ -108,8 +108,8 @@ bool Scrubber::may_read(Place& place, uint64_t bytes) {
   place.paid_until_ns = std::max(place.paid_until_ns, now);
   const uint64_t ahead = place.paid_until_ns - now;
   if (!sleep(ahead > kLongestBurstNs ? ahead - kLongestBurstNs : 0)) return false;
-  place.paid_until_ns += static_cast<uint64_t>(static_cast<double>(bytes) * 1e9 /
-                                               static_cast<double>(bytes_per_second_));
+  place.paid_until_ns +=
+      static_cast<uint64_t>(static_cast<double>(bytes) * 1e9 / static_cast<double>(bytes_per_second_));
   place.scrubbed += bytes;
   place.notes.scrub_bytes += bytes;
   place.pass_bytes = place.notes.scrub_bytes;
@@ -175,7 +175,8 @@ void Scrubber::check_segment(Place& place, const SegmentId& id, const std::vecto
                                    [&](uint64_t bytes) { return may_read(place, bytes); });
     if (good) continue;
     if (good.error().kind == ErrorKind::closed) break;
-    // A segment that was recycled while it was read has another name by now: its bytes were not ours to judge.
+    // A segment that was recycled while it was read has another name by now: its bytes were not ours to
+    // judge.
     if (segments_.condemned(*slot, index) || !file->is_at_its_path()) break;
     ++place.errors;
     log(LogLevel::warning, "root \"{}\": scrub: {}", root.path(), good.error().message);
@@ -203,8 +204,7 @@ void Scrubber::step(Place& place) {
   std::ranges::sort(ids);
   const bool last = ids.size() <= kSegmentsAtOnce;
   ids.resize(std::min(ids.size(), kSegmentsAtOnce));
-  const auto extents =
-      extents_of(place.writer.root().path(), std::set<SegmentId>(ids.begin(), ids.end()));
+  const auto extents = extents_of(place.writer.root().path(), std::set<SegmentId>(ids.begin(), ids.end()));
   if (!extents) return;
   for (const SegmentId& id : ids) {
     if (const auto found = extents->find(id); found != extents->end())

@@ -27,9 +27,9 @@ class SegmentContents {
     uint64_t newest_ns = 0;
   };
   struct Segment {
-    std::vector<Tenant> tenants;     // the first one is whoever began it
-    std::vector<AgeGroup> ages;      // by `end`; at most kMostAges
-    uint64_t pinned_extents = 0;     // live extents whose key is watched
+    std::vector<Tenant> tenants;  // the first one is whoever began it
+    std::vector<AgeGroup> ages;   // by `end`; at most kMostAges
+    uint64_t pinned_extents = 0;  // live extents whose key is watched
     uint64_t bytes() const {
       uint64_t total = 0;
       for (const Tenant& tenant : tenants) total += tenant.bytes;

@@ -28,9 +28,9 @@ class SegmentTable {
     bool condemned = false;  // for ever: ids are not reused
     bool sealed = false;
     uint64_t file_bytes = 0;
-    uint64_t used_bytes = 0;  // end of the last extent known
-    uint64_t extents = 0;     // puts seen
-    uint64_t expired_end = 0; // what lies before this offset has outlived its time here
+    uint64_t used_bytes = 0;   // end of the last extent known
+    uint64_t extents = 0;      // puts seen
+    uint64_t expired_end = 0;  // what lies before this offset has outlived its time here
   };
   struct Segment {
     SegmentId id;

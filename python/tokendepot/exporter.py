@@ -33,7 +33,7 @@ NAMESPACE_DIGITS = 12
 # Name -> (labels besides "root", help).
 METRICS = {
     "tokendepot_root_up": ((), "1 where the root could be read, 0 where it could not: then it has no other series."),
-    "tokendepot_root_capacity_bytes": ((), "Capacity, as the exporter was told it, or an engine noted it in the root."),
+    "tokendepot_root_capacity_bytes": ((), "Capacity, where the exporter was told it."),
     "tokendepot_root_used_bytes": ((), "Size of all segment files, which counts against the capacity."),
     "tokendepot_root_live_bytes": ((), "Bytes of extents that can be looked up."),
     "tokendepot_root_dead_bytes": ((), "Bytes of sealed segments that are in no live extent."),
@@ -52,7 +52,7 @@ METRICS = {
     "tokendepot_root_filesystem_free_inodes": ((), "Files that can be made, where the file system has a bound."),
     "tokendepot_root_last_used_timestamp_seconds": ((), "When an extent was stored or touched last, since 1970."),
     "tokendepot_root_pinned_bytes": ((), "Segment files that pins hold."),
-    "tokendepot_root_scrub_finished_timestamp_seconds": ((), "When the last full scrub by an engine ended, since 1970."),
+    "tokendepot_root_scrub_finished_timestamp_seconds": ((), "When the last full scrub by an engine ended, since 1970; 0 = never."),
     "tokendepot_root_inspected_timestamp_seconds": ((), "When what is shown here was read, since 1970."),
     "tokendepot_root_inspection_seconds": ((), "How long reading it took."),
 }
@@ -192,12 +192,10 @@ class WatchedRoot:
             inspection.root_id = root["root_id"]
             tending = _core.inspect_policies(self.path)
             found = samples_of(root, self._journal_bytes(root["journals"]), os.statvfs(self.path), self._named)
-            capacity = self._capacity if self._capacity is not None else tending["capacity"]
-            if capacity:
-                found.append(Sample("tokendepot_root_capacity_bytes", capacity))
+            if self._capacity is not None:
+                found.append(Sample("tokendepot_root_capacity_bytes", self._capacity))
             found.append(Sample("tokendepot_root_pinned_bytes", tending["pinned_bytes"]))
-            if tending["scrub_finished"]:
-                found.append(Sample("tokendepot_root_scrub_finished_timestamp_seconds", tending["scrub_finished"]))
+            found.append(Sample("tokendepot_root_scrub_finished_timestamp_seconds", tending["scrub_finished"]))
             inspection.seconds = time.monotonic() - inspection.began
             found.append(Sample("tokendepot_root_up", 1))
             found.append(Sample("tokendepot_root_inspected_timestamp_seconds", time.time()))

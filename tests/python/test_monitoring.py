@@ -62,6 +62,7 @@ def connector_counters():
     for metric, label, choices in (("FAILURE_METRIC", "reason", "REASONS"), ("CARRIED_METRIC", "path", "PATHS")):
         series = [(way, choice) for way in ("load", "store") for choice in known[choices]]
         counters[known[metric][0]] = (["operation", label], series)
+    counters[known["EVICTED_METRIC"][0]] = (["cause"], [(cause,) for cause in known["CAUSES"]])
     return counters
 
 

@@ -33,7 +33,7 @@ from tokendepot.engines.vllm.messages import (
 from tokendepot.engines.vllm.repeats import PROOF, REMEMBERED, Repeats
 from tokendepot.engines.vllm.scheduler import SchedulerHalf
 from tokendepot.engines.vllm.settings import RefusedError, read_settings
-from tokendepot.engines.vllm.stats import DepotPromMetrics, DepotStats, EngineCounters
+from tokendepot.engines.vllm.stats import CAUSES, DepotPromMetrics, DepotStats, EngineCounters
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     MambaSpec,
@@ -445,7 +445,7 @@ def test_orders_stay_small_and_survive_pickling() -> None:
 
 def engine_stats(load: int = 0, corrupt: int = 0, gds_errors: int = 0) -> dict:
     failures = dict.fromkeys(
-        ("absent", "mismatch", "corrupt", "io_error", "timed_out", "cancelled", "dropped"), 0
+        ("absent", "mismatch", "corrupt", "io_error", "timed_out", "cancelled", "dropped", "pinned"), 0
     )
     paths = dict.fromkeys(("mapped", "direct", "buffered", "gds_p2p", "gds_compat"), 0)
     way = dict(
@@ -456,7 +456,8 @@ def engine_stats(load: int = 0, corrupt: int = 0, gds_errors: int = 0) -> dict:
         by_path={**paths, "direct": load, "gds_p2p": load * 99},
     )
     idle = dict(extents=0, bytes=0, nanoseconds=0, failures=failures, by_path=paths)
-    return dict(load=way, store=idle, roots=[dict(gds_errors=gds_errors), dict(gds_errors=0)])
+    quiet = dict(gds_errors=0, scrubbed_bytes=0, scrub_errors=0, evicted_bytes=dict.fromkeys(CAUSES, 0))
+    return dict(load=way, store=idle, roots=[{**quiet, "gds_errors": gds_errors}, quiet])
 
 
 def test_metrics_are_deltas_and_counters_go_on_in_a_second_engine() -> None:

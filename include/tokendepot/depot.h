@@ -45,10 +45,11 @@ struct Options {
   uint64_t slab_bytes = 256ull << 20;         // staging memory on the host; pinned for a CUDA device
   // Gather, verify and scatter; CUDA: copy what is not registered, there parse_options() chooses 8.
   uint32_t device_threads = 2;
-  uint32_t io_depth = 16;                      // operations in flight per root
-  uint64_t store_queue_bytes = 512ull << 20;   // stores queued beyond this are dropped and counted
-  uint64_t free_space_reserve = 256ull << 20;  // left free on each root's file system
-  uint32_t poll_ms = 100;                      // how often other writers' journals are read
+  uint32_t io_depth = 16;                         // operations in flight per root
+  uint64_t store_queue_bytes = 512ull << 20;      // stores queued beyond this are dropped and counted
+  uint64_t free_space_reserve = 256ull << 20;     // left free on each root's file system
+  uint32_t poll_ms = 100;                         // how often other writers' journals are read
+  uint64_t scrub_bytes_per_second = 16ull << 20;  // background re-verification of each root; 0 = none
 };
 
 /// Reads the JSON object that users write, e.g. {"roots":["/dev/shm/depot?capacity=8GiB"],"slab":"256MiB"}.
@@ -76,7 +77,7 @@ struct GroupWant {
 enum class JobKind : uint8_t { load, store };
 
 struct ItemFailure {
-  enum class Reason : uint8_t { absent, mismatch, corrupt, io_error, timed_out, cancelled, dropped };
+  enum class Reason : uint8_t { absent, mismatch, corrupt, io_error, timed_out, cancelled, dropped, pinned };
   uint32_t item = 0;  // index in the plan
   uint32_t chunk = 0;
   uint16_t group = 0;

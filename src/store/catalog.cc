@@ -166,7 +166,7 @@ std::optional<Catalog::Found> Catalog::find(const Key& key, PartId part) const {
   const Shard& shard = shard_of(probe);
   std::lock_guard lock(shard.mutex);
   const Entry* entry = seek(shard.table, probe);
-  if (entry == nullptr || !segments_.alive(entry->slot)) return std::nullopt;
+  if (entry == nullptr || !segments_.serves(entry->slot, entry->page)) return std::nullopt;
   return Found{entry->slot, entry->page * kPageBytes, entry->pages * kPageBytes};
 }
 
@@ -174,7 +174,7 @@ bool Catalog::present(const Probe& probe) const {
   const Shard& shard = shard_of(probe);
   std::lock_guard lock(shard.mutex);
   const Entry* entry = seek(shard.table, probe);
-  return entry != nullptr && segments_.alive(entry->slot);
+  return entry != nullptr && segments_.serves(entry->slot, entry->page);
 }
 
 void Catalog::prefetch(const Probe& probe) const {
@@ -321,14 +321,14 @@ KeyHistory Catalog::history(const Key& key) const {
     std::shared_lock lock(parts_mutex_);
     parts = parts_.size();
   }
-  bool dead = false;  // of a segment that has gone and was not swept yet
+  bool dead = false;  // expired, or of a segment that has gone and was not swept yet
   for (size_t part = 0; part < parts; ++part) {
     const Probe probe = probe_of(key, static_cast<PartId>(part));
     const Shard& shard = shard_of(probe);
     std::lock_guard lock(shard.mutex);
     const Entry* entry = seek(shard.table, probe);
     if (entry == nullptr) continue;
-    if (segments_.alive(entry->slot)) return KeyHistory::stored;
+    if (segments_.serves(entry->slot, entry->page)) return KeyHistory::stored;
     dead = true;
   }
   return dead || gone_.holds(probe_of(key, 0).high) ? KeyHistory::gone : KeyHistory::never;

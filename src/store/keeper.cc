@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdlib>
 
+#include "base/clock.h"
 #include "base/errors.h"
 #include "base/log.h"
 #include "io/io_thread.h"
@@ -45,6 +46,7 @@ Keeper::Keeper(std::vector<Tier> tiers, SegmentTable& segments, Catalog* catalog
       catalog_(catalog),
       poll_ms_(poll_ms),
       space_ready_(std::move(space_ready)) {
+  tend_policies();     // before the first lookup and the first eviction
   make_space_ready();  // before the first store, which would have to wait for it
   for (const Tier& tier : tiers_) {
     Tail& tail = *tails_.emplace_back(std::make_unique<Tail>(Tail{.keeper = this, .tier = &tier}));
@@ -145,6 +147,13 @@ void Keeper::make_space_ready() {
   }
 }
 
+void Keeper::tend_policies() {
+  const uint64_t now = system_clock().steady_ns();
+  if (now < policies_due_ns_) return;
+  for (const Tier& tier : tiers_) tier.replay->tend(system_clock());
+  policies_due_ns_ = now + 1'000'000'000;
+}
+
 void Keeper::run_tail(const Tier& tier) {
   // Who looks nothing up reads journals for eviction and demotion only.
   const auto wanted = std::max(milliseconds(poll_ms_), catalog_ != nullptr ? milliseconds(0) : kBlindPoll);
@@ -178,6 +187,7 @@ void Keeper::run_space() {
     if (stop_) return;
     woken_ = false;
     lock.unlock();
+    tend_policies();
     make_space_ready();
     lock.lock();
   }
@@ -240,6 +250,9 @@ void Keeper::run_slow() {
         if (stop_) break;
         demote(tier, slot);
       }
+    }
+    for (const Tier& tier : tiers_) {
+      if (tier.writer != nullptr && !stop_) tier.writer->reclaim();
     }
     if (round % kRoundsPerTidying == 0 && !stop_) {
       for (const Tier& tier : tiers_) {

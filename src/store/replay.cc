@@ -21,7 +21,10 @@ constexpr size_t kSegmentsOnTheirWord = 1 << 16;
 }  // namespace
 
 Replay::Replay(Root& root, SegmentTable& segments, Catalog* catalog)
-    : root_(root), segments_(segments), catalog_(catalog) {}
+    : root_(root),
+      segments_(segments),
+      catalog_(catalog),
+      policies_(root.path(), root.index(), root.capacity(), segments, contents_) {}
 
 std::optional<std::map<uint64_t, uint64_t>> Replay::find_journals() {
   const auto entries = list_directory(root_.journals_dir());
@@ -137,10 +140,12 @@ Status Replay::first() {
       segments_.set_present(slot, root_.index(), file->second);
     } else if (!root_.network()) {  // there a listing may be older than a journal
       segments_.condemn(slot, root_.index());
+      contents_.condemn_segment(slot);
       condemned_ = true;
     }
   }
   put_back_displaced();
+  counts_evictions_ = true;
   return {};
 }
 
@@ -240,8 +245,10 @@ void Replay::apply_locked(const Record& record) {
     case RecordType::put: {
       const uint64_t end = record.where.offset + record.where.bytes;
       const bool alive = segments_.add_extent(slot, root, end, record.time_ns);
+      const bool served = alive && !bad_places_.contains({slot, record.where.offset});
+      if (served) contents_.put(slot, record);
       if (catalog_ == nullptr) break;
-      if (!alive || bad_places_.contains({slot, record.where.offset})) {
+      if (!served) {
         catalog_->note_gone(record.key);  // the journal that condemned it was read first
         break;
       }
@@ -257,18 +264,70 @@ void Replay::apply_locked(const Record& record) {
       segments_.seal(slot, root, record.where.offset);
       break;
     case RecordType::condemn_extent:
-      if (catalog_ == nullptr) break;
+      if (bad_places_.contains({slot, record.where.offset})) break;
       if (bad_places_.size() < kMostBadPlaces) bad_places_.insert({slot, record.where.offset});
+      count_evicted(record, contents_.condemn_extent(slot, record));
+      if (catalog_ == nullptr) break;
       if (const auto part = part_of(record)) catalog_->erase_at(record.key, *part, slot, record.where.offset);
       break;
     case RecordType::condemn_segment:
       segments_.condemn(slot, root);
+      count_evicted(record, contents_.condemn_segment(slot));
       root_.files().drop(record.where.segment);
       condemned_ = true;
       break;
     case RecordType::touch:
       segments_.touch(slot, record.time_ns);
       break;
+  }
+}
+
+void Replay::count_evicted(const Record& condemnation, uint64_t bytes) {
+  if (!counts_evictions_) return;
+  const Cause cause = cause_of(condemnation);
+  // What other processes do, they count themselves; the command line does not live long enough to.
+  if (condemnation.journal != own_journal_ && cause != Cause::manual) return;
+  evicted_[static_cast<size_t>(cause)] += bytes;
+}
+
+bool Replay::is_condemned(uint32_t slot, uint64_t offset) {
+  std::lock_guard lock(apply_mutex_);
+  return bad_places_.contains({slot, offset});
+}
+
+EvictedBytes Replay::evicted() const {
+  const auto of = [this](Cause cause) { return evicted_[static_cast<size_t>(cause)].load(); };
+  return {of(Cause::capacity), of(Cause::quota), of(Cause::ttl), of(Cause::manual), of(Cause::corrupt)};
+}
+
+void Replay::tend(const Clock& clock) {
+  constexpr uint64_t kRest = 20;  // so that a root of very many segments takes little of a core
+  std::lock_guard lock(tend_mutex_);
+  if (policies_.read()) {
+    mark_pinned();
+    tend_again_ns_ = 0;
+  }
+  const uint64_t began = clock.steady_ns();
+  if (began < tend_again_ns_) return;
+  policies_.judge(clock.wall_ns());
+  tend_again_ns_ = began + kRest * (clock.steady_ns() - began);
+}
+
+void Replay::mark_pinned() {
+  // Which key lies where is kept nowhere but in the journals, and pins change rarely.
+  const auto entries = list_directory(root_.journals_dir());
+  if (!entries) return;
+  for (const DirectoryEntry& entry : *entries) {
+    const auto writer = writer_of_journal(entry.name);
+    if (!writer || !entry.regular) continue;
+    auto reader = JournalReader::open(root_.journals_dir() + "/" + entry.name, *writer);
+    if (!reader) continue;
+    (void)reader->read_new([this](const Record& record) {
+      if (record.type != RecordType::put) return;
+      std::lock_guard lock(apply_mutex_);
+      const auto slot = segments_.find(record.where.segment);
+      if (slot && !bad_places_.contains({*slot, record.where.offset})) contents_.mark(*slot, record);
+    });
   }
 }
 

@@ -206,9 +206,9 @@ Status RootWriter::acknowledge(const Place& place, Record put) {
   return {};
 }
 
-void RootWriter::condemn_extent(Record record) {
+void RootWriter::condemn_extent(Record record, Cause cause) {
   record.type = RecordType::condemn_extent;
-  condemned_bytes_ += record.where.bytes;
+  set_cause(record, cause);
   if (auto written = append(record); !written) {
     log(LogLevel::warning, "root \"{}\": {}", root_.path(), written.error().message);
   }
@@ -253,7 +253,12 @@ Status RootWriter::evict_coldest(const std::function<void(uint32_t)>& before_evi
                                  const std::string& recycle_as, uint64_t wanted_bytes, bool* recycled,
                                  SegmentMapping* kept) {
   *recycled = false;
-  for (const auto& [slot, segment] : segments_.present_segments(root_.index())) {
+  RootPolicies& policies = replay_.policies();
+  bool pinned = false;
+  const auto candidates =
+      policies.victims(segments_.present_segments(root_.index()), clock_.wall_ns(), &pinned);
+  pinned_ = pinned;
+  for (const auto& [slot, segment] : candidates) {
     if (!segment.roots[root_.index()].sealed || segment.in_use > 0) continue;
     if (before_eviction) before_eviction(slot);
     const SegmentTable::Segment now = segments_.get(slot);
@@ -264,6 +269,7 @@ Status RootWriter::evict_coldest(const std::function<void(uint32_t)>& before_evi
     Record record;
     record.type = RecordType::condemn_segment;
     record.where.segment = segment.id;
+    set_cause(record, policies.is_over_quota(slot) ? Cause::quota : Cause::capacity);
     auto written = append(record);
     // The file system is so full that not even the record fits: then the file goes first.
     const bool full = !written && written.error().kind == ErrorKind::no_space;
@@ -278,7 +284,6 @@ Status RootWriter::evict_coldest(const std::function<void(uint32_t)>& before_evi
       continue;
     }
     ++evicted_;
-    evicted_bytes_ += segment.roots[root_.index()].file_bytes;
     *recycled = fits;
     return {};
   }

@@ -179,6 +179,9 @@ void Transfers::count(FailureCounts& counts, Reason reason) {
     case Reason::dropped:
       ++counts.dropped;
       break;
+    case Reason::pinned:
+      ++counts.pinned;
+      break;
   }
 }
 

@@ -17,6 +17,7 @@ using std::chrono::steady_clock;
 
 constexpr auto kSlowInterval = std::chrono::seconds(1);
 constexpr auto kHoldInterval = std::chrono::seconds(1);
+constexpr auto kTendInterval = std::chrono::seconds(1);
 // Reading journals takes at most a twentieth of the time: where a poll is slow (many journals, a slow file
 // system), polls become rarer, until a chunk would not be seen within a second.
 constexpr int kPollShare = 20;
@@ -46,7 +47,8 @@ Keeper::Keeper(std::vector<Tier> tiers, SegmentTable& segments, Catalog* catalog
       catalog_(catalog),
       poll_ms_(poll_ms),
       space_ready_(std::move(space_ready)) {
-  tend_policies();     // before the first lookup and the first eviction
+  // Before the first lookup and the first eviction.
+  for (const Tier& tier : tiers_) tier.replay->tend(system_clock());
   make_space_ready();  // before the first store, which would have to wait for it
   for (const Tier& tier : tiers_) {
     Tail& tail = *tails_.emplace_back(std::make_unique<Tail>(Tail{.keeper = this, .tier = &tier}));
@@ -147,21 +149,16 @@ void Keeper::make_space_ready() {
   }
 }
 
-void Keeper::tend_policies() {
-  const uint64_t now = system_clock().steady_ns();
-  if (now < policies_due_ns_) return;
-  for (const Tier& tier : tiers_) tier.replay->tend(system_clock());
-  policies_due_ns_ = now + 1'000'000'000;
-}
-
 void Keeper::run_tail(const Tier& tier) {
   // Who looks nothing up reads journals for eviction and demotion only.
   const auto wanted = std::max(milliseconds(poll_ms_), catalog_ != nullptr ? milliseconds(0) : kBlindPoll);
   auto next_poll = steady_clock::now() + wanted;
   auto next_hold = steady_clock::now();
+  auto next_tending = steady_clock::now() + kTendInterval;
   std::unique_lock lock(mutex_);
   while (true) {
-    const auto next = tier.writer != nullptr ? std::min(next_poll, next_hold) : next_poll;
+    auto next = std::min(next_poll, next_tending);
+    if (tier.writer != nullptr) next = std::min(next, next_hold);
     wake_tails_.wait_until(lock, next, [this] { return stop_.load(); });
     if (stop_) return;
     lock.unlock();
@@ -169,6 +166,10 @@ void Keeper::run_tail(const Tier& tier) {
       tier.writer->confirm_hold();
       tier.writer->leave_removed_segments();
       next_hold = steady_clock::now() + kHoldInterval;
+    }
+    if (steady_clock::now() >= next_tending) {
+      tier.replay->tend(system_clock());
+      next_tending = steady_clock::now() + kTendInterval;
     }
     if (const auto began = steady_clock::now(); began >= next_poll) {
       poll_journals(tier);
@@ -187,7 +188,6 @@ void Keeper::run_space() {
     if (stop_) return;
     woken_ = false;
     lock.unlock();
-    tend_policies();
     make_space_ready();
     lock.lock();
   }

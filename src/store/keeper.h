@@ -64,8 +64,6 @@ class Keeper {
   bool demote(size_t tier, uint32_t slot);
   bool is_wanted_below(size_t tier, uint32_t slot, size_t* below) const;
   void make_space_ready();
-  /// Obeys the roots' policies: at most once a second.
-  void tend_policies();
 
   const std::vector<Tier> tiers_;
   SegmentTable& segments_;
@@ -79,7 +77,6 @@ class Keeper {
   std::condition_variable wake_space_;
   std::condition_variable wake_slow_;
   bool woken_ = false;
-  uint64_t policies_due_ns_ = 0;  // space thread only
   std::atomic<bool> stop_ = false;
   size_t at_work_ = 0;  // threads that have not ended
   std::condition_variable ended_;

@@ -48,7 +48,7 @@ td_status status_of(ErrorKind kind) {
 static_assert(static_cast<int>(ErrorKind::invalid_argument) + 1 == TD_INVALID_ARGUMENT);
 static_assert(static_cast<int>(ErrorKind::closed) + 1 == TD_CLOSED);
 static_assert(static_cast<int>(ItemFailure::Reason::absent) == TD_FAILED_ABSENT);
-static_assert(static_cast<int>(ItemFailure::Reason::dropped) == TD_FAILED_DROPPED);
+static_assert(static_cast<int>(ItemFailure::Reason::pinned) == TD_FAILED_PINNED);
 static_assert(static_cast<int>(JobKind::store) == TD_STORE);
 static_assert(sizeof(Key) == TD_KEY_BYTES && kSkipBlock == TD_SKIP_BLOCK);
 
@@ -457,7 +457,7 @@ td_status td_cancel(td_depot* depot, uint64_t job) {
 }
 
 const char* td_failure_reason_name(td_failure_reason reason) {
-  if (reason < TD_FAILED_ABSENT || reason > TD_FAILED_DROPPED) return "unknown";
+  if (reason < TD_FAILED_ABSENT || reason > TD_FAILED_PINNED) return "unknown";
   return name(static_cast<ItemFailure::Reason>(reason));
 }
 

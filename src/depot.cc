@@ -18,6 +18,7 @@
 #include "store/replay.h"
 #include "store/root.h"
 #include "store/root_writer.h"
+#include "store/scrub.h"
 #include "tokendepot/depot.h"
 #include "transfer/transfers.h"
 
@@ -39,13 +40,15 @@ const char* name(ItemFailure::Reason reason) {
       return "cancelled";
     case ItemFailure::Reason::dropped:
       return "dropped";
+    case ItemFailure::Reason::pinned:
+      return "pinned";
   }
   return "unknown";
 }
 
 namespace {
 
-constexpr auto kKeeperPatience = std::chrono::seconds(10);
+constexpr auto kThreadPatience = std::chrono::seconds(10);
 
 class OpenDepot final : public Depot {
  public:
@@ -107,6 +110,7 @@ class OpenDepot final : public Depot {
   std::unique_ptr<Rewriting> rewriting_;
   std::unique_ptr<Transfers> transfers_;
   std::unique_ptr<Keeper> keeper_;
+  std::unique_ptr<Scrubber> scrubber_;
   std::atomic<uint64_t> lookups_ = 0;
   uint64_t open_ns_ = 0;
 };
@@ -201,7 +205,13 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::uniq
   depot->keeper_ = std::make_unique<Keeper>(
       keeper_tiers, *depot->segments_, depot->catalog_.get(), *depot->promotion_, *depot->rewriting_,
       options.poll_ms, [transfers = depot->transfers_.get()] { transfers->space_ready(); });
-  if (!depot->transfers_->running() || !depot->keeper_->running()) {
+  std::vector<RootWriter*> writers;
+  for (const Tier& tier : depot->tiers_) {
+    if (tier.writer) writers.push_back(tier.writer.get());
+  }
+  depot->scrubber_ = std::make_unique<Scrubber>(std::move(writers), *depot->segments_, system_clock(),
+                                                options.scrub_bytes_per_second);
+  if (!depot->transfers_->running() || !depot->keeper_->running() || !depot->scrubber_->running()) {
     return fail(
         ErrorKind::busy,
         "the system refused the depot's background threads; check the limit of processes (ulimit -u)");
@@ -223,8 +233,16 @@ OpenDepot::~OpenDepot() {
   }
   // The keeper's callback and the transfers' wake-ups point at each other: work ends first, then the threads.
   const bool settled = !transfers_ || transfers_->close();
-  const bool ended = !keeper_ || keeper_->stop(settled ? kKeeperPatience : std::chrono::nanoseconds(0));
-  if (settled && ended) {
+  // One patience for both: what hangs is a file system, and they wait for the same one.
+  const auto until = std::chrono::steady_clock::now() + kThreadPatience;
+  const auto left = [&]() -> std::chrono::nanoseconds {
+    if (!settled) return std::chrono::nanoseconds(0);
+    return until - std::chrono::steady_clock::now();
+  };
+  const bool scrubbed = !scrubber_ || scrubber_->stop(left());
+  const bool ended = !keeper_ || keeper_->stop(left());
+  if (settled && scrubbed && ended) {
+    scrubber_.reset();
     keeper_.reset();
     transfers_.reset();
     return;
@@ -236,6 +254,7 @@ OpenDepot::~OpenDepot() {
 }
 
 void OpenDepot::leak() {
+  scrubber_.release();   // NOLINT(bugprone-unused-return-value)
   keeper_.release();     // NOLINT(bugprone-unused-return-value)
   transfers_.release();  // NOLINT(bugprone-unused-return-value)
   rewriting_.release();  // NOLINT(bugprone-unused-return-value)
@@ -514,8 +533,6 @@ DepotStats OpenDepot::stats() const {
     }
     if (tier.writer) {
       root.evicted_segments = tier.writer->evicted_segments();
-      root.evicted_bytes = tier.writer->evicted_bytes();
-      root.corrupt_bytes = tier.writer->condemned_bytes();
       root.written_bytes = tier.writer->written_bytes();
       root.suspended = tier.writer->failing();
       root.used_bytes += tier.writer->spare_bytes();
@@ -526,11 +543,19 @@ DepotStats OpenDepot::stats() const {
         root.rewritten_bytes = rewriting_->bytes();
       }
     }
+    root.evicted_bytes = tier.replay->evicted();
+    root.pinned_bytes = tier.replay->policies().pinned_bytes();
+    root.damaged_policies = tier.replay->policies().damaged();
     root.gds_errors = tier.root->gds_errors();
     root.mended_manifests = tier.root->mended_manifests();
     root.demotion_lag_bytes = keeper_->demotion_lag_bytes(tier.root->index());
     root.demoted_segments = keeper_->demoted(tier.root->index());
     root.journal_lag = tier.replay->lag();
+    const Scrubber::Progress scrub = scrubber_->progress(tier.root->index());
+    root.scrubbed_bytes = scrub.scrubbed_bytes;
+    root.scrub_errors = scrub.errors;
+    root.scrub_pass_bytes = scrub.pass_bytes;
+    root.scrub_finished_ns = scrub.finished_ns;
   }
   transfers_->add_to(stats);
   return stats;

@@ -10,7 +10,7 @@
 #include "format/manifest.h"
 #include "io/file.h"
 #include "io/stream.h"
-#include "root_files.h"
+#include "store/extent_check.h"
 #include "store/journal_file.h"
 
 namespace tokendepot {

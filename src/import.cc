@@ -12,6 +12,7 @@
 #include "format/shape.h"
 #include "io/stream.h"
 #include "root_files.h"
+#include "store/extent_check.h"
 #include "store/root_writer.h"
 #include "tokendepot/export.h"
 

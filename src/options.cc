@@ -36,9 +36,9 @@ constexpr std::string_view kSizeAllowed =
     "a size greater than 0 in bytes or with one of the units KiB MiB GiB TiB (by 1024) or KB MB GB TB (by "
     "1000)";
 
-constexpr std::array<std::string_view, 10> kTopKeys{
+constexpr std::array<std::string_view, 11> kTopKeys{
     "roots",    "device",      "device_slab",        "slab",    "device_threads",
-    "io_depth", "store_queue", "free_space_reserve", "poll_ms", "rewrite_percent"};
+    "io_depth", "store_queue", "free_space_reserve", "poll_ms", "rewrite_percent", "scrub_rate"};
 constexpr std::array<std::string_view, 7> kRootKeys{"path", "capacity",  "segment",    "transport",
                                                     "io",   "read_only", "require_gds"};
 
@@ -404,15 +404,16 @@ Result<Options> parse_options(std::string_view json) {
     options.device = device.get<std::string>();
     if (options.device != "host") options.device_threads = kCudaDeviceThreads;
   }
-  const std::array<std::pair<const char*, uint64_t*>, 4> sizes{
+  const std::array<std::pair<const char*, uint64_t*>, 5> sizes{
       {{"slab", &options.slab_bytes},
        {"device_slab", &options.device_slab_bytes},
        {"store_queue", &options.store_queue_bytes},
-       {"free_space_reserve", &options.free_space_reserve}}};
+       {"free_space_reserve", &options.free_space_reserve},
+       {"scrub_rate", &options.scrub_bytes_per_second}}};
   for (const auto& [key, into] : sizes) {
     if (!config.contains(key)) continue;
-    if (into == &options.free_space_reserve &&
-        config[key] == 0) {  // the one size that may be 0: keep nothing free
+    const bool may_be_none = into == &options.free_space_reserve || into == &options.scrub_bytes_per_second;
+    if (may_be_none && config[key] == 0) {
       *into = 0;
       continue;
     }
@@ -458,7 +459,8 @@ std::string to_json(const Options& options) {
                     {"store_queue", options.store_queue_bytes},
                     {"free_space_reserve", options.free_space_reserve},
                     {"poll_ms", options.poll_ms},
-                    {"rewrite_percent", options.rewrite_percent}};
+                    {"rewrite_percent", options.rewrite_percent},
+                    {"scrub_rate", options.scrub_bytes_per_second}};
   return config.dump(-1, ' ', false, Json::error_handler_t::replace);
 }
 

@@ -18,6 +18,7 @@
 #include "root_files.h"
 #include "store/journal_file.h"
 #include "store/scan.h"
+#include "tokendepot/tools.h"
 
 namespace tokendepot {
 namespace {

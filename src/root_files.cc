@@ -3,8 +3,6 @@
 #include <cerrno>
 
 #include "base/errors.h"
-#include "format/digest.h"
-#include "format/journal.h"
 
 namespace tokendepot {
 
@@ -67,33 +65,6 @@ Result<KeeperLock> lock_keeper(const std::string& path) {
   return fail(ErrorKind::busy,
               "{}/keeper.lock is held by an engine that is making space; expected it free within {} s", path,
               kPatienceMs / 1000);
-}
-
-Status check_header(const ExtentHeader& header, const StoredExtent& extent, const std::string& where) {
-  if (header.segment != extent.where.segment || header.offset != extent.where.offset) {
-    return fail(ErrorKind::corrupt, "{}: the header belongs to another place", where);
-  }
-  if (header.key != extent.key || prefix_of(header.ns) != extent.ns_prefix) {
-    return fail(ErrorKind::corrupt, "{}: the header names another key or namespace than the journal", where);
-  }
-  if (header.group != extent.group || header.kind != extent.kind || header.part != extent.part ||
-      header.tokens != extent.tokens || extent_bytes(header.shape()) != extent.where.bytes) {
-    return fail(ErrorKind::corrupt, "{}: the header describes another shape than the journal", where);
-  }
-  return {};
-}
-
-Status check_payload(const ExtentHeader& header, std::span<const std::byte> extent,
-                     const std::string& where) {
-  const GroupShape shape = header.shape();
-  const uint64_t stride = shape.shard_stride();
-  const auto payload = extent.subspan(extent_header_bytes(shape.shards()));
-  for (uint32_t i = 0; i < shape.shards(); ++i) {
-    if (shard_digest(payload.subspan(i * stride, stride)) != header.shard_digests[i]) {
-      return fail(ErrorKind::corrupt, "{}: shard {} of {} differs from its digest", where, i, shape.shards());
-    }
-  }
-  return {};
 }
 
 }  // namespace tokendepot

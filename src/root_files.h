@@ -2,18 +2,14 @@
 #pragma once
 
 #include <optional>
-#include <span>
 #include <string>
 #include <vector>
 
-#include "format/extent.h"
-#include "format/journal.h"
 #include "format/marker.h"
 #include "io/file.h"
 #include "store/keeper_lock.h"
 #include "tokendepot/error.h"
 #include "tokendepot/key.h"
-#include "tokendepot/tools.h"
 
 namespace tokendepot {
 
@@ -31,10 +27,5 @@ bool has_live_writer(const std::string& journal);
 std::optional<NamespaceDigest> digest_of_manifest(const std::string& name);
 /// The sole right to create, recycle and remove segments; engines hold it for moments. `busy` after 2 s.
 Result<KeeperLock> lock_keeper(const std::string& path);
-/// Whether the header found at `where` is the one that the journal speaks of. `corrupt` if not.
-Status check_header(const ExtentHeader& header, const StoredExtent& extent, const std::string& where);
-/// Whether the payload behind the header at the front of `extent`, all of it in memory, is what its digests
-/// say. `corrupt` if not.
-Status check_payload(const ExtentHeader& header, std::span<const std::byte> extent, const std::string& where);
 
 }  // namespace tokendepot

@@ -10,7 +10,7 @@ using Json = nlohmann::json;
 Json json_of(const FailureCounts& f) {
   return {{"absent", f.absent},     {"mismatch", f.mismatch},   {"corrupt", f.corrupt},
           {"io_error", f.io_error}, {"timed_out", f.timed_out}, {"cancelled", f.cancelled},
-          {"dropped", f.dropped}};
+          {"dropped", f.dropped},   {"pinned", f.pinned}};
 }
 
 Json json_of(const PathBytes& p) {
@@ -43,6 +43,14 @@ Json json_of(const TransferStats& t) {
           {"queue", json_of(t.queue)}};
 }
 
+Json json_of(const EvictedBytes& e) {
+  return {{"capacity", e.capacity},
+          {"quota", e.quota},
+          {"ttl", e.ttl},
+          {"manual", e.manual},
+          {"corrupt", e.corrupt}};
+}
+
 Json json_of(const RootStats& r) {
   return {{"path", r.path},
           {"id", r.id},
@@ -59,12 +67,17 @@ Json json_of(const RootStats& r) {
           {"promoted_bytes", r.promoted_bytes},
           {"rewritten_extents", r.rewritten_extents},
           {"rewritten_bytes", r.rewritten_bytes},
-          {"evicted_bytes", r.evicted_bytes},
-          {"corrupt_bytes", r.corrupt_bytes},
+          {"evicted_bytes", json_of(r.evicted_bytes)},
           {"written_bytes", r.written_bytes},
           {"loaded", json_of(r.loaded)},
           {"stored", json_of(r.stored)},
           {"journal_lag", json_of(r.journal_lag)},
+          {"pinned_bytes", r.pinned_bytes},
+          {"damaged_policies", r.damaged_policies},
+          {"scrubbed_bytes", r.scrubbed_bytes},
+          {"scrub_errors", r.scrub_errors},
+          {"scrub_pass_bytes", r.scrub_pass_bytes},
+          {"scrub_finished_ns", r.scrub_finished_ns},
           {"gds_errors", r.gds_errors},
           {"mended_manifests", r.mended_manifests},
           {"writable", r.writable},

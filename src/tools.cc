@@ -12,20 +12,17 @@
 
 #include "base/clock.h"
 #include "base/errors.h"
-#include "format/digest.h"
 #include "format/extent.h"
 #include "format/journal.h"
 #include "format/manifest.h"
 #include "format/marker.h"
 #include "io/file.h"
 #include "root_files.h"
+#include "store/extent_check.h"
 #include "store/journal_file.h"
 
 namespace tokendepot {
 namespace {
-
-constexpr uint64_t kReadPiece = 1 << 20;
-static_assert(kReadPiece % kPageBytes == 0);
 
 struct SegmentTrace {
   bool sealed = false;
@@ -132,8 +129,9 @@ Result<Replay> replay_root(const std::string& path) {
 
 // What is at the top of a root besides the depot's own.
 Status list_foreign_at_top(const std::string& path, Replay& replay) {
-  constexpr std::array<std::string_view, 7> kOurs{
-      "DEPOT", "manifests", "segments", "journals", "keeper.lock", "identity-cache.json", "lost+found"};
+  constexpr std::array<std::string_view, 11> kOurs{
+      "DEPOT",    "manifests",     "segments",     "journals",   "keeper.lock", "identity-cache.json",
+      "policies", "policies.lock", "keeper-notes", "scrub.lock", "lost+found"};
   const auto entries = list_directory(path);
   if (!entries) return std::unexpected(entries.error());
   for (const DirectoryEntry& entry : *entries) {
@@ -224,27 +222,6 @@ std::string transport_of(const std::string& path, const FileSystemInfo& file_sys
 
 constexpr std::string_view kMovedAway = "the segment has gone meanwhile";
 
-Status check_shards(const File& file, const ExtentHeader& header, uint64_t payload_at,
-                    const std::string& where) {
-  const uint64_t stride = header.shape().shard_stride();
-  std::vector<std::byte> piece(std::min(stride, kReadPiece));
-  std::vector<uint64_t> pages;
-  for (size_t shard = 0; shard < header.shard_digests.size(); ++shard) {
-    pages.clear();
-    for (uint64_t at = 0; at < stride; at += piece.size()) {
-      const auto bytes = std::span(piece).first(std::min<uint64_t>(piece.size(), stride - at));
-      if (auto read = file.read_at(bytes, payload_at + shard * stride + at); !read) return read;
-      for (size_t page = 0; page < bytes.size(); page += kPageBytes)
-        pages.push_back(xxh3(bytes.subspan(page, kPageBytes)));
-    }
-    if (shard_digest_of_pages(pages) != header.shard_digests[shard]) {
-      return fail(ErrorKind::corrupt, "{}: shard {} of {} differs from its digest", where, shard,
-                  header.shard_digests.size());
-    }
-  }
-  return {};
-}
-
 }  // namespace
 
 Result<RootInfo> inspect_root(const std::string& path) {
@@ -293,24 +270,11 @@ Status verify_extent(const std::string& path, const StoredExtent& extent) {
       return fail(ErrorKind::not_found, "{}: {}", where, kMovedAway);
     return std::unexpected(file.error());
   }
-  const auto size = file->size();
-  if (!size) return std::unexpected(size.error());
-  const uint32_t shards = extent.kind == LayoutKind::canonical ? extent.part.heads() : extent.part.layers();
-  const uint64_t header_bytes = extent_header_bytes(shards);
-  if (extent.where.offset > *size || extent.where.bytes > *size - extent.where.offset ||
-      header_bytes > extent.where.bytes) {
-    return fail(ErrorKind::corrupt, "{}: the extent of {} bytes ends behind the file of {} bytes", where,
-                extent.where.bytes, *size);
-  }
-  std::vector<std::byte> bytes(header_bytes);
-  if (auto read = file->read_at(bytes, extent.where.offset); !read) return read;
-  const auto header = decode_extent_header(bytes);
-  if (!header) return fail(header.error().kind, "{}: {}", where, header.error().message);
-  if (auto same = check_header(*header, extent, where); !same) return same;
-  return check_shards(*file, *header, extent.where.offset + header_bytes, where);
+  return check_extent(*file, extent, where);
 }
 
-Result<uint64_t> remove_extents(const std::string& path, const std::vector<StoredExtent>& extents) {
+Result<uint64_t> remove_extents(const std::string& path, const std::vector<StoredExtent>& extents,
+                                Cause cause) {
   const auto live = list_extents(path);
   if (!live) return std::unexpected(live.error());
   std::set<std::pair<SegmentId, uint64_t>> wanted;
@@ -320,6 +284,7 @@ Result<uint64_t> remove_extents(const std::string& path, const std::vector<Store
     if (!wanted.contains(place_of(extent))) continue;
     Record& record = records.emplace_back();
     record.type = RecordType::condemn_extent;
+    set_cause(record, cause);
     record.kind = extent.kind;
     record.group = extent.group;
     record.key = extent.key;
@@ -348,6 +313,9 @@ Result<Evicted> evict_segments(const std::string& path, uint64_t bytes, bool dry
   if (!replay) return std::unexpected(replay.error());
   auto segments = describe_segments(*replay);
   std::erase_if(segments, [](const SegmentInfo& s) { return !s.sealed; });
+  const auto rules = inspect_policies(path);
+  if (!rules) return std::unexpected(rules.error());
+  std::erase_if(segments, [&](const SegmentInfo& s) { return rules->pinned_segments.contains(s.id); });
   std::ranges::sort(segments, {}, [](const SegmentInfo& s) { return std::pair(s.last_used_ns, s.id); });
 
   Evicted evicted;
@@ -363,6 +331,7 @@ Result<Evicted> evict_segments(const std::string& path, uint64_t bytes, bool dry
       // The record first: a reader that obeys it stops promising what is about to vanish.
       Record record;
       record.type = RecordType::condemn_segment;
+      set_cause(record, Cause::manual);
       record.where.segment = segment.id;
       record.time_ns = system_clock().wall_ns();
       if (auto written = journal->append(record); !written) return std::unexpected(written.error());

@@ -209,7 +209,8 @@ typedef enum td_failure_reason {
   TD_FAILED_IO_ERROR = 3,
   TD_FAILED_TIMED_OUT = 4,
   TD_FAILED_CANCELLED = 5,
-  TD_FAILED_DROPPED = 6
+  TD_FAILED_DROPPED = 6,
+  TD_FAILED_PINNED = 7
 } td_failure_reason;
 /* "absent", "mismatch", ...; "unknown" for any other number. Static. */
 const char* td_failure_reason_name(td_failure_reason reason);

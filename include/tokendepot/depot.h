@@ -52,6 +52,7 @@ struct Options {
   // Of the bytes stored, so many percent may be written once more to carry on what is used of a segment that
   // no lower root holds and that must go; at most 10.
   uint32_t rewrite_percent = 0;
+  uint64_t scrub_bytes_per_second = 16ull << 20;  // background re-verification of each root; 0 = none
 };
 
 /// Reads the JSON object that users write, e.g. {"roots":["/dev/shm/depot?capacity=8GiB"],"slab":"256MiB"}.
@@ -79,7 +80,7 @@ struct GroupWant {
 enum class JobKind : uint8_t { load, store };
 
 struct ItemFailure {
-  enum class Reason : uint8_t { absent, mismatch, corrupt, io_error, timed_out, cancelled, dropped };
+  enum class Reason : uint8_t { absent, mismatch, corrupt, io_error, timed_out, cancelled, dropped, pinned };
   uint32_t item = 0;  // index in the plan
   uint32_t chunk = 0;
   uint16_t group = 0;

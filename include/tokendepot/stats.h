@@ -17,6 +17,7 @@ struct FailureCounts {
   uint64_t timed_out = 0;  // the deadline passed
   uint64_t cancelled = 0;  // asked for by the caller, or the Depot closed
   uint64_t dropped = 0;    // a bound (queue, slab, space) was reached
+  uint64_t pinned = 0;     // no space, and what could be evicted is pinned
 };
 
 /// Bytes by the way that really carried them between a medium and where they are used.
@@ -69,6 +70,15 @@ struct TransferStats {
   LatencyCounts queue;    // of extents that began: submit to the first byte asked for
 };
 
+/// Bytes of extents that are not served any more, by why.
+struct EvictedBytes {
+  uint64_t capacity = 0;  // to make room
+  uint64_t quota = 0;     // their namespace was over its quota
+  uint64_t ttl = 0;       // they had outlived their time
+  uint64_t manual = 0;    // by hand; by whomever in any process
+  uint64_t corrupt = 0;   // they were bad or gone
+};
+
 struct RootStats {
   std::string path;
   std::string id;         // 32 hex digits, of the marker
@@ -85,14 +95,19 @@ struct RootStats {
   uint64_t promoted_bytes = 0;
   uint64_t rewritten_extents = 0;  // carried on into this root when their segment was evicted
   uint64_t rewritten_bytes = 0;
-  uint64_t evicted_bytes = 0;  // of the segment files evicted by this process to make room
-  uint64_t corrupt_bytes = 0;  // of extents condemned by this process: bad or missing on the medium
+  EvictedBytes evicted_bytes;  // by this process; `manual` by anybody
   uint64_t written_bytes = 0;  // by this process: stores, copies of demoted segments, journal records
   RootTraffic loaded;
   RootTraffic stored;
-  LatencyCounts journal_lag;      // of others' puts: from their time (their clock) to their being known here
-  uint64_t gds_errors = 0;        // of cuFile: the extent went the ordinary way, or was not stored
-  uint64_t mended_manifests = 0;  // found damaged and written anew
+  LatencyCounts journal_lag;       // of others' puts: from their time (their clock) to their being known here
+  uint64_t pinned_bytes = 0;       // gauge: segment files that pins hold
+  uint64_t damaged_policies = 0;   // times that the file was found damaged
+  uint64_t scrubbed_bytes = 0;     // read and checked by this process in the background
+  uint64_t scrub_errors = 0;       // extents that were bad or could not be read
+  uint64_t scrub_pass_bytes = 0;   // gauge: read in the pass under way, by whomever; 0 = none
+  uint64_t scrub_finished_ns = 0;  // gauge: wall clock at the end of the last full pass; 0 = never
+  uint64_t gds_errors = 0;         // of cuFile: the extent went the ordinary way, or was not stored
+  uint64_t mended_manifests = 0;   // found damaged and written anew
   bool writable = false;
   bool suspended = false;  // gauge: failing, retried in the background
 };

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -11,6 +13,7 @@
 #include "tokendepot/key.h"
 #include "tokendepot/layout.h"
 #include "tokendepot/plan.h"
+#include "tokendepot/tending.h"
 
 namespace tokendepot {
 
@@ -74,15 +77,39 @@ Result<std::vector<StoredExtent>> list_extents(const std::string& path);
 /// corrupt, io.
 Status verify_extent(const std::string& path, const StoredExtent& extent);
 
-/// Journals that these extents are to be forgotten; live engines obey at their next poll. Returns how many.
-Result<uint64_t> remove_extents(const std::string& path, const std::vector<StoredExtent>& extents);
+/// Journals that these extents are to be forgotten, and why; live engines obey at their next poll. Returns
+/// how many.
+Result<uint64_t> remove_extents(const std::string& path, const std::vector<StoredExtent>& extents,
+                                Cause cause = Cause::manual);
 
 struct Evicted {
   uint64_t segments = 0;
   uint64_t bytes = 0;
 };
-/// Condemns and removes the coldest sealed segments until at least `bytes` of the root are freed (or none is
-/// left). With `dry_run` only says what it would do.
+/// Condemns and removes the coldest sealed segments that are not pinned until at least `bytes` of the root
+/// are freed (or none is left). With `dry_run` only says what it would do.
 Result<Evicted> evict_segments(const std::string& path, uint64_t bytes, bool dry_run = false);
+
+struct PolicyInfo {
+  Policies policies;                    // as they are in the file, ended pins included
+  std::vector<uint64_t> bytes;          // of live extents that each rule is about
+  std::string damage;                   // why the file counts as absent; empty = it is whole, or not there
+  KeeperNotes notes;                    // zeros where there are none that can be read
+  uint64_t pinned_bytes = 0;            // segment files that pins in force hold
+  std::set<SegmentId> pinned_segments;  // those files
+};
+/// The rules of a root and what they come to now.
+Result<PolicyInfo> inspect_policies(const std::string& path);
+
+/// Adds a rule, or puts it in the place of the one of the same kind, namespace and keys; engines obey within
+/// two seconds. `capacity_bytes` 0 = as the keeper noted it. Errors: invalid_argument (a rule that cannot be;
+/// a pin beyond 1 / kPinShare of the capacity, with the figures; capacity not known), corrupt or unsupported
+/// (the file that is there is left alone), busy, permission. With `dry_run` only says whether it would.
+Status set_policy(const std::string& path, Policy policy, uint64_t capacity_bytes = 0, bool dry_run = false);
+
+/// Takes back the rules of this kind and namespace, of a pin only the one with these keys where they are
+/// given. Returns how many.
+Result<uint64_t> drop_policies(const std::string& path, Policy::Kind kind, const NamespaceDigest& ns,
+                               const std::optional<std::vector<Key>>& keys, bool dry_run = false);
 
 }  // namespace tokendepot

@@ -128,6 +128,7 @@ void bind_depot(nb::module_& module);
 void bind_export(nb::module_& module);
 void bind_repair(nb::module_& module);
 void bind_tools(nb::module_& module);
+void bind_tending(nb::module_& module);
 void bind_workload(nb::module_& module);
 void bind_lmcache(nb::module_& module);
 

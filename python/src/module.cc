@@ -82,6 +82,7 @@ NB_MODULE(_core, module) {
   bind_tools(module);
   bind_export(module);
   bind_repair(module);
+  bind_tending(module);
   bind_workload(module);
   bind_lmcache(module);
 }

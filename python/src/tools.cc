@@ -111,10 +111,10 @@ nb::list verify(const std::string& path, nb::sequence extents) {
   return out;
 }
 
-uint64_t remove(const std::string& path, nb::sequence extents) {
+uint64_t remove(const std::string& path, nb::sequence extents, bool corrupt) {
   const auto wanted = extents_from(extents);
   nb::gil_scoped_release unlocked;
-  return unwrap(remove_extents(path, wanted));
+  return unwrap(remove_extents(path, wanted, corrupt ? Cause::corrupt : Cause::manual));
 }
 
 nb::dict evict(const std::string& path, uint64_t bytes, bool dry_run) {
@@ -178,7 +178,7 @@ void bind_tools(nb::module_& module) {
   module.def("inspect_root", &inspect, nb::arg("path"));
   module.def("list_extents", &list, nb::arg("path"));
   module.def("verify_extents", &verify, nb::arg("path"), nb::arg("extents"));
-  module.def("remove_extents", &remove, nb::arg("path"), nb::arg("extents"));
+  module.def("remove_extents", &remove, nb::arg("path"), nb::arg("extents"), nb::arg("corrupt") = false);
   module.def("evict_segments", &evict, nb::arg("path"), nb::arg("bytes"), nb::arg("dry_run") = false);
 }
 

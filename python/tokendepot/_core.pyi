@@ -127,8 +127,9 @@ def list_extents(path: str) -> list[dict[str, Any]]:
 
 def verify_extents(path: str, extents: Sequence[dict[str, Any]]) -> list[str]:
     """"ok", or "<kind>: <message>" of the failure, for each extent of list_extents (reads and checks all its bytes)."""
-def remove_extents(path: str, extents: Sequence[dict[str, Any]]) -> int:
-    """Appends condemn records; live engines drop them at their next poll. Returns how many."""
+def remove_extents(path: str, extents: Sequence[dict[str, Any]], corrupt: bool = False) -> int:
+    """Appends condemn records; live engines drop them at their next poll. Returns how many. `corrupt` is the cause that
+    they name: else they were removed by hand."""
 def evict_segments(path: str, bytes: int, dry_run: bool = False) -> dict[str, int]:
     """Evicts the coldest sealed segments until `bytes` of the root are freed; returns segments and bytes. With
     `dry_run` only says what it would do."""
@@ -179,6 +180,19 @@ class Importer:
     def report(self) -> dict[str, Any]:
         """namespace, manifest, planned_extents, planned_bytes, file_bytes, imported, imported_bytes, present, damaged,
         junk_bytes, full, whole, reason."""
+
+def inspect_policies(path: str) -> dict[str, Any]:
+    """rules (kind "ttl" | "quota" | "pin", namespace in hex or "" for the root, value, made, chunks, bytes), damage,
+    capacity (0 = not noted), pinned_bytes, pin_limit, scrub_began, scrub_bytes, scrub_bad, scrub_finished,
+    scrub_finished_bytes, scrub_finished_bad. `value`: ns of a ttl, bytes of a quota, end of a pin in ns since 1970."""
+
+def set_policy(
+    path: str, kind: str, namespace: bytes, value: int, keys: bytes = b"", capacity: int = 0, dry_run: bool = False
+) -> None:
+    """Adds or replaces a rule; namespace b"" = the root. See include/tokendepot/tools.h."""
+
+def drop_policies(path: str, kind: str, namespace: bytes, keys: bytes | None = None, dry_run: bool = False) -> int:
+    """Takes back rules of this kind and namespace; of pins only that of `keys`, where given. Returns how many."""
 
 # --- workload: a depot of its own beside the limits of its medium and link (include/tokendepot/workload.h) ---
 class Workload:

@@ -51,6 +51,8 @@ METRICS = {
     "tokendepot_root_filesystem_free_bytes": ((), "Free on the file system, for who runs the exporter."),
     "tokendepot_root_filesystem_free_inodes": ((), "Files that can be made, where the file system has a bound."),
     "tokendepot_root_last_used_timestamp_seconds": ((), "When an extent was stored or touched last, since 1970."),
+    "tokendepot_root_pinned_bytes": ((), "Segment files that pins hold."),
+    "tokendepot_root_scrub_finished_timestamp_seconds": ((), "When the last full scrub by an engine ended, since 1970; 0 = never."),
     "tokendepot_root_inspected_timestamp_seconds": ((), "When what is shown here was read, since 1970."),
     "tokendepot_root_inspection_seconds": ((), "How long reading it took."),
 }
@@ -188,9 +190,12 @@ class WatchedRoot:
         try:
             root = _core.inspect_root(self.path)
             inspection.root_id = root["root_id"]
+            tending = _core.inspect_policies(self.path)
             found = samples_of(root, self._journal_bytes(root["journals"]), os.statvfs(self.path), self._named)
             if self._capacity is not None:
                 found.append(Sample("tokendepot_root_capacity_bytes", self._capacity))
+            found.append(Sample("tokendepot_root_pinned_bytes", tending["pinned_bytes"]))
+            found.append(Sample("tokendepot_root_scrub_finished_timestamp_seconds", tending["scrub_finished"]))
             inspection.seconds = time.monotonic() - inspection.began
             found.append(Sample("tokendepot_root_up", 1))
             found.append(Sample("tokendepot_root_inspected_timestamp_seconds", time.time()))

@@ -37,7 +37,7 @@ class Sound:
 
     @classmethod
     def read(cls, path: Path) -> Sound:
-        files = {f: f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file() and f.name != "keeper.lock"}
+        files = {f: f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file() and f.suffix != ".lock"}
         sound = cls(path, files, tokendepot.list_extents(str(path)))
         known = {e["key"] for e in sound.extents}
         for file, content in files.items():

@@ -68,6 +68,15 @@ uint64_t prefix_of(const NamespaceDigest& ns) {
   return get_le<uint64_t>(std::as_bytes(std::span(ns.bytes)), 0);
 }
 
+Cause cause_of(const Record& condemnation) {
+  return condemnation.ns_prefix < kCauseNames.size() ? static_cast<Cause>(condemnation.ns_prefix)
+                                                     : Cause::untold;
+}
+
+void set_cause(Record& condemnation, Cause cause) {
+  condemnation.ns_prefix = static_cast<uint64_t>(cause);
+}
+
 void encode_record(const Record& record, std::span<std::byte, kRecordBytes> out) {
   std::ranges::fill(out, std::byte{0});
   put_le<uint32_t>(out, 0, kMagic);

@@ -12,6 +12,7 @@
 #include "tokendepot/key.h"
 #include "tokendepot/layout.h"
 #include "tokendepot/plan.h"
+#include "tokendepot/tending.h"
 
 namespace tokendepot {
 
@@ -38,16 +39,21 @@ struct Record {
   uint64_t index = 0;                       // position of this record in its journal
   uint64_t journal = 0;                     // writer id of the journal
   Key key;                                  // put, condemn_extent; zero otherwise
-  uint64_t ns_prefix = 0;                   // first 8 bytes (LE) of the namespace digest; put
-  ExtentRef where;                          // segment always; offset and bytes where the type says so
-  Part part;                                // put
-  uint32_t tokens = 0;                      // put
-  uint64_t time_ns = 0;                     // wall clock
+  uint64_t ns_prefix = 0;  // put: first 8 bytes (LE) of the namespace digest; condemn_*: set_cause()
+  ExtentRef where;         // segment always; offset and bytes where the type says so
+  Part part;               // put
+  uint32_t tokens = 0;     // put
+  uint64_t time_ns = 0;    // wall clock
   bool operator==(const Record&) const = default;
 };
 
 /// First 8 bytes of a namespace digest as a little-endian number.
 uint64_t prefix_of(const NamespaceDigest& ns);
+
+/// Why a condemn_extent or condemn_segment was written: counted, nothing else. A number of a later version is
+/// untold.
+Cause cause_of(const Record& condemnation);
+void set_cause(Record& condemnation, Cause cause);
 
 void encode_record(const Record& record, std::span<std::byte, kRecordBytes> out);
 /// `corrupt` when magic, digest, type, or (journal, index) differ from what is expected at this place.

@@ -69,7 +69,12 @@ Status carry_extent(const File& source, const Record& put, RootWriter& target, c
   const auto encoded = std::span(memory.get(), header_bytes);
   encode_extent_header(*header, encoded);
   if (auto written = write_there(target, place, encoded, 0); !written) return written;
-  return target.acknowledge(place, put);
+  // A copy is as old as its original: times to live are counted from the store.
+  Record copy = put;
+  copy.time_ns = header->stored_at_ns;
+  if (auto known = target.acknowledge(place, copy); !known) return known;
+  target.touch(place.slot);  // but it was used now
+  return {};
 }
 
 }  // namespace tokendepot

@@ -180,7 +180,7 @@ std::optional<Catalog::Found> Catalog::find(const Key& key, PartId part) const {
   int best_root = kMaxRoots;
   (void)seek(shard.table, probe, [&](const Entry& entry) {
     const uint32_t roots = segments_.present_in(entry.slot);
-    if (roots != 0 && std::countr_zero(roots) < best_root) {
+    if (segments_.serves(entry.slot, entry.page) && std::countr_zero(roots) < best_root) {
       best = &entry;
       best_root = std::countr_zero(roots);
     }
@@ -193,8 +193,8 @@ std::optional<Catalog::Found> Catalog::find(const Key& key, PartId part) const {
 bool Catalog::present(const Probe& probe) const {
   const Shard& shard = shard_of(probe);
   std::lock_guard lock(shard.mutex);
-  return seek(shard.table, probe, [this](const Entry& entry) { return segments_.alive(entry.slot); }) !=
-         nullptr;
+  const auto served = [this](const Entry& entry) { return segments_.serves(entry.slot, entry.page); };
+  return seek(shard.table, probe, served) != nullptr;
 }
 
 void Catalog::prefetch(const Probe& probe) const {
@@ -341,13 +341,13 @@ KeyHistory Catalog::history(const Key& key) const {
     std::shared_lock lock(parts_mutex_);
     parts = parts_.size();
   }
-  bool dead = false;  // of a segment that has gone and was not swept yet
+  bool dead = false;  // expired, or of a segment that has gone and was not swept yet
   for (size_t part = 0; part < parts; ++part) {
     const Probe probe = probe_of(key, static_cast<PartId>(part));
     const Shard& shard = shard_of(probe);
     std::lock_guard lock(shard.mutex);
-    const auto alive = [this](const Entry& entry) { return segments_.alive(entry.slot); };
-    if (seek(shard.table, probe, alive) != nullptr) return KeyHistory::stored;
+    const auto served = [this](const Entry& entry) { return segments_.serves(entry.slot, entry.page); };
+    if (seek(shard.table, probe, served) != nullptr) return KeyHistory::stored;
     dead |= seek(shard.table, probe, [](const Entry&) { return true; }) != nullptr;
   }
   return dead || gone_.holds(probe_of(key, 0).high) ? KeyHistory::gone : KeyHistory::never;

@@ -110,6 +110,7 @@ Result<uint64_t> JournalReader::read_new(const std::function<void(const Record&)
       next_index_ = index + 1;
       ++good;
       visit(*record);
+      newest_ns_ = std::max(newest_ns_, record->time_ns);
     }
   }
   has_tail_ = size > next_index_ * kRecordBytes;

@@ -45,6 +45,8 @@ class JournalReader {
   /// Index behind the last good record: where an appender goes on.
   uint64_t next_index() const { return next_index_; }
   uint64_t bad_records() const { return bad_records_; }
+  /// The latest time of the records read so far; while one is visited, of those before it.
+  uint64_t newest_ns() const { return newest_ns_; }
   /// Bytes lie behind the last good record (torn, damaged, or being written at this moment).
   bool has_tail() const { return has_tail_; }
 
@@ -54,6 +56,7 @@ class JournalReader {
   uint64_t writer_ = 0;
   uint64_t next_index_ = 0;
   uint64_t bad_records_ = 0;
+  uint64_t newest_ns_ = 0;
   bool has_tail_ = false;
   static constexpr uint64_t kNothing = UINT64_MAX;
   uint64_t size_seen_ = kNothing;  // all of a file of this size was read

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdlib>
 
+#include "base/clock.h"
 #include "base/errors.h"
 #include "base/log.h"
 #include "io/io_thread.h"
@@ -16,6 +17,7 @@ using std::chrono::steady_clock;
 
 constexpr auto kSlowInterval = std::chrono::seconds(1);
 constexpr auto kHoldInterval = std::chrono::seconds(1);
+constexpr auto kTendInterval = std::chrono::seconds(1);
 // Reading journals takes at most a twentieth of the time: where a poll is slow (many journals, a slow file
 // system), polls become rarer, until a chunk would not be seen within a second.
 constexpr int kPollShare = 20;
@@ -35,6 +37,8 @@ Keeper::Keeper(std::vector<Tier> tiers, SegmentTable& segments, Catalog* catalog
       rewriting_(rewriting),
       poll_ms_(poll_ms),
       space_ready_(std::move(space_ready)) {
+  // Before the first lookup and the first eviction.
+  for (const Tier& tier : tiers_) tier.replay->tend(system_clock());
   make_space_ready();  // before the first store, which would have to wait for it
   for (const Tier& tier : tiers_) {
     Tail& tail = *tails_.emplace_back(std::make_unique<Tail>(Tail{.keeper = this, .tier = &tier}));
@@ -140,9 +144,11 @@ void Keeper::run_tail(const Tier& tier) {
   const auto wanted = std::max(milliseconds(poll_ms_), catalog_ != nullptr ? milliseconds(0) : kBlindPoll);
   auto next_poll = steady_clock::now() + wanted;
   auto next_hold = steady_clock::now();
+  auto next_tending = steady_clock::now() + kTendInterval;
   std::unique_lock lock(mutex_);
   while (true) {
-    const auto next = tier.writer != nullptr ? std::min(next_poll, next_hold) : next_poll;
+    auto next = std::min(next_poll, next_tending);
+    if (tier.writer != nullptr) next = std::min(next, next_hold);
     wake_tails_.wait_until(lock, next, [this] { return stop_.load(); });
     if (stop_) return;
     lock.unlock();
@@ -150,6 +156,10 @@ void Keeper::run_tail(const Tier& tier) {
       tier.writer->confirm_hold();
       tier.writer->leave_removed_segments();
       next_hold = steady_clock::now() + kHoldInterval;
+    }
+    if (steady_clock::now() >= next_tending) {
+      tier.replay->tend(system_clock());
+      next_tending = steady_clock::now() + kTendInterval;
     }
     if (const auto began = steady_clock::now(); began >= next_poll) {
       poll_journals(tier);
@@ -273,6 +283,9 @@ void Keeper::run_slow() {
     for (const Tier& tier : tiers_) tier.root->map_ahead(segments_, stop_);  // others' new ones
     demote_all();
     promote();
+    for (const Tier& tier : tiers_) {
+      if (tier.writer != nullptr && !stop_) tier.writer->reclaim();
+    }
     if (round % kRoundsPerTidying == 0) tidy_up();
     lock.lock();
   }

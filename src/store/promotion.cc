@@ -105,7 +105,7 @@ void Promotion::promote(const Candidate& candidate, const std::function<void(uin
   }
   const SegmentInUse source_in_use(segments_, candidate.slot);
   const SegmentInUse place_in_use(segments_, place->slot);
-  const auto forgotten = [&] { return from.replay->condemned_extent(candidate.slot, put.where.offset); };
+  const auto forgotten = [&] { return from.replay->is_condemned(candidate.slot, put.where.offset); };
   auto piece_began = Steady::now();
   const auto go_on = [&] {
     std::this_thread::sleep_for(std::min<Steady::duration>(Steady::now() - piece_began, kLongestRest));

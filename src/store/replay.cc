@@ -13,6 +13,7 @@ namespace {
 constexpr size_t kBatch = 64;
 constexpr size_t kAhead = 12;  // records in which a line of memory arrives
 constexpr size_t kMostBadPlaces = 1 << 20;
+constexpr uint64_t kOutOfOrderNs = 100'000'000;  // a writer's threads append in nearly the order of their times
 constexpr size_t kMostOpenJournals = 64;  // hundreds of hosts must not use up the descriptors of a process
 // Honest journals name few segments that are gone. Forged ones may name any number, of 128 bytes each and
 // three times as many in memory: beyond this only segments whose file is there are taken up.
@@ -21,7 +22,10 @@ constexpr size_t kSegmentsOnTheirWord = 1 << 16;
 }  // namespace
 
 Replay::Replay(Root& root, SegmentTable& segments, Catalog* catalog)
-    : root_(root), segments_(segments), catalog_(catalog) {}
+    : root_(root),
+      segments_(segments),
+      catalog_(catalog),
+      policies_(root.path(), root.index(), root.capacity(), segments, contents_) {}
 
 std::optional<std::map<uint64_t, uint64_t>> Replay::find_journals() {
   const auto entries = list_directory(root_.journals_dir());
@@ -67,11 +71,11 @@ Status Replay::read(JournalReader& reader, uint64_t listed_bytes) {
   const uint64_t bad_before = reader.bad_records();
   const bool was_open = reader.is_open();
   const bool tailing = reader.next_index() > 0;
-  SegmentId copy;  // puts of a demoted segment have the time of their first root
   const auto count = reader.read_new(
-      [this, tailing, &copy](const Record& record) {
-        if (record.type == RecordType::adopt_segment) copy = record.where.segment;
-        if (tailing && record.type == RecordType::put && record.where.segment != copy) note_lag(record);
+      [this, tailing, &reader](const Record& record) {
+        // Puts of copies (demoted, promoted, carried on) have the time of their first store.
+        const bool fresh = record.time_ns + kOutOfOrderNs >= reader.newest_ns();
+        if (tailing && fresh && record.type == RecordType::put) note_lag(record);
         batch_.push_back(record);
         if (batch_.size() < kBatch) return;
         apply(batch_);
@@ -137,10 +141,12 @@ Status Replay::first() {
       segments_.set_present(slot, root_.index(), file->second);
     } else if (!root_.network()) {  // there a listing may be older than a journal
       segments_.condemn(slot, root_.index());
+      contents_.condemn_segment(slot);
       condemned_ = true;
     }
   }
   put_back_displaced();
+  counts_evictions_ = true;
   return {};
 }
 
@@ -223,11 +229,6 @@ std::optional<PartId> Replay::part_of(const Record& record) {
   return last_part_;
 }
 
-bool Replay::condemned_extent(uint32_t slot, uint64_t offset) const {
-  std::lock_guard lock(apply_mutex_);
-  return bad_places_.contains({slot, offset});
-}
-
 void Replay::apply(std::span<const Record> records) {
   std::lock_guard lock(apply_mutex_);
   for (size_t i = 0; i < records.size(); ++i) {
@@ -254,8 +255,10 @@ void Replay::apply_locked(const Record& record) {
     case RecordType::put: {
       const uint64_t end = record.where.offset + record.where.bytes;
       const bool alive = segments_.add_extent(slot, root, end, record.time_ns);
+      const bool served = alive && !bad_places_.contains({slot, record.where.offset});
+      if (served) contents_.put(slot, record);
       if (catalog_ == nullptr) break;
-      if (!alive || bad_places_.contains({slot, record.where.offset})) {
+      if (!served) {
         catalog_->note_gone(record.key);  // the journal that condemned it was read first
         break;
       }
@@ -271,18 +274,70 @@ void Replay::apply_locked(const Record& record) {
       segments_.seal(slot, root, record.where.offset);
       break;
     case RecordType::condemn_extent:
+      if (bad_places_.contains({slot, record.where.offset})) break;
       if (bad_places_.size() < kMostBadPlaces) bad_places_.insert({slot, record.where.offset});
+      count_evicted(record, contents_.condemn_extent(slot, record));
       if (catalog_ == nullptr) break;
       if (const auto part = part_of(record)) catalog_->erase_at(record.key, *part, slot, record.where.offset);
       break;
     case RecordType::condemn_segment:
       segments_.condemn(slot, root);
+      count_evicted(record, contents_.condemn_segment(slot));
       root_.files().drop(record.where.segment);
       condemned_ = true;
       break;
     case RecordType::touch:
       segments_.touch(slot, record.time_ns);
       break;
+  }
+}
+
+void Replay::count_evicted(const Record& condemnation, uint64_t bytes) {
+  if (!counts_evictions_) return;
+  const Cause cause = cause_of(condemnation);
+  // What other processes do, they count themselves; the command line does not live long enough to.
+  if (condemnation.journal != own_journal_ && cause != Cause::manual) return;
+  evicted_[static_cast<size_t>(cause)] += bytes;
+}
+
+bool Replay::is_condemned(uint32_t slot, uint64_t offset) const {
+  std::lock_guard lock(apply_mutex_);
+  return bad_places_.contains({slot, offset});
+}
+
+EvictedBytes Replay::evicted() const {
+  const auto of = [this](Cause cause) { return evicted_[static_cast<size_t>(cause)].load(); };
+  return {of(Cause::capacity), of(Cause::quota), of(Cause::ttl), of(Cause::manual), of(Cause::corrupt)};
+}
+
+void Replay::tend(const Clock& clock) {
+  constexpr uint64_t kRest = 20;  // so that a root of very many segments takes little of a core
+  std::lock_guard lock(tend_mutex_);
+  if (policies_.read()) {
+    mark_pinned();
+    tend_again_ns_ = 0;
+  }
+  const uint64_t began = clock.steady_ns();
+  if (began < tend_again_ns_) return;
+  policies_.judge(clock.wall_ns());
+  tend_again_ns_ = began + kRest * (clock.steady_ns() - began);
+}
+
+void Replay::mark_pinned() {
+  // Which key lies where is kept nowhere but in the journals, and pins change rarely.
+  const auto entries = list_directory(root_.journals_dir());
+  if (!entries) return;
+  for (const DirectoryEntry& entry : *entries) {
+    const auto writer = writer_of_journal(entry.name);
+    if (!writer || !entry.regular) continue;
+    auto reader = JournalReader::open(root_.journals_dir() + "/" + entry.name, *writer);
+    if (!reader) continue;
+    (void)reader->read_new([this](const Record& record) {
+      if (record.type != RecordType::put) return;
+      std::lock_guard lock(apply_mutex_);
+      const auto slot = segments_.find(record.where.segment);
+      if (slot && !bad_places_.contains({*slot, record.where.offset})) contents_.mark(*slot, record);
+    });
   }
 }
 

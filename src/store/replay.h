@@ -1,6 +1,7 @@
 // Tails all journals of one root into the segment table and, where there is one, the catalog.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <deque>
@@ -11,9 +12,12 @@
 #include <span>
 #include <vector>
 
+#include "base/clock.h"
 #include "store/catalog.h"
 #include "store/journal_file.h"
 #include "store/root.h"
+#include "store/root_policies.h"
+#include "store/segment_contents.h"
 #include "store/segment_table.h"
 #include "tokendepot/stats.h"
 
@@ -41,8 +45,15 @@ class Replay {
   /// The writers of all journals found so far, this process's own left out.
   std::vector<uint64_t> writers() const;
 
+  /// Reads the root's policies if they changed and judges its segments by them. Not again before twenty times
+  /// as long as the last judgement took.
+  void tend(const Clock& clock);
+  RootPolicies& policies() { return policies_; }
+  const RootPolicies& policies() const { return policies_; }
   /// Whether the extent at this place was condemned: nobody may carry it on.
-  bool condemned_extent(uint32_t slot, uint64_t offset) const;
+  bool is_condemned(uint32_t slot, uint64_t offset) const;
+  /// Bytes of extents that were condemned since first(): by this process, and by hand from outside.
+  EvictedBytes evicted() const;
 
   uint64_t records() const { return records_; }
   uint64_t bad_records() const { return bad_records_; }
@@ -69,6 +80,9 @@ class Replay {
   void note_displaced(const Record& record, uint32_t slot, PartId part);
   void put_back_displaced();
   std::optional<PartId> part_of(const Record& record);
+  /// Tells the contents which of the extents that are known already have keys that they watch.
+  void mark_pinned();
+  void count_evicted(const Record& condemnation, uint64_t bytes);
 
   Root& root_;
   SegmentTable& segments_;
@@ -77,8 +91,8 @@ class Replay {
   std::map<uint64_t, JournalReader> journals_;
   std::deque<uint64_t> open_journals_;  // in the order of opening
   std::vector<Record> batch_;           // read and not applied yet
-  uint64_t own_journal_ = 0;
-  mutable std::mutex apply_mutex_;  // all below
+  std::atomic<uint64_t> own_journal_ = 0;
+  mutable std::mutex apply_mutex_;  // all up to displaced_
   std::optional<uint32_t> last_slot_;
   SegmentId last_segment_;
   std::optional<PartId> last_part_;
@@ -97,6 +111,12 @@ class Replay {
   std::atomic<uint64_t> records_ = 0;
   std::atomic<uint64_t> bad_records_ = 0;
   std::atomic<bool> condemned_ = false;
+  std::atomic<bool> counts_evictions_ = false;
+  std::array<std::atomic<uint64_t>, kCauseNames.size()> evicted_{};
+  SegmentContents contents_;
+  RootPolicies policies_;
+  std::mutex tend_mutex_;
+  uint64_t tend_again_ns_ = 0;
 };
 
 }  // namespace tokendepot

@@ -31,7 +31,7 @@ void Rewriting::carry_on(const Promotion::Tier& from, uint32_t slot, RootWriter&
   const auto end =
       scan_extents((*source)->file, segment.id, 0, false, [&](const ExtentHeader& header, uint64_t bytes) {
         const uint64_t used = use_.last(slot, header.offset, now);
-        if (used != 0 && !from.replay->condemned_extent(slot, header.offset))
+        if (used != 0 && !from.replay->is_condemned(slot, header.offset))
           hot.push_back({put_of(header, bytes), used});
       });
   if (!end) return;
@@ -57,7 +57,7 @@ void Rewriting::carry_on(const Promotion::Tier& from, uint32_t slot, RootWriter&
   // Forgotten by somebody while they were copied: the copies must not outlive them.
   from.replay->poll();
   for (auto& [put, where] : carried) {
-    if (!from.replay->condemned_extent(slot, put.where.offset)) continue;
+    if (!from.replay->is_condemned(slot, put.where.offset)) continue;
     put.where = where;
     target.condemn_extent(put);
   }

@@ -233,7 +233,7 @@ Result<RootWriter::Place> RootWriter::reserve_copy(uint64_t bytes,
 Status RootWriter::acknowledge(const Place& place, Record put) {
   put.type = RecordType::put;
   put.where = place.where;
-  put.time_ns = clock_.wall_ns();
+  if (put.time_ns == 0) put.time_ns = clock_.wall_ns();
   {
     std::lock_guard lock(mutex_);
     if (place.hold != hold_)
@@ -245,9 +245,9 @@ Status RootWriter::acknowledge(const Place& place, Record put) {
   return {};
 }
 
-void RootWriter::condemn_extent(Record record) {
+void RootWriter::condemn_extent(Record record, Cause cause) {
   record.type = RecordType::condemn_extent;
-  condemned_bytes_ += record.where.bytes;
+  set_cause(record, cause);
   if (auto written = append(record); !written) {
     log(LogLevel::warning, "root \"{}\": {}", root_.path(), written.error().message);
   }
@@ -292,7 +292,12 @@ Status RootWriter::evict_coldest(KeeperLock& keeper, const std::function<void(ui
                                  const std::string& recycle_as, uint64_t wanted_bytes, bool* recycled,
                                  SegmentMapping* kept) {
   *recycled = false;
-  for (const auto& [slot, segment] : segments_.present_segments(root_.index())) {
+  RootPolicies& policies = replay_.policies();
+  bool pinned = false;
+  const auto candidates =
+      policies.victims(segments_.present_segments(root_.index()), clock_.wall_ns(), &pinned);
+  pinned_ = pinned;
+  for (const auto& [slot, segment] : candidates) {
     if (!segment.roots[root_.index()].sealed || segment.in_use > 0) continue;
     keeper.renew();
     if (before_eviction) before_eviction(slot);
@@ -305,6 +310,7 @@ Status RootWriter::evict_coldest(KeeperLock& keeper, const std::function<void(ui
     Record record;
     record.type = RecordType::condemn_segment;
     record.where.segment = segment.id;
+    set_cause(record, policies.is_over_quota(slot) ? Cause::quota : Cause::capacity);
     auto written = append(record);
     // The file system is so full that not even the record fits: then the file goes first.
     const bool full = !written && written.error().kind == ErrorKind::no_space;
@@ -319,7 +325,6 @@ Status RootWriter::evict_coldest(KeeperLock& keeper, const std::function<void(ui
       continue;
     }
     ++evicted_;
-    evicted_bytes_ += segment.roots[root_.index()].file_bytes;
     *recycled = fits;
     return {};
   }

@@ -48,11 +48,11 @@ class RootWriter {
   /// Space in the segment of copies. May wait, and evict: the keeper's slow thread only.
   Result<Place> reserve_copy(uint64_t bytes, const std::function<void(uint32_t slot)>& before_eviction);
 
-  /// Makes a written extent known: the store is acknowledged when this returns success. `closed`: another
-  /// process has taken the place over since it was reserved.
+  /// Makes a written extent known: the store is acknowledged when this returns success. `put.time_ns`: when it
+  /// was stored first, 0 = now. `closed`: another process has taken the place over since it was reserved.
   Status acknowledge(const Place& place, Record put);
-  /// Tells everybody that an extent is bad.
-  void condemn_extent(Record record);
+  /// Tells everybody that an extent is not to be served any more, by default because it is bad.
+  void condemn_extent(Record record, Cause cause = Cause::corrupt);
   /// Notes that a segment was used, at most once a minute each.
   void touch(uint32_t slot);
 
@@ -73,6 +73,9 @@ class RootWriter {
   uint32_t tend_dead_writers();
   /// Removes segment files that no journal speaks of and no live writer owns.
   void remove_orphans();
+  /// Removes what has outlived its time, and of namespaces over their quota their own coldest. Returns how
+  /// many segments. What is filled, used by this process or pinned stays.
+  uint32_t reclaim();
   /// Rewrites the journal without what is gone, when it is large and mostly stale.
   void compact_journal();
   /// A file for a copy of another root's sealed segment: created or recycled, locked name, right size.
@@ -84,13 +87,12 @@ class RootWriter {
   /// Given out by reserve() since it was opened.
   uint64_t stored_bytes() const { return stored_bytes_; }
   uint64_t evicted_segments() const { return evicted_; }
-  uint64_t evicted_bytes() const { return evicted_bytes_; }
-  /// Of extents that condemn_extent() was called for.
-  uint64_t condemned_bytes() const { return condemned_bytes_; }
   /// Of copies and journal records; stores are counted where they happen.
   uint64_t written_bytes() const { return written_bytes_; }
   /// The last attempt to have space ready failed; it is repeated in the background.
   bool failing() const { return failing_; }
+  /// It failed because everything that could be evicted is pinned.
+  bool space_is_pinned() const { return no_space_ && pinned_; }
   uint64_t writer_id() const;
   /// Of the segment that is ready and not begun: no journal speaks of it.
   uint64_t spare_bytes() const;
@@ -135,6 +137,11 @@ class RootWriter {
                          const std::function<void(uint32_t)>& before_eviction,
                          SegmentMapping* kept = nullptr);
   Result<uint64_t> bytes_on_medium() const;
+  /// Condemns a segment and removes its file. The caller holds the keeper's lock. False: it was gone.
+  Result<bool> remove_segment(uint32_t slot, Cause cause);
+  /// Condemns the namespace's extents in a segment that others share, up to `wanted` bytes. Returns how many
+  /// bytes.
+  uint64_t condemn_share(uint32_t slot, uint64_t ns_prefix, uint64_t wanted);
   /// `busy` when another process has taken over as keeper: whoever was stopped for long goes no further.
   Status still_keeper(const KeeperLock& keeper) const;
   Status evict_coldest(KeeperLock& keeper, const std::function<void(uint32_t)>& before_eviction,
@@ -158,11 +165,10 @@ class RootWriter {
   std::map<uint64_t, uint64_t> free_since_;  // writer -> steady clock; the slow keeper's only
   std::atomic<uint64_t> stored_bytes_ = 0;
   std::atomic<uint64_t> evicted_ = 0;
-  std::atomic<uint64_t> evicted_bytes_ = 0;
-  std::atomic<uint64_t> condemned_bytes_ = 0;
   std::atomic<uint64_t> written_bytes_ = 0;
   std::atomic<bool> failing_ = false;
   std::atomic<bool> no_space_ = false;
+  std::atomic<bool> pinned_ = false;   // the last search for something to evict passed over pinned segments
   std::atomic<bool> cramped_ = false;  // the file system has no room for a journal record
 };
 

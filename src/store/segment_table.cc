@@ -58,12 +58,30 @@ void SegmentTable::publish_mask(uint32_t slot) {
     if (root.present && !root.condemned) mask |= static_cast<uint8_t>(1u << r);
   }
   MaskBlock* block = masks_[slot / kBlock].load(std::memory_order_relaxed);
-  (*block)[slot % kBlock].store(mask, std::memory_order_release);
+  uint64_t expired = UINT64_MAX;
+  for (RootIndex r = 0; r < kMaxRoots; ++r) {
+    if ((mask >> r & 1u) != 0) expired = std::min(expired, segments_[slot].roots[r].expired_end);
+  }
+  constexpr uint64_t kMostPages = UINT32_MAX;
+  block->expired[slot % kBlock].store(static_cast<uint32_t>(std::min(expired / kPageBytes, kMostPages)),
+                                      std::memory_order_relaxed);
+  block->present[slot % kBlock].store(mask, std::memory_order_release);
 }
 
 uint32_t SegmentTable::present_in(uint32_t slot) const {
   const MaskBlock* block = masks_[slot / kBlock].load(std::memory_order_acquire);
-  return (*block)[slot % kBlock].load(std::memory_order_acquire);
+  return block->present[slot % kBlock].load(std::memory_order_acquire);
+}
+
+bool SegmentTable::serves(uint32_t slot, uint32_t page) const {
+  const MaskBlock* block = masks_[slot / kBlock].load(std::memory_order_acquire);
+  return block->present[slot % kBlock].load(std::memory_order_acquire) != 0 &&
+         page >= block->expired[slot % kBlock].load(std::memory_order_relaxed);
+}
+
+void SegmentTable::set_expired(uint32_t slot, RootIndex root, uint64_t end) {
+  std::unique_lock lock(mutex_);
+  if (std::exchange(segments_[slot].roots[root].expired_end, end) != end) publish_mask(slot);
 }
 
 void SegmentTable::set_present(uint32_t slot, RootIndex root, uint64_t file_bytes) {

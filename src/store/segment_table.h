@@ -29,8 +29,9 @@ class SegmentTable {
     bool sealed = false;
     bool copies = false;  // holds nothing but what lower roots hold, too: not demoted
     uint64_t file_bytes = 0;
-    uint64_t used_bytes = 0;  // end of the last extent known
-    uint64_t extents = 0;     // puts seen
+    uint64_t used_bytes = 0;   // end of the last extent known
+    uint64_t extents = 0;      // puts seen
+    uint64_t expired_end = 0;  // what lies before this offset has outlived its time here
   };
   struct Segment {
     SegmentId id;
@@ -63,6 +64,10 @@ class SegmentTable {
   /// Bit r set = present and not condemned in root r.
   uint32_t present_in(uint32_t slot) const;
   bool alive(uint32_t slot) const { return present_in(slot) != 0; }
+  /// Alive, and the extent at this 4 KiB page has not expired in every root that holds the segment.
+  bool serves(uint32_t slot, uint32_t page) const;
+  /// What lies before `end` is not served from this root any more; may also go back.
+  void set_expired(uint32_t slot, RootIndex root, uint64_t end);
 
   void acquire(uint32_t slot);
   void release(uint32_t slot);
@@ -81,7 +86,10 @@ class SegmentTable {
   // Read on every catalog probe without the lock; grown by whole blocks that never move.
   static constexpr uint32_t kBlock = 4096;
   static constexpr uint32_t kBlocks = kMost / kBlock;
-  using MaskBlock = std::array<std::atomic<uint8_t>, kBlock>;
+  struct MaskBlock {
+    std::array<std::atomic<uint8_t>, kBlock> present;
+    std::array<std::atomic<uint32_t>, kBlock> expired;  // pages
+  };
   std::array<std::atomic<MaskBlock*>, kBlocks> masks_{};
   std::vector<std::unique_ptr<MaskBlock>> mask_owner_;
   void publish_mask(uint32_t slot);

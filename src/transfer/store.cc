@@ -78,7 +78,11 @@ Transfers::Start Transfers::start_store(StoreTask& task) {
       give_store_memory(task);
       return Start::later;
     }
-    drop_store(task, &DropCounts::no_space);
+    if (task.writer->space_is_pinned()) {
+      finish_store(task, false, Reason::pinned);
+    } else {
+      drop_store(task, &DropCounts::no_space);
+    }
     return Start::over;
   }
   task.place = std::move(*place);

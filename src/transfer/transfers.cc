@@ -180,6 +180,9 @@ void Transfers::count(FailureCounts& counts, Reason reason) {
     case Reason::dropped:
       ++counts.dropped;
       break;
+    case Reason::pinned:
+      ++counts.pinned;
+      break;
   }
 }
 

@@ -165,7 +165,7 @@ def test_a_prompt_comes_from_stdin_and_as_text(filled, tmp_path):
 
 
 def test_beside_an_engine_that_writes_it_shows_what_is_acknowledged_and_changes_nothing(memory_root):
-    depot = Depot.open(config(memory_root))
+    depot = Depot.open(config(memory_root, scrub_rate=0))
     namespace = depot.register_namespace(MANIFEST)
     cache = Cache(4 * BLOCKS_PER_CHUNK, seed=2)
     cache.lend_to(depot)

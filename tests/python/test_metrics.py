@@ -168,7 +168,7 @@ def test_salts_paths_and_models_are_in_no_label(memory_root):
         assert word not in after
 
 
-@pytest.mark.parametrize("roots, named", [(1, 8), (8, 1)])
+@pytest.mark.parametrize("roots, named", [(1, 8), (7, 1), (8, 0)])
 def test_many_namespaces_do_not_make_many_series(memory_root, roots, named):
     paths = [memory_root.with_name(f"root-{i}") for i in range(roots)]
     for path in paths:

@@ -34,7 +34,7 @@ from tokendepot.engines.vllm.messages import (
 from tokendepot.engines.vllm.repeats import PROOF, REMEMBERED, Repeats
 from tokendepot.engines.vllm.scheduler import SchedulerHalf
 from tokendepot.engines.vllm.settings import RefusedError, read_settings
-from tokendepot.engines.vllm.stats import BOUNDS_S, DepotPromMetrics, DepotStats, EngineCounters
+from tokendepot.engines.vllm.stats import BOUNDS_S, EVICTIONS, DepotPromMetrics, DepotStats, EngineCounters
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     MambaSpec,
@@ -444,9 +444,13 @@ def test_orders_stay_small_and_survive_pickling() -> None:
     assert GroupBlocks.pack(0, 0, 2, [5, -1]).wanted() == {5}
 
 
+def evictions(each: int) -> dict:
+    return dict.fromkeys((*EVICTIONS, "manual"), each)
+
+
 def engine_stats(load: int = 0, corrupt: int = 0, gds_errors: int = 0) -> dict:
     failures = dict.fromkeys(
-        ("absent", "mismatch", "corrupt", "io_error", "timed_out", "cancelled", "dropped"), 0
+        ("absent", "mismatch", "corrupt", "io_error", "timed_out", "cancelled", "dropped", "pinned"), 0
     )
     paths = dict.fromkeys(("mapped", "direct", "buffered", "gds_p2p", "gds_compat"), 0)
     quiet = dict(counts=[0] * 11, nanoseconds=0)
@@ -462,12 +466,12 @@ def engine_stats(load: int = 0, corrupt: int = 0, gds_errors: int = 0) -> dict:
     idle = dict(extents=0, bytes=0, nanoseconds=0, failures=failures, by_path=paths, latency=quiet, queue=quiet)
     nothing = dict(bytes=0, tokens=0)
     roots = [
-        dict(id=f"{n}" * 32, gds_errors=0, loaded=nothing, stored=nothing, journal_lag=quiet)
-        | dict.fromkeys(("written_bytes", "evicted_bytes", "corrupt_bytes"), 0)
+        dict(id=f"{n}" * 32, loaded=nothing, stored=nothing, journal_lag=quiet, evicted_bytes=evictions(0))
+        | dict.fromkeys(("gds_errors", "written_bytes", "scrubbed_bytes", "scrub_errors"), 0)
         for n in range(6)
     ]
     roots[0] |= dict(gds_errors=gds_errors, loaded=dict(bytes=load * 100, tokens=load * 256.0))
-    roots[4]["evicted_bytes"] = roots[5]["evicted_bytes"] = load
+    roots[4]["evicted_bytes"] = roots[5]["evicted_bytes"] = {**evictions(0), "capacity": load}
     drops = dict(no_root=0, queue_full=load, no_space=0, late=0)
     return dict(load=way, store=idle, roots=roots, drops=drops, device=dict(mapped_bytes=10 - load, registered_bytes=0))
 
@@ -477,7 +481,7 @@ def test_metrics_are_deltas_and_counters_go_on_in_a_second_engine() -> None:
     carried = {"bytes_by:load:direct": 2, "bytes_by:load:gds_p2p": 198}
     first = counters.delta(engine_stats(2))
     of_roots = {key for key, value in first.items() if not value}
-    assert len(of_roots) == 5 * 7 - 3 and all(key.startswith("root:") for key in of_roots), "they begin with 0"
+    assert len(of_roots) == 5 * 9 - 3 and all(key.startswith("root:") for key in of_roots), "they begin with 0"
     assert {key: value for key, value in first.items() if value} == {
         **dict(load_extents=2, load_bytes=200, load_seconds=2.0),
         **carried,
@@ -519,7 +523,7 @@ def test_an_engine_has_at_most_200_series_and_histograms_add_up() -> None:
     bounds = [bound * 1e9 for bound in BOUNDS_S]
     depot = engine_stats(2)
     depot["roots"] = [
-        {**root, "id": f"{n:032x}"[::-1], "written_bytes": 1, "corrupt_bytes": 1, "evicted_bytes": 1}
+        {**root, "id": f"{n:032x}"[::-1], "written_bytes": 1, "evicted_bytes": evictions(1)}
         | {way: {"bytes": 1, "tokens": 1} for way in ("loaded", "stored")}
         for n, root in enumerate([depot["roots"][0]] * 8)
     ]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import _core
-from . import bench, damage, doctor, du, events, explain, export, metrics, namespaces, repair, replay, show, top
+from . import bench, damage, doctor, du, events, explain, export, metrics, namespaces, repair, replay, show, tending, top
 from .arguments import EXIT_CODES, Json, Root, Roots, print_json
 
 ROWS_SHOWN = 50
@@ -29,6 +29,10 @@ def _size(text: str) -> int:
         return _core.parse_size(text)
     except _core.DepotError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def _rate(text: str) -> int:
+    return 0 if text == "0" else _size(text)
 
 
 Namespace = Annotated[str, typer.Option("--namespace", metavar="PREFIX", help="First hex digits of a namespace's digest.")]
@@ -57,6 +61,9 @@ def stat(roots: Roots, as_json: Json = False) -> None:
     for root in inspected:
         root["differences"] = namespaces.differences(root["namespaces"])
         root["damaged_files"] = damage.files(root)
+        root["tending"] = _core.inspect_policies(root["path"])
+        if root["tending"]["damage"]:
+            root["damaged_files"].append({"file": "policies", "reason": root["tending"]["damage"]})
     if as_json:
         for root in inspected:
             for namespace in root["namespaces"]:
@@ -89,6 +96,12 @@ def _show_root(root: dict[str, Any]) -> None:
             for n in root["namespaces"]
         ]
         show.table("Namespaces", ("digest", "model", ">extents", ">bytes"), rows, wide=1)
+    tended = root["tending"]
+    if tended["scrub_finished"]:
+        found = show.number(tended["scrub_finished_bad"], "extent")
+        show.say(f"  last scrubbed {show.age(tended['scrub_finished'])}: {found} condemned")
+    if tended["rules"]:
+        show.table("Policies", tending.COLUMNS, tending.rows_of(tended["rules"]))
     if root["differences"]:
         rows = []
         for field, values in root["differences"].items():
@@ -165,40 +178,84 @@ def _place(extent: dict[str, Any]) -> tuple[str, int]:
     return extent["segment"], extent["offset"]
 
 
-@app.command(epilog=EXIT_CODES)
-def verify(root: Root, namespace: Namespace = "", as_json: Json = False) -> None:
-    """Reads every extent and checks its identity and digests; checks journals and manifests, too."""
-    extents = _extents(root, namespace)
-    total = sum(e["bytes"] for e in extents)
+def _check(root: str, extents: list[dict[str, Any]], doing: str, rate: int = 0) -> tuple[list[dict[str, Any]], int, float]:
+    """Reads all, at `rate` bytes a second (0 = as fast as it goes). Returns the damaged ones with "reason", how many went
+    meanwhile, and seconds."""
     failed: list[tuple[dict[str, Any], str]] = []
     began = time.monotonic()
-    with show.progress_of_bytes("verifying", total) as advance:
+    done = 0
+    with show.progress_of_bytes(doing, sum(e["bytes"] for e in extents)) as advance:
         for batch in _batches(extents):
             results = _core.verify_extents(root, batch)
             failed += [(e, result) for e, result in zip(batch, results, strict=True) if result != "ok"]
-            advance(sum(e["bytes"] for e in batch))
+            count = sum(e["bytes"] for e in batch)
+            advance(count)
+            done += count
+            if rate:
+                time.sleep(max(0.0, began + done / rate - time.monotonic()))
     seconds = time.monotonic() - began
     # An engine may have evicted what was just being read: only what is still there is damaged.
     still = {_place(e) for e in _core.list_extents(root)} if failed else set()
     damaged = [{**e, "reason": reason} for e, reason in failed if _place(e) in still]
+    return damaged, len(failed) - len(damaged), seconds
+
+
+def _say_checked(extents: list[dict[str, Any]], damaged: list[dict[str, Any]], gone: int, seconds: float) -> None:
+    total = sum(e["bytes"] for e in extents)
+    rate = f", {total / seconds / 1e9:.1f} GB/s" if total and seconds > show.PATIENCE_S else ""
+    show.say(f"{show.number(len(extents), 'extent')}, {show.size(total)} read in {seconds:.1f} s{rate}")
+    if gone:
+        show.say(f"{show.number(gone, 'extent')} evicted meanwhile")
+    if damaged:
+        rows = [(e["key"].hex()[: show.SHORT_DIGEST], e["segment"], str(e["offset"]), e["reason"]) for e in damaged]
+        show.table("Damaged extents", ("key", "segment", ">offset", "what"), rows, wide=3)
+
+
+@app.command(epilog=EXIT_CODES)
+def verify(root: Root, namespace: Namespace = "", as_json: Json = False) -> None:
+    """Reads every extent and checks its identity and digests; checks journals and manifests, too. Changes nothing."""
+    extents = _extents(root, namespace)
+    damaged, gone, seconds = _check(root, extents, "verifying")
     files = damage.files(_core.inspect_root(root))
-    gone = len(failed) - len(damaged)
     if as_json:
+        total = sum(e["bytes"] for e in extents)
         summary = {"root": root, "extents": len(extents), "bytes": total, "seconds": seconds, "gone": gone}
         print_json({**summary, "damaged": damaged, "damaged_files": files})
     else:
-        rate = f", {total / seconds / 1e9:.1f} GB/s" if total and seconds > show.PATIENCE_S else ""
-        show.say(f"{show.number(len(extents), 'extent')}, {show.size(total)} read in {seconds:.1f} s{rate}")
-        if gone:
-            show.say(f"{show.number(gone, 'extent')} evicted meanwhile")
-        if damaged:
-            rows = [(e["key"].hex()[: show.SHORT_DIGEST], e["segment"], str(e["offset"]), e["reason"]) for e in damaged]
-            show.table("Damaged extents", ("key", "segment", ">offset", "what"), rows, wide=3)
+        _say_checked(extents, damaged, gone, seconds)
         if files:
             show.table("Damaged files", ("file", "what"), [(f["file"], f["reason"]) for f in files], wide=0)
         if not damaged and not files:
             show.say("nothing is damaged")
     if damaged or files:
+        raise typer.Exit(1)
+
+
+@app.command(epilog=EXIT_CODES)
+def scrub(
+    root: Root,
+    namespace: Namespace = "",
+    rate: Annotated[
+        int, typer.Option(metavar="SIZE", parser=_rate, show_default="as fast as it goes", help="Bytes a second, e.g. 100MiB; 0 = no bound.")
+    ] = "0",
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Reads every extent as verify does, and condemns what is damaged, so that no engine tries it again."""
+    extents = _extents(root, namespace)
+    damaged, gone, seconds = _check(root, extents, "scrubbing", rate)
+    # An extent that the kernel cannot read is not proved bad; loads leave it alone, too.
+    bad = [e for e in damaged if not e["reason"].startswith(("io:", "permission:"))]
+    condemned = 0 if dry_run or not bad else _core.remove_extents(root, bad, True)
+    if as_json:
+        total = sum(e["bytes"] for e in extents)
+        summary = {"root": root, "dry_run": dry_run, "extents": len(extents), "bytes": total, "seconds": seconds, "gone": gone}
+        print_json({**summary, "damaged": damaged, "condemned": condemned})
+    else:
+        _say_checked(extents, damaged, gone, seconds)
+        verb = f"would condemn {len(bad):,}" if dry_run else f"condemned {condemned:,}"
+        show.say(f"{verb} of {show.number(len(damaged), 'damaged extent')}" if damaged else "nothing is damaged")
+    if damaged:
         raise typer.Exit(1)
 
 
@@ -220,7 +277,7 @@ def evict(
     verb = "would evict" if dry_run else "evicted"
     show.say(f"{verb} {show.number(evicted['segments'], 'segment')}, {show.size(evicted['bytes'])}")
     if evicted["bytes"] < count:
-        show.say(f"less than the {show.size(count)} asked for: segments being filled stay")
+        show.say(f"less than the {show.size(count)} asked for: segments being filled, and pinned ones, stay")
 
 
 @app.command(epilog=EXIT_CODES)
@@ -272,5 +329,9 @@ app.command(epilog=explain.EXIT_CODES)(explain.explain)
 app.command(epilog=repair.EXIT_CODES)(repair.repair)
 app.command(epilog=EXIT_CODES)(metrics.metrics)
 app.command(epilog=EXIT_CODES)(top.top)
+app.command(epilog=EXIT_CODES)(tending.pin)
+app.command(epilog=EXIT_CODES)(tending.unpin)
+app.command(epilog=EXIT_CODES)(tending.ttl)
+app.command(epilog=EXIT_CODES)(tending.quota)
 app.command(epilog=EXIT_CODES)(replay.replay)
 app.command(epilog=EXIT_CODES)(replay.plan)

@@ -149,7 +149,7 @@ def _ended(depot: _core.Depot, doing: str) -> None:
             raise RefusedError(f"self-test: {doing} takes longer than {PATIENCE_S:.0f} s")
         time.sleep(0.0002)
     for *_, reason in ended[0]["failures"]:
-        if reason == "dropped":  # by a depot that holds nothing else: others have taken the space since
+        if reason in ("dropped", "pinned"):  # by a depot that holds nothing else: others have taken the space since
             raise NoRoomError(f"{doing} found no space")
         raise RefusedError(f"self-test: {doing} failed ({reason})")
 

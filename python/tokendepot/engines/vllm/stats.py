@@ -9,7 +9,7 @@ from typing import Any
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-REASONS = ("absent", "mismatch", "corrupt", "io_error", "timed_out", "cancelled", "dropped")
+REASONS = ("absent", "mismatch", "corrupt", "io_error", "timed_out", "cancelled", "dropped", "pinned")
 FAILURE = "failures:"  # prefix of "failures:<load|store>:<reason>" in the data
 PATHS = ("mapped", "direct", "buffered", "gds_p2p", "gds_compat")
 CARRIED = "bytes_by:"  # prefix of "bytes_by:<load|store>:<path>" in the data
@@ -17,7 +17,7 @@ DROPS = ("no_root", "queue_full", "no_space", "late")
 DROPPED = "drops:"  # prefix of "drops:<reason>" in the data
 CAUSES = ("absent", "evicted", "corrupt", "other_namespace", "timed_out", "failed", "not_worth_loading")
 MISSED = "missed:"  # prefix of "missed:<cause>" in the data
-EVICTIONS = {"capacity": "evicted_bytes", "corrupt": "corrupt_bytes"}  # cause -> what a root's statistics call it
+EVICTIONS = ("capacity", "quota", "ttl", "corrupt")  # causes; "manual" is nobody's here: every process counts it
 ROOT = "root:"  # prefix of "root:<what>:<root>[:<more>]" in the data
 ROOT_DIGITS = 8  # of a root's id in labels, as the exporter has them
 NAMED_ROOTS = 4  # with labels of their own; so that all series of an engine stay below 200
@@ -52,6 +52,11 @@ COUNTERS = {
     "mended_manifests": (
         "tokendepot_mended_manifests",
         "Manifests that were found damaged and written anew.",
+    ),
+    "scrubbed_bytes": ("tokendepot_scrubbed_bytes", "Bytes that were read again and checked in the background."),
+    "scrub_errors": (
+        "tokendepot_scrub_errors",
+        "Extents that the scrub found bad, which are condemned but on network file systems, or could not read.",
     ),
     "queried_tokens": ("tokendepot_queried_tokens", "Tokens of prompts that were looked up."),
     "hit_tokens": ("tokendepot_hit_tokens", "Tokens that the depot promised to load."),
@@ -107,7 +112,7 @@ ROOT_METRICS = {
         "Bytes that engines wrote into a root: stores, copies of demoted segments, journal records.",
         (),
     ),
-    "evicted_bytes": ("tokendepot_root_evicted_bytes", "Bytes that went from a root, by cause.", ("cause",)),
+    "evicted_bytes": ("tokendepot_root_evicted_bytes", "Bytes of extents that went from a root, by cause.", ("cause",)),
 }
 # Name of "bucket:<name>:..." -> (metric name, help).
 HISTOGRAMS = {
@@ -181,14 +186,15 @@ class EngineCounters:
                 now[f"{FAILURE}{way}:{reason}"] = counts["failures"][reason]
             for path in PATHS:
                 now[f"{CARRIED}{way}:{path}"] = counts["by_path"][path]
-        now["gds_errors"] = sum(root["gds_errors"] for root in stats["roots"])
+        for name in ("gds_errors", "scrubbed_bytes", "scrub_errors"):
+            now[name] = sum(root[name] for root in stats["roots"])
         change = {key: value - self._before.get(key, 0) for key, value in now.items()}
         # Series of roots begin with the first message: with 0, or Prometheus would take what follows for their beginning.
         first, self._before = not self._before, now
         return {key: value for key, value in change.items() if value or (first and key.startswith(ROOT))}
 
     def _of_root(self, label: str, root: dict[str, Any]) -> dict[str, float]:
-        found = {f"{ROOT}evicted_bytes:{label}:{cause}": root[key] for cause, key in EVICTIONS.items()}
+        found = {f"{ROOT}evicted_bytes:{label}:{cause}": root["evicted_bytes"][cause] for cause in EVICTIONS}
         found[f"{ROOT}written_bytes:{label}"] = root["written_bytes"]
         for way, traffic in (("load", root["loaded"]), ("store", root["stored"])):
             found[f"{ROOT}moved_bytes:{label}:{way}"] = traffic["bytes"]

@@ -1,0 +1,28 @@
+// Holds an extent against what the journals and its own digests say of it: for verify, scrub, export, import.
+#pragma once
+
+#include <functional>
+#include <span>
+#include <string>
+
+#include "format/extent.h"
+#include "io/file.h"
+#include "tokendepot/error.h"
+#include "tokendepot/tools.h"
+
+namespace tokendepot {
+
+/// Whether the header found at `where` is the one that the journal speaks of. `corrupt` if not.
+Status check_header(const ExtentHeader& header, const StoredExtent& extent, const std::string& where);
+/// Whether the payload behind the header at the front of `extent`, all of it in memory, is what its digests
+/// say. `corrupt` if not.
+Status check_payload(const ExtentHeader& header, std::span<const std::byte> extent, const std::string& where);
+
+/// Checks header and every shard of one extent in `file`, in pieces of 1 MiB at most. `where` begins the
+/// messages. `may_read`, when given, is asked before each piece, told its bytes, and may wait; false ends the
+/// check with `closed`. Errors: corrupt, unsupported (header of another version), io. Never reads past the
+/// file's end. Works on files opened with O_DIRECT.
+Status check_extent(const File& file, const StoredExtent& extent, const std::string& where,
+                    const std::function<bool(uint64_t bytes)>& may_read = nullptr);
+
+}  // namespace tokendepot

@@ -6,6 +6,7 @@
 
 #include "format/journal.h"
 #include "root_files.h"
+#include "store/extent_check.h"
 #include "store/journal_file.h"
 
 namespace tokendepot {

@@ -37,8 +37,9 @@ constexpr std::string_view kSizeAllowed =
     "1000)";
 
 constexpr std::array<std::string_view, 11> kTopKeys{
-    "roots",    "device",      "device_slab",        "slab",    "device_threads",
-    "io_depth", "store_queue", "free_space_reserve", "poll_ms", "rewrite_percent", "scrub_rate"};
+    "roots",          "device",          "device_slab", "slab",
+    "device_threads", "io_depth",        "store_queue", "free_space_reserve",
+    "poll_ms",        "rewrite_percent", "scrub_rate"};
 constexpr std::array<std::string_view, 7> kRootKeys{"path", "capacity",  "segment",    "transport",
                                                     "io",   "read_only", "require_gds"};
 

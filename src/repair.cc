@@ -16,6 +16,7 @@
 #include "format/manifest.h"
 #include "format/marker.h"
 #include "root_files.h"
+#include "store/extent_check.h"
 #include "store/journal_file.h"
 #include "store/scan.h"
 #include "tokendepot/tools.h"

@@ -25,10 +25,6 @@ Result<std::vector<DirectoryEntry>> entries_of(const std::string& path) {
   return entries;
 }
 
-StoredExtent extent_of(const Record& put) {
-  return {put.key, put.ns_prefix, put.group, put.kind, put.part, put.tokens, put.where, put.time_ns};
-}
-
 bool is_temporary(const std::string& name) {
   return name.starts_with(".tmp-");
 }

@@ -17,8 +17,6 @@ namespace tokendepot {
 Result<Marker> read_marker(const std::string& path);
 /// A directory that was never created holds nothing.
 Result<std::vector<DirectoryEntry>> entries_of(const std::string& path);
-/// What a put speaks of.
-StoredExtent extent_of(const Record& put);
 /// A file that is being made, or was when its maker died.
 bool is_temporary(const std::string& name);
 /// Somebody holds the lock of this journal.

@@ -17,6 +17,10 @@ static_assert(kPiece % kPageBytes == 0);
 
 }  // namespace
 
+StoredExtent extent_of(const Record& put) {
+  return {put.key, put.ns_prefix, put.group, put.kind, put.part, put.tokens, put.where, put.time_ns};
+}
+
 Status check_header(const ExtentHeader& header, const StoredExtent& extent, const std::string& where) {
   if (header.segment != extent.where.segment || header.offset != extent.where.offset) {
     return fail(ErrorKind::corrupt, "{}: the header belongs to another place", where);

@@ -6,12 +6,15 @@
 #include <string>
 
 #include "format/extent.h"
+#include "format/journal.h"
 #include "io/file.h"
 #include "tokendepot/error.h"
 #include "tokendepot/tools.h"
 
 namespace tokendepot {
 
+/// What a put speaks of.
+StoredExtent extent_of(const Record& put);
 /// Whether the header found at `where` is the one that the journal speaks of. `corrupt` if not.
 Status check_header(const ExtentHeader& header, const StoredExtent& extent, const std::string& where);
 /// Whether the payload behind the header at the front of `extent`, all of it in memory, is what its digests

@@ -13,7 +13,8 @@ namespace {
 constexpr size_t kBatch = 64;
 constexpr size_t kAhead = 12;  // records in which a line of memory arrives
 constexpr size_t kMostBadPlaces = 1 << 20;
-constexpr uint64_t kOutOfOrderNs = 100'000'000;  // a writer's threads append in nearly the order of their times
+constexpr uint64_t kOutOfOrderNs =
+    100'000'000;                          // a writer's threads append in nearly the order of their times
 constexpr size_t kMostOpenJournals = 64;  // hundreds of hosts must not use up the descriptors of a process
 // Honest journals name few segments that are gone. Forged ones may name any number, of 128 bytes each and
 // three times as many in memory: beyond this only segments whose file is there are taken up.

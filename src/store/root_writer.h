@@ -48,8 +48,8 @@ class RootWriter {
   /// Space in the segment of copies. May wait, and evict: the keeper's slow thread only.
   Result<Place> reserve_copy(uint64_t bytes, const std::function<void(uint32_t slot)>& before_eviction);
 
-  /// Makes a written extent known: the store is acknowledged when this returns success. `put.time_ns`: when it
-  /// was stored first, 0 = now. `closed`: another process has taken the place over since it was reserved.
+  /// Makes a written extent known: the store is acknowledged when this returns success. `put.time_ns`: when
+  /// it was stored first, 0 = now. `closed`: another process has taken the place over since it was reserved.
   Status acknowledge(const Place& place, Record put);
   /// Tells everybody that an extent is not to be served any more, by default because it is bad.
   void condemn_extent(Record record, Cause cause = Cause::corrupt);

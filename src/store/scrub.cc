@@ -54,8 +54,7 @@ Result<std::map<SegmentId, std::vector<StoredExtent>>> extents_of(const std::str
       if (!segments.contains(r.where.segment)) return;
       if (r.type == RecordType::condemn_extent) condemned.emplace(r.where.segment, r.where.offset);
       if (r.type != RecordType::put) return;
-      found[r.where.segment][r.where.offset] = {r.key,  r.ns_prefix, r.group, r.kind,
-                                                r.part, r.tokens,    r.where, r.time_ns};
+      found[r.where.segment][r.where.offset] = extent_of(r);
     });
     if (!read) return std::unexpected(read.error());
   }

@@ -129,7 +129,10 @@ void run(const std::string& base, size_t hosts, size_t records, size_t polls) {
                std::max(0.0, median(busy) - median(quiet)) / static_cast<double>(active * 10), "us", 0);
 
   // The keeper as it is in an engine: its share of a core, and when a look-up finds what somebody has stored.
-  Keeper keeper({{root.get(), &replay, nullptr}}, segments, &catalog, kPollMs, nullptr);
+  const std::vector<Keeper::Tier> tiers{{root.get(), &replay, nullptr}};
+  Promotion promotion(tiers, segments, system_clock());
+  Rewriting rewriting(0, promotion.use(), segments, system_clock());
+  Keeper keeper(tiers, segments, &catalog, promotion, rewriting, kPollMs, nullptr);
   if (!keeper.running()) stop("no threads");
   const double idle_begin = now_s();
   const double cpu_begin = cpu_s();

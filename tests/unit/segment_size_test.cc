@@ -66,7 +66,9 @@ TEST_F(SegmentSize, SegmentsOfEarlierSizesAreServedRecoveredAndReplaced) {
   {
     auto depot = open_depot(1 * kMiB);
     cache_.fill(1);
-    ASSERT_EQ(store_chunks(*depot, job++, ns_, prompt_keys(ns_, 1, 16), 0, 16).items_ok, 16u);
+    // The last one by itself, so that its record is the last one.
+    ASSERT_EQ(store_chunks(*depot, job++, ns_, prompt_keys(ns_, 1, 16), 0, 15).items_ok, 15u);
+    ASSERT_EQ(store_chunks(*depot, job++, ns_, prompt_keys(ns_, 1, 16), 15, 16).items_ok, 1u);
   }
   // The half-filled segment of another size is gone on with: its last record is lost, its bytes are not.
   for (const auto& entry : std::filesystem::directory_iterator(directory_.path() + "/root/journals"))

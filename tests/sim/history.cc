@@ -13,6 +13,7 @@
 #include "base/bytes.h"
 #include "base/check.h"
 #include "disk.h"
+#include "format/extent.h"
 #include "report.h"
 #include "scheduler.h"
 #include "tokendepot/depot.h"
@@ -470,21 +471,23 @@ void World::check_end() {
         for (const Key& key : gone) disk().explain(key);
         violated(Verdict::lost, "a second recovery finds other extents than the first");
       }
-      // Stores work again, if need be by evicting.
-      const uint64_t patience = now_ns() + kPatience;
-      bool working = false;
-      while (!working) {
+      // Stores work again, if need be by evicting; where roots are small, for longer than they have room.
+      const uint64_t room = memory_capacity + disk_capacity;
+      size_t wanted = scenario.pressure ? room / extent_bytes(shape()) : 1;
+      uint64_t patience = now_ns() + kPatience;
+      for (size_t prompt = 0; wanted > 0; prompt = (prompt + 1) % prompts.size()) {
         if (now_ns() > patience) violated(Verdict::hang, "stores never work again after the faults");
-        for (size_t prompt = 0; prompt < prompts.size() && !working; ++prompt) {
-          const size_t before = acknowledged.size();
-          std::erase_if(acknowledged, [&](const Key& key) { return key == prompts[prompt][0]; });
-          const size_t without = acknowledged.size();
-          last.depot().forget(prompts[prompt][0], 0);
-          last.store(prompt, 0, 1);
-          working = acknowledged.size() > without;
-          if (!working && before > without) acknowledged.insert(prompts[prompt][0]);
+        const Key& key = prompts[prompt][0];
+        const bool before = acknowledged.erase(key) > 0;
+        last.depot().forget(key, 0);
+        last.store(prompt, 0, 1);
+        if (acknowledged.contains(key)) {
+          --wanted;
+          patience = now_ns() + kPatience;
+          continue;
         }
-        if (!working) sleep_ns(100 * kMs);
+        if (before) acknowledged.insert(key);
+        if (prompt + 1 == prompts.size()) sleep_ns(100 * kMs);
       }
       std::set<Key> third_time;
       last.load_all(third_time);

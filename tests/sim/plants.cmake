@@ -71,7 +71,7 @@ tokendepot_plant(trust_any_record 600 "acknowledged lost" format/journal.cc
   [[if (stored != digest) {]]
   [[if (false && stored != digest) {]])
 
-tokendepot_plant(forget_to_seal 1000 "(broken|hang)" store/root_writer.cc
+tokendepot_plant(forget_to_seal 30 "(broken|hang)" store/root_writer.cc
   [[if (current_) records[count++] = seal_of(*current_);]]
   [[if (current_) {
       records[count] = seal_of(*current_);

@@ -1,4 +1,5 @@
 // What is loaded from the lower root comes from memory the next time, without cost to the lower root.
+#include <algorithm>
 #include <fstream>
 
 #include "depot_fixture.h"
@@ -26,6 +27,7 @@ class PromotionTest : public ::testing::Test {
     options.slab_bytes = 8 << 20;
     options.poll_ms = 20;
     options.free_space_reserve = 0;
+    options.scrub_bytes_per_second = 0;  // it would find the damage before the copying does
     return options;
   }
   std::unique_ptr<Depot> open(const Options& with) {
@@ -169,10 +171,34 @@ TEST_F(PromotionTest, ADamagedOriginalIsNotCarriedOn) {
     file.put('\x55');
   }
   usleep(2'500'000);
-  EXPECT_EQ(depot->stats().roots[0].promoted_extents, 0u);
   depot->refresh();
-  EXPECT_EQ(depot->longest_prefix(keys(0), std::vector{want_of(small_shape())}), 0u)
-      << "condemned, and no copy of it";
+  const auto copies = list_extents(memory_.path() + "/root");
+  ASSERT_TRUE(copies);
+  for (const StoredExtent& copy : *copies)
+    EXPECT_TRUE(verify_extent(memory_.path() + "/root", copy)) << "copied before the damage or not at all";
+  if (copies->empty()) {
+    EXPECT_EQ(depot->longest_prefix(keys(0), std::vector{want_of(small_shape())}), 0u)
+        << "condemned, and no copy of it";
+  }
+}
+
+TEST_F(PromotionTest, ACopyIsAsOldAsItsOriginal) {
+  {
+    auto depot = open(options());
+    store_more_than_memory(*depot);
+  }
+  std::filesystem::remove_all(memory_.path() + "/root");
+  auto depot = open(options());
+  load(*depot, 0);
+  ASSERT_TRUE(await([&] { return depot->stats().roots[0].promoted_extents >= kChunks; }));
+  const auto below = list_extents(disk_.path() + "/root");
+  const auto copies = list_extents(memory_.path() + "/root");
+  ASSERT_TRUE(below && copies);
+  for (const StoredExtent& copy : *copies) {
+    const auto original = std::ranges::find(*below, copy.key, &StoredExtent::key);
+    ASSERT_NE(original, below->end());
+    EXPECT_EQ(copy.stored_at_ns, original->stored_at_ns) << "a time to live must not begin anew";
+  }
 }
 
 TEST_F(PromotionTest, ForgottenExtentsAreNotPromoted) {
@@ -183,9 +209,12 @@ TEST_F(PromotionTest, ForgottenExtentsAreNotPromoted) {
   std::filesystem::remove_all(memory_.path() + "/root");
   auto depot = open(options());
   load(*depot, 0);
-  const auto stored = list_extents(disk_.path() + "/root");
-  ASSERT_TRUE(stored);
-  ASSERT_TRUE(remove_extents(disk_.path() + "/root", *stored));
+  // Where the keeper was faster, its copies are forgotten like the rest.
+  for (const std::string& root : {disk_.path() + "/root", memory_.path() + "/root"}) {
+    const auto stored = list_extents(root);
+    ASSERT_TRUE(stored);
+    ASSERT_TRUE(remove_extents(root, *stored));
+  }
   usleep(2'500'000);
   depot->refresh();
   EXPECT_EQ(depot->longest_prefix(keys(0), std::vector{want_of(small_shape())}), 0u);

@@ -38,7 +38,10 @@ enum class WorkloadKind : uint8_t {
 };
 
 struct WorkloadSpec {
-  Options options;  // one root, absent or an empty directory; files without a name come and go beside it
+  /// One root, absent or an empty directory; files without a name come and go beside it. With `mixed`, its
+  /// segments must hold the volume three times, and eight more be there: an extent that is loaded may be the
+  /// only one of its segment, and the volume is stored twice between two loads of it.
+  Options options;
   WorkloadKind kind = WorkloadKind::read;
   std::vector<uint64_t> extent_bytes;  // size classes, equally many of each: multiples of 4 KiB up to 256 MiB
   uint64_t volume_bytes = 0;           // payload that lies on the medium to be read, all classes together

@@ -119,13 +119,22 @@ TEST_P(WorkloadTest, StoresGoIntoRecycledSegmentsAndReadBackAsTheyWere) {
 
 TEST_P(WorkloadTest, MixedSizesHaveLatenciesOfTheirOwnForLoadsAndStores) {
   auto wanted = spec(WorkloadKind::mixed, {64 << 10, 1 << 20});
+  wanted.options.roots[0].capacity_bytes = 128 << 20;
+  wanted.in_flight = 16;  // the first of them are loads and stores of both sizes
   const auto workload = filled(wanted);
   const auto run = workload->run(0.1, never);
   ASSERT_TRUE(run) << run.error().message;
   EXPECT_EQ(run->failed, 0u) << run->failure;
   std::set<std::pair<bool, uint64_t>> seen;
-  for (const WorkloadClass& counted : run->classes) seen.emplace(counted.write, counted.extent_bytes);
+  uint64_t extents = 0, bytes = 0;
+  for (const WorkloadClass& counted : run->classes) {
+    seen.emplace(counted.write, counted.extent_bytes);
+    extents += counted.count;
+    bytes += counted.count * counted.extent_bytes;
+  }
   EXPECT_EQ(seen.size(), 4u);
+  EXPECT_EQ(extents, run->extents);
+  EXPECT_EQ(bytes, run->bytes);
   const auto check = workload->verify(1, never);
   ASSERT_TRUE(check) << check.error().message;
   EXPECT_EQ(check->wrong, 0u) << check->first_wrong;

@@ -81,7 +81,12 @@ class Cell:
     def least_capacity(self) -> int:
         """Bytes of segment files that a process needs: what is read stays, what is written goes round."""
         passes = {"read": 1, "burst": 1, "write": 2, "mixed": 3}[self.operation]
-        return _pages(passes * self.stored_bytes + 8 * self.segment_bytes)
+        largest = max(self.sizes) + 2 * PAGE
+        segment = max(self.segment_bytes, largest)  # the engine makes it so large
+        # What does not fit any more leaves the end of a segment empty; two in a row hold more than one.
+        unfilled = largest if len(self.sizes) > 1 else segment % largest
+        segments = -(-passes * self.stored_bytes // max(segment - unfilled, segment // 2))
+        return _pages((segments + 8) * segment)
 
     @property
     def file_bytes(self) -> int:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .. import _core
+
 EXIT_CODES = (
     "Exit codes: 0 all well; 1 something in a root is damaged; 2 wrong usage, no permission, or a path that is not the root "
     "of a depot; 3 the operation could not be done, or was declined."
@@ -22,8 +24,21 @@ def absolute(path: str) -> str:
     return os.path.abspath(path)
 
 
+def size(text: str) -> int:
+    """Bytes, above 0, as the configuration's sizes are read."""
+    try:
+        return _core.parse_size(text)
+    except _core.DepotError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def size_or_zero(text: str) -> int:
+    return 0 if text.strip() == "0" else size(text)
+
+
 Root = Annotated[str, typer.Argument(metavar="ROOT", help="Directory of a root.", parser=absolute)]
 Roots = Annotated[list[str], typer.Argument(metavar="ROOT", help="Directories of roots.", parser=absolute)]
+Namespace = Annotated[str, typer.Option("--namespace", metavar="PREFIX", help="First hex digits of a namespace's digest.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 

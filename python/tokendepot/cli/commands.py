@@ -10,7 +10,7 @@ import typer
 
 from .. import _core
 from . import bench, damage, doctor, du, events, explain, export, metrics, namespaces, repair, replay, show, tending, top
-from .arguments import EXIT_CODES, Json, Root, Roots, print_json
+from .arguments import EXIT_CODES, Json, Namespace, Root, Roots, print_json, size, size_or_zero
 
 ROWS_SHOWN = 50
 BATCH_BYTES = 64 << 20  # of one verify call: short enough to show progress and to be interrupted
@@ -24,18 +24,6 @@ app = typer.Typer(
 app.add_typer(bench.app, name="bench")
 
 
-def _size(text: str) -> int:
-    try:
-        return _core.parse_size(text)
-    except _core.DepotError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-def _rate(text: str) -> int:
-    return 0 if text == "0" else _size(text)
-
-
-Namespace = Annotated[str, typer.Option("--namespace", metavar="PREFIX", help="First hex digits of a namespace's digest.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
 
 
@@ -236,7 +224,7 @@ def scrub(
     root: Root,
     namespace: Namespace = "",
     rate: Annotated[
-        int, typer.Option(metavar="SIZE", parser=_rate, show_default="as fast as it goes", help="Bytes a second, e.g. 100MiB; 0 = no bound.")
+        int, typer.Option(metavar="SIZE", parser=size_or_zero, show_default="as fast as it goes", help="Bytes a second, e.g. 100MiB; 0 = no bound.")
     ] = "0",
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -265,7 +253,7 @@ def scrub(
 @app.command(epilog=EXIT_CODES)
 def evict(
     root: Root,
-    count: Annotated[int, typer.Option("--bytes", metavar="SIZE", parser=_size, help="How much to free, e.g. 1GiB.")],
+    count: Annotated[int, typer.Option("--bytes", metavar="SIZE", parser=size, help="How much to free, e.g. 1GiB.")],
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:

@@ -15,7 +15,7 @@ import typer
 
 from .. import _core
 from . import namespaces, prompts, show
-from .arguments import Json, Root, Roots, once_each, print_json
+from .arguments import Json, Root, Roots, once_each, print_json, size, size_or_zero
 
 STEP_BYTES = 64 << 20  # between two looks at progress and interrupts
 EXIT_CODES_EXPORT = (
@@ -198,26 +198,15 @@ def _say_export(s: dict[str, Any]) -> None:
 # --- import ---
 
 
-def _size(text: str) -> int:
-    try:
-        return _core.parse_size(text)
-    except _core.DepotError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-def _size_or_none(text: str) -> int:
-    return 0 if text.strip() == "0" else _size(text)
-
-
 def import_command(
     source: Annotated[str, typer.Argument(metavar="FILE", help="An export file; - = stdin.")],
     root: Root,
     capacity: Annotated[
-        int, typer.Option(metavar="SIZE", parser=_size, help="Of the root, as its engines have it: segment files never exceed it.")
+        int, typer.Option(metavar="SIZE", parser=size, help="Of the root, as its engines have it: segment files never exceed it.")
     ],
     create: Annotated[bool, typer.Option("--create", help="ROOT may be missing or empty: it becomes a root.")] = False,
     free_space_reserve: Annotated[
-        int, typer.Option(metavar="SIZE", parser=_size_or_none, help="Left free on the file system; may be 0.")
+        int, typer.Option(metavar="SIZE", parser=size_or_zero, help="Left free on the file system; may be 0.")
     ] = "256MiB",  # type: ignore[assignment]  # typer parses defaults, too
     as_json: Json = False,
 ) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from .. import _core
 from . import namespaces, prompts, show
-from .arguments import Json, Root, print_json
+from .arguments import Json, Namespace, Root, print_json, size
 
 NS = 1_000_000_000
 UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -27,14 +27,6 @@ def duration(text: str) -> float:
     return seconds
 
 
-def size(text: str) -> int:
-    try:
-        return _core.parse_size(text)
-    except _core.DepotError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-Namespace = Annotated[str, typer.Option("--namespace", metavar="PREFIX", help="First hex digits of a namespace's digest.")]
 Keys = Annotated[list[str] | None, typer.Option("--key", metavar="HEX", help="A chunk's key; may be given several times.")]
 Prompt = Annotated[
     str | None, typer.Option("--prompt", metavar="FILE", help="The chunks of this prompt: token ids or text; - = stdin.")

@@ -104,10 +104,10 @@ def run(engine: Any, order: dict[str, Any], sampling_params: Callable[..., Any],
         hits = decoding.measure(lambda: same, interval)
         rounds.append({"alone": decoding.measure(None, 0.0), "hits": hits, "loads": loads})
     Path(order["out"]).write_text(json.dumps({**order, "rounds": rounds}))
-    show(rounds)
+    show(rounds, order["token_bytes"])
 
 
-def show(rounds: list[dict[str, Any]]) -> None:
+def show(rounds: list[dict[str, Any]], token_bytes: int) -> None:
     def ratio(what: str, to: str) -> float:
         return median(entry[what]["gap"] / entry[to]["gap"] for entry in rounds)
 
@@ -119,7 +119,7 @@ def show(rounds: list[dict[str, Any]]) -> None:
 
     seconds = sum(entry["loads"]["s"] for entry in rounds)
     served = [s for entry in rounds for s in entry["loads"]["served"]]
-    rate = len(served) * CONTEXT * order["token_bytes"] / seconds / 1e9
+    rate = len(served) * CONTEXT * token_bytes / seconds / 1e9
     found = sum(entry["loads"]["cached"] for entry in rounds) / max(1, len(served) * CONTEXT)
     print(
         f"# {DECODERS} requests decode; {len(served)} visitors of {CONTEXT} tokens were loaded at {rate:.1f} GB/s "

@@ -37,7 +37,7 @@ std::optional<Promotion::Candidate> Promotion::next() {
   const uint64_t now = clock_.steady_ns();
   std::lock_guard lock(mutex_);
   while (!waiting_.empty()) {
-    Candidate candidate = std::move(waiting_.front());
+    const Candidate candidate = waiting_.front();
     waiting_.pop_front();
     if (now - candidate.noted_ns < kPatienceNs) return candidate;
   }

@@ -24,7 +24,6 @@ from lab import (
     lines,
     request,
     same,
-    store_prompts,
 )
 
 

@@ -26,8 +26,8 @@ struct RootPolicies::Lives {
   }
 };
 
-RootPolicies::RootPolicies(std::string root_path, RootIndex root, uint64_t capacity, SegmentTable& segments,
-                           SegmentContents& contents)
+RootPolicies::RootPolicies(const std::string& root_path, RootIndex root, uint64_t capacity,
+                           SegmentTable& segments, SegmentContents& contents)
     : path_(root_path + "/policies"),
       root_(root),
       capacity_(capacity),

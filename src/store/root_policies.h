@@ -21,7 +21,7 @@ namespace tokendepot {
 class RootPolicies {
  public:
   /// Both tables outlive this. `capacity` bounds what pins may hold.
-  RootPolicies(std::string root_path, RootIndex root, uint64_t capacity, SegmentTable& segments,
+  RootPolicies(const std::string& root_path, RootIndex root, uint64_t capacity, SegmentTable& segments,
                SegmentContents& contents);
 
   /// Reads the file if it changed. True: other keys are pinned than before; contents.watch() was called, and

@@ -60,8 +60,8 @@ Result<std::map<SegmentId, std::vector<StoredExtent>>> extents_of(const std::str
   }
   std::map<SegmentId, std::vector<StoredExtent>> live;
   for (auto& [id, by_offset] : found) {
-    for (auto& [offset, extent] : by_offset) {
-      if (!condemned.contains({id, offset})) live[id].push_back(std::move(extent));
+    for (const auto& [offset, extent] : by_offset) {
+      if (!condemned.contains({id, offset})) live[id].push_back(extent);
     }
   }
   return live;

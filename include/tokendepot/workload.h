@@ -103,8 +103,9 @@ class Workload {
   /// Stores what run() needs on the medium. Where run() stores, first until the root has recycled a segment:
   /// fresh memory and fresh file extents are slow for everybody.
   virtual Status fill(const Interrupted& interrupted) = 0;
-  /// At least `seconds`, what is in flight then included; a burst at least once. Where loads would come out
-  /// of the page cache, each pass over the volume begins with dropping it, outside the measured time.
+  /// At least `seconds`, what is in flight then included; a burst at least once, with its idleness. Where
+  /// loads would come out of the page cache, each pass over the volume begins with dropping it, outside the
+  /// measured time.
   virtual Result<WorkloadRun> run(double seconds, const Interrupted& interrupted) = 0;
   /// The same traffic without a depot: the medium by itself and, with a device, its link. Every list has the
   /// same entries in the same order; the lowest rate is the limit.

@@ -431,7 +431,8 @@ Result<WorkloadRun> OpenWorkload::run(double seconds, const Interrupted& interru
     const auto s = spec_.kind == WorkloadKind::burst ? drive_burst(run, interrupted)
                                                      : drive(run, seconds - run.seconds, interrupted);
     if (!s) return std::unexpected(s.error());
-  } while (run.seconds < seconds && !interrupted());
+    // Bursts of small extents are over in no time: the idleness before them counts as well.
+  } while (run.seconds + kIdleSeconds * static_cast<double>(run.bursts.size()) < seconds && !interrupted());
   std::erase_if(run.classes, [](const WorkloadClass& counted) { return counted.count == 0; });
   return run;
 }

@@ -208,8 +208,8 @@ def test_no_server_is_refused_and_no_such_host_is_unreachable():
 
 
 def test_many_streams_at_once_are_stamped_when_their_tokens_come(serve):
-    """Generous: the figures are in the benchmarks."""
-    script = [(0.3, text_event("a")), (0.4, text_event("b")), (0.5, DONE)]
+    """And not with the stream's end, long after. How exactly is in the benchmarks."""
+    script = [(0.3, text_event("a")), (0.4, text_event("b")), (5.0, DONE)]
     server = serve(Scripts(x=script))
 
     async def all_of_them():
@@ -220,5 +220,5 @@ def test_many_streams_at_once_are_stamped_when_their_tokens_come(serve):
     answers = asyncio.run(all_of_them())
     firsts = sorted(entry["sent"][0] for entry in server.log())
     for arrived, sent in zip(sorted(a.sent_at + a.ttft_s for a in answers), firsts, strict=True):
-        assert -0.005 < arrived - sent < 0.25
+        assert -0.005 < arrived - sent < 4.5
     assert min(answer.ttft_s for answer in answers) >= 0.3

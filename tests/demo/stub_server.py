@@ -9,7 +9,7 @@ import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-SECONDS_PER_TOKEN = 0.0007
+SECONDS_PER_TOKEN = 0.002
 BYTES_PER_TOKEN = 1000
 FAULT = os.environ.get("STUB_FAULT", "")
 

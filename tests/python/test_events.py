@@ -227,9 +227,11 @@ def test_who_asks_for_batches_that_are_not_kept_is_told_everything_anew(memory_r
     asking.connect(router.replay)
     for _ in range(3):
         one.send([wire.cleared()])  # the first of them is not kept any more
-    time.sleep(0.2)  # until the subscription is there
-    asking.send_multipart((b"", (0).to_bytes(8, "big")))
     end = time.monotonic() + WAIT_S
+    while not router.seen and time.monotonic() < end:  # until the subscription is there
+        one.send([wire.cleared()])
+        router.listen(0.05)
+    asking.send_multipart((b"", (0).to_bytes(8, "big")))
 
     def told_anew():
         router.listen()

@@ -18,7 +18,7 @@ CALLS = (
     "renameat2,link,linkat,unlink,unlinkat,mkdir,mkdirat,truncate,ftruncate,fallocate,fsync,fdatasync,flock,fcntl"
 )
 CLIENT = """
-import json, os, sys, time
+import json, os, sys
 import numpy as np
 from paged import BLOCKS_PER_CHUNK, CHUNK_TOKENS, MANIFEST, WANT, Cache, keys_of, load, range_of, store
 from tokendepot import Depot
@@ -34,13 +34,11 @@ part = lambda n: keys[n * 32 : (n + 64) * 32]
 assert store(depot, namespace, part(chunks), 1)["items_ok"] == 64  # files are open, space is ready
 for phase in (store, load):
     os.access("/phase-begin", os.F_OK)
-    begin = time.monotonic()
     for n in range(0, chunks, 64):
         if phase is load:
             assert depot.longest_prefix(keys[: chunks * 32], [WANT]) == chunks
         assert phase(depot, namespace, part(n), n + 2)["items_ok"] == 64
     os.access("/phase-end", os.F_OK)
-    print(time.monotonic() - begin, flush=True)
 depot.close()
 """
 
@@ -53,28 +51,32 @@ def strace_works():
 @pytest.mark.skipif(not strace_works(), reason="strace is not there, or ptrace is forbidden")
 def test_no_metadata_operation_is_made_for_each_chunk(tmp_path):
     root, trace = tmp_path / "root", tmp_path / "trace"
-    command = ["strace", "-f", "--seccomp-bpf", "-y", "-qq", "-s", "256", "-e", f"trace={CALLS}", "-o", str(trace)]
+    command = ["strace", "-f", "-ttt", "--seccomp-bpf", "-y", "-qq", "-s", "256", "-e", f"trace={CALLS}", "-o", str(trace)]
     client = [sys.executable, "-c", CLIENT, str(root), str(CHUNKS)]
     here = pathlib.Path(__file__).parent
     done = subprocess.run([*command, *client], cwd=here, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    phases, counting = [], False
+    phases, times, counting = [], [], False
     for line in trace.read_text(errors="replace").splitlines():
+        if "/phase-begin" in line or "/phase-end" in line:
+            times.append(float(line.split()[1]))
         if "/phase-begin" in line:
             phases.append([])
             counting = True
         elif "/phase-end" in line:
             counting = False
         elif counting and str(root) in line and "resumed>" not in line:
-            call = re.match(r"\d+\s+(\w+)\(", line)
+            call = re.match(r"\d+\s+[\d.]+\s+(\w+)\(", line)
             # Duplicating a descriptor and asking for its flags stay in the kernel.
             if call and not (call[1] == "fcntl" and "LK" not in line):
                 phases[-1].append(line)
     assert len(phases) == 2
-    for calls, seconds in zip(phases, map(float, done.stdout.split()), strict=True):
+    for calls, begin, end in zip(phases, times[::2], times[1::2], strict=True):
+        seconds = end - begin  # by the trace's own clock: a busy machine makes a phase longer, not its calls more frequent
         by_time = [line for line in calls if "/journals" in line]
         by_chunk = len(calls) - len(by_time)
-        assert by_chunk <= 0.05 * CHUNKS, "\n".join(calls)
+        # Once a second the writer looks whether the segments that it fills are still there.
+        assert by_chunk <= 0.05 * CHUNKS + 4 * seconds, "\n".join(calls)
         # A poll: open the directory and look at it, list it (twice, for its end), look at one journal. A confirmation:
-        # lock, size, name.
-        assert len(by_time) <= 8 * (seconds / 0.1 + 1) + 6 * (seconds + 1), "\n".join(by_time)
+        # lock, size, name. One more of each may be under way at either end.
+        assert len(by_time) <= 8 * (seconds / 0.1 + 2) + 6 * (seconds + 2), "\n".join(by_time)

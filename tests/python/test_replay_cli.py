@@ -1,5 +1,6 @@
 """`tokendepot replay` and `tokendepot plan` as commands: answers, JSON, pictures, refusals in one sentence, Ctrl-C."""
 
+import gzip
 import json
 import os
 import pathlib
@@ -10,6 +11,8 @@ import sys
 import time
 
 import pytest
+
+import tokendepot
 
 TRACES = pathlib.Path(__file__).resolve().parents[1] / "traces"
 CONVERSATION = str(TRACES / "conversation_trace.jsonl.gz")
@@ -178,15 +181,20 @@ def test_without_the_extra_one_sentence_says_how_to_install_it(small, tmp_path):
 # --- interruption ----------------------------------------------------------------------------------------------------
 
 
+def stored(root):
+    return len(tokendepot.list_extents(str(root))) if (root / "DEPOT").exists() else 0
+
+
 def test_an_interrupted_replay_prints_what_is_done_and_leaves_nothing_behind(memory_root):
     arguments = ["replay", SYNTHETIC, "--root", str(memory_root), "--block-bytes", "4KiB", "--capacity", "32MiB", "--json"]
+    with gzip.open(SYNTHETIC) as trace:
+        blocks_of_the_first_request = len(json.loads(trace.readline())["hash_ids"])
     process = subprocess.Popen(
         [*COMMAND, *arguments, "--speed", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
     )
     end = time.monotonic() + 60
-    while not (memory_root / "segments").exists() and time.monotonic() < end:
+    while stored(memory_root) <= blocks_of_the_first_request and time.monotonic() < end:
         time.sleep(0.05)
-    time.sleep(1.0)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors

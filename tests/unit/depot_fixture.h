@@ -131,6 +131,16 @@ inline Completion store_chunks(Depot& depot, uint64_t job, const NamespaceDigest
   return wait_for(depot, job);
 }
 
+/// The same, again until every chunk is stored: a depot drops stores while its next segment is made ready.
+inline void store_until_all_are(Depot& depot, uint64_t& job, const NamespaceDigest& ns,
+                                std::span<const Key> keys, size_t first, size_t last) {
+  for (int attempt = 0; attempt < 500; ++attempt) {
+    if (store_chunks(depot, job++, ns, keys, first, last).items_ok == last - first) return;
+    usleep(20'000);
+  }
+  ADD_FAILURE() << "never stored";
+}
+
 inline Result<LoadPlan> plan_chunks(Depot& depot, const NamespaceDigest& ns, std::span<const Key> keys,
                                     const GroupWant& want, size_t first, size_t last, int32_t first_block,
                                     std::chrono::nanoseconds deadline = 10s) {

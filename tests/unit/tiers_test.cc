@@ -52,11 +52,7 @@ TEST_F(TiersTest, WhatLeavesMemoryIsServedFromTheDiskByteForByte) {
   uint64_t job = 1;
   for (uint32_t prompt = 0; prompt < 24; ++prompt) {
     cache_.fill(prompt);
-    const auto keys = prompt_keys(ns_, prompt, 8);
-    for (int attempt = 0; attempt < 20; ++attempt) {
-      if (store_chunks(*depot, job++, ns_, keys, 0, 8).items_ok == 8) break;
-      usleep(50'000);
-    }
+    store_until_all_are(*depot, job, ns_, prompt_keys(ns_, prompt, 8), 0, 8);
   }
   const DepotStats stats = depot->stats();
   EXPECT_GT(stats.roots[0].evicted_segments, 0u);
@@ -82,8 +78,7 @@ TEST_F(TiersTest, AfterMemoryIsLostTheDiskServesWhatWasDemoted) {
     uint64_t job = 1;
     for (uint32_t prompt = 0; prompt < 4; ++prompt) {
       cache_.fill(prompt);
-      store_chunks(*depot, job++, ns_, prompt_keys(ns_, prompt, 8), 0, 8);
-      usleep(50'000);
+      store_until_all_are(*depot, job, ns_, prompt_keys(ns_, prompt, 8), 0, 8);
     }
     for (int i = 0; i < 100 && depot->stats().roots[0].demoted_segments == 0; ++i) usleep(100'000);
     EXPECT_GT(depot->stats().roots[0].demoted_segments, 0u);
@@ -99,8 +94,7 @@ TEST_F(TiersTest, ADamagedCopyInMemoryFallsBackToTheDisk) {
   uint64_t job = 1;
   for (uint32_t prompt = 0; prompt < 3; ++prompt) {
     cache_.fill(prompt);
-    store_chunks(*depot, job++, ns_, prompt_keys(ns_, prompt, 8), 0, 8);
-    usleep(50'000);
+    store_until_all_are(*depot, job, ns_, prompt_keys(ns_, prompt, 8), 0, 8);
   }
   for (int i = 0; i < 100 && depot->stats().roots[0].demoted_segments == 0; ++i) usleep(100'000);
   for (const auto& entry : std::filesystem::directory_iterator(memory_.path() + "/root/segments")) {

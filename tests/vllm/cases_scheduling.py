@@ -384,11 +384,10 @@ def who_waits_for_a_load_that_fails_or_is_aborted_is_served_all_the_same(lab: La
 @case
 def nobody_waits_longer_than_a_load_may_take(lab: Lab) -> None:
     engine, depot = _held_back(lab)
-    engine.half._sharing._patience_s = 0.05
     names = [engine.add(prompt, LENGTH) for prompt in SHARERS]
     engine.step()
     assert len(depot.waiting) == 1
-    time.sleep(0.05)
+    engine.half._sharing._until = dict.fromkeys(engine.half._sharing._until, 0.0)
     engine.step()
     assert len(depot.waiting) == len(SHARERS)
     depot.let_go()

@@ -1,7 +1,7 @@
 """Runs a real vLLM engine through a list of rounds; one JSON line a round on stdout. Driven by test_real_engine.py.
 
 usage: engine_driver.py JSON with: model, llm (arguments of LLM), extra (kv_connector_extra_config or null), prompts,
-rounds; a round is {"length": n, "damage": bool, "pause": s}. The process then waits to be
+rounds; a round is {"length": n, "damage": bool, "settle": bool}. The process then waits to be
 killed, or for stdin to end, on which it ends in order.
 """
 
@@ -29,6 +29,16 @@ def damage_extents(root: str) -> int:
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte[0] ^ 0x5A]))
     return len(extents)
+
+
+def settle(root: str) -> None:
+    """Until all stores have landed: the root's extents are the same for a second. A minute at most."""
+    import tokendepot
+
+    before, count = None, 0
+    while count < 60 and before != (now := tokendepot.list_extents(root)):
+        before, count = now, count + 1
+        time.sleep(1)
 
 
 def main() -> None:
@@ -95,7 +105,8 @@ def main() -> None:
             ),
             flush=True,
         )
-        time.sleep(round_.get("pause", 0))
+        if round_.get("settle"):
+            settle(order["extra"]["roots"][0].split("?")[0])
     print("DONE", flush=True)
     sys.stdin.readline()
 

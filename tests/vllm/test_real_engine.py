@@ -91,13 +91,13 @@ def metric(result: dict, name: str) -> float:
 
 def test_one_group_cold_warm_killed_restarted_corrupted(llama, expected, scratch) -> None:
     root = scratch / "llama-root"
-    cold, warm = run(llama, options(root), [{**ROUND, "pause": 1}, ROUND], PLENTY, kill=True)
+    cold, warm = run(llama, options(root), [{**ROUND, "settle": True}, ROUND], PLENTY, kill=True)
     assert cold["tokens"] == expected and cold["cached"][0] == 0
     assert warm["tokens"] == expected and warm["cached"][0] == 512
     assert metric(warm, "load_bytes") > 0 and metric(warm, "store_bytes") > 0
     # The first engine was killed (-9). Now: restart, corrupt everything on disk, and again.
     restarted, corrupted, healed = run(
-        llama, options(root), [ROUND, {**ROUND, "damage": True, "pause": 1}, ROUND], PLENTY
+        llama, options(root), [ROUND, {**ROUND, "damage": True, "settle": True}, ROUND], PLENTY
     )
     assert restarted["tokens"] == expected and restarted["cached"][0] == 512
     assert corrupted["damaged"] > 0 and corrupted["tokens"] == expected
@@ -119,11 +119,11 @@ def test_one_group_with_a_pool_too_small_for_its_requests(llama, expected, scrat
 def test_several_groups_cold_warm_killed_restarted_corrupted(scratch) -> None:
     model, root = write_checkpoint(scratch / "gemma", "gemma3"), scratch / "gemma-root"
     expected = run(model, None, [ROUND], PLENTY)[0]["tokens"]
-    cold, warm = run(model, options(root), [{**ROUND, "pause": 1}, ROUND], PLENTY, kill=True)
+    cold, warm = run(model, options(root), [{**ROUND, "settle": True}, ROUND], PLENTY, kill=True)
     assert cold["tokens"] == expected and cold["cached"][0] == 0
     assert warm["tokens"] == expected and warm["cached"][0] == 512
     restarted, corrupted, healed = run(
-        model, options(root), [ROUND, {**ROUND, "damage": True, "pause": 1}, ROUND], PLENTY
+        model, options(root), [ROUND, {**ROUND, "damage": True, "settle": True}, ROUND], PLENTY
     )
     assert restarted["tokens"] == expected and restarted["cached"][0] == 512
     assert corrupted["damaged"] > 0 and corrupted["tokens"] == expected

@@ -14,7 +14,7 @@ import pytest
 from tokendepot import DepotError, parse_options
 
 TREE = Path(__file__).resolve().parents[2]
-DOCUMENTS = [TREE / "README.md", TREE / "CONTRIBUTING.md", TREE / "CHANGELOG.md", *sorted((TREE / "docs").glob("*.md"))]
+DOCUMENTS = [TREE / "README.md", TREE / "CONTRIBUTING.md", TREE / "CHANGELOG.md", *sorted((TREE / "docs").rglob("*.md"))]
 README, OPERATIONS, ARCHITECTURE, GLOSSARY, BENCHMARKS = (
     TREE / name for name in ("README.md", "docs/operations.md", "docs/architecture.md", "docs/glossary.md", "docs/benchmarks.md")
 )

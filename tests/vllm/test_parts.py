@@ -10,10 +10,12 @@ import sys
 import time
 import tracemalloc
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from tokendepot import _core
 from tokendepot.engines.vllm import identity, versions
@@ -558,3 +560,21 @@ def test_keys_do_not_depend_on_the_process(tmp_path) -> None:
         for seed in ("1", "2")
     }
     assert len(found) == 1 and len(found.pop().strip()) == 4 * 64
+
+
+@pytest.mark.parametrize("name", ["memory", "local-nvme", "shared"])
+def test_vllm_takes_the_arguments_of_the_kubernetes_manifests(name: str) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    manifest = Path(__file__).parents[2] / f"deploy/kubernetes/{name}.yaml"
+    *_, deployment = yaml.safe_load_all(manifest.read_text(encoding="utf-8"))
+    engine = deployment["spec"]["template"]["spec"]["containers"][0]
+    assert engine["command"] == ["vllm", "serve"]
+    parsed, servers = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_known_args(engine["args"])
+    (port,) = (port["containerPort"] for port in engine["ports"])
+    assert servers == [engine["args"][0], f"--port={port}"]  # options of the server, not of the engine
+    grace = deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert parsed.shutdown_timeout + 20 < grace  # the depot's own patience at the end
+    assert parsed.kv_transfer_config.kv_connector_module_path == "tokendepot.engines.vllm"
+    assert read_settings(parsed.kv_transfer_config.kv_connector_extra_config).root_paths

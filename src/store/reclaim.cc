@@ -75,9 +75,11 @@ uint32_t RootWriter::reclaim() {
         if (excess == 0) break;
         const auto held = verdict.contents.find(slot);
         if (held == verdict.contents.end() || verdict.pinned.contains(slot)) continue;
-        const auto of = [ns = ns](const auto& tenant) { return tenant.ns_prefix == ns && tenant.bytes > 0; };
-        const auto of_others = [ns = ns](const auto& tenant) {
-          return tenant.ns_prefix != ns && tenant.bytes > 0;
+        const auto of = [over = ns](const auto& tenant) {
+          return tenant.ns_prefix == over && tenant.bytes > 0;
+        };
+        const auto of_others = [over = ns](const auto& tenant) {
+          return tenant.ns_prefix != over && tenant.bytes > 0;
         };
         const auto mine = std::ranges::find_if(held->second.tenants, of);
         if (mine == held->second.tenants.end() ||

@@ -170,12 +170,16 @@ RootPolicies::Candidates RootPolicies::victims(Candidates coldest_first, uint64_
   *withheld = std::erase_if(coldest_first, [this](const auto& candidate) {
                 return verdict_.pinned.contains(candidate.first);
               }) > 0;
-  std::ranges::stable_partition(coldest_first, [this](const auto& candidate) {
+  Candidates first;
+  Candidates rest;
+  for (const auto& candidate : coldest_first) {
     const auto held = verdict_.contents.find(candidate.first);
-    return verdict_.expired.contains(candidate.first) ||
-           (held != verdict_.contents.end() && all_over(held->second, verdict_.over));
-  });
-  return coldest_first;
+    const bool goes = verdict_.expired.contains(candidate.first) ||
+                      (held != verdict_.contents.end() && all_over(held->second, verdict_.over));
+    (goes ? first : rest).push_back(candidate);
+  }
+  first.insert(first.end(), rest.begin(), rest.end());
+  return first;
 }
 
 bool RootPolicies::is_over_quota(uint32_t slot) const {

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import _core
-from . import bench, damage, doctor, du, events, explain, export, metrics, namespaces, repair, replay, show, top
+from . import bench, damage, doctor, du, events, explain, export, metrics, namespaces, repair, replay, report, show, top
 from .arguments import EXIT_CODES, Json, Root, Roots, print_json
 
 ROWS_SHOWN = 50
@@ -274,3 +274,4 @@ app.command(epilog=EXIT_CODES)(metrics.metrics)
 app.command(epilog=EXIT_CODES)(top.top)
 app.command(epilog=EXIT_CODES)(replay.replay)
 app.command(epilog=EXIT_CODES)(replay.plan)
+app.command(epilog=report.EXIT_CODES)(report.report)

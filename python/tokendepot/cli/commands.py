@@ -9,8 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from .. import _core
+<<<<<<< HEAD
 from . import bench, damage, doctor, du, events, explain, export, metrics, namespaces, repair, replay, show, tending, top
 from .arguments import EXIT_CODES, Json, Namespace, Root, Roots, print_json, size, size_or_zero
+=======
+from . import bench, damage, doctor, du, events, explain, export, metrics, namespaces, repair, replay, report, show, top
+from .arguments import EXIT_CODES, Json, Root, Roots, print_json
+>>>>>>> h-roll2
 
 ROWS_SHOWN = 50
 BATCH_BYTES = 64 << 20  # of one verify call: short enough to show progress and to be interrupted
@@ -323,3 +328,4 @@ app.command(epilog=EXIT_CODES)(tending.ttl)
 app.command(epilog=EXIT_CODES)(tending.quota)
 app.command(epilog=EXIT_CODES)(replay.replay)
 app.command(epilog=EXIT_CODES)(replay.plan)
+app.command(epilog=report.EXIT_CODES)(report.report)

@@ -28,8 +28,8 @@ def rows(on: dict[str, Any], off: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def refusals(on: dict[str, Any], off: dict[str, Any]) -> list[str]:
-    """Why the comparison is not valid; empty when it is. `off` is the base."""
+def differences(on: dict[str, Any], off: dict[str, Any]) -> list[str]:
+    """Why the two did not measure the same thing; empty when they did. `off` is the base."""
     found = []
     if on["run_id"] == off["run_id"]:
         found.append("both are the same run")
@@ -38,6 +38,12 @@ def refusals(on: dict[str, Any], off: dict[str, Any]) -> list[str]:
             found.append(f"{name} differs: {on['settings'][name]} and {off['settings'][name]} in the base")
     if on["server"].get("model") != off["server"].get("model"):
         found.append(f"the model differs: {on['server'].get('model')!r} and {off['server'].get('model')!r} in the base")
+    return found
+
+
+def refusals(on: dict[str, Any], off: dict[str, Any]) -> list[str]:
+    """Why the comparison is not valid: differences, and what makes one of the two unreliable. Empty when it is valid."""
+    found = differences(on, off)
     for name, result in (("this run", on), ("the base", off)):
         if not result["complete"]:
             found.append(f"{name} is not complete")

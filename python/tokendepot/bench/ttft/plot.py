@@ -1,16 +1,28 @@
-"""Time to first token over the context, as a PNG."""
+"""Time to first token over the context. Needs matplotlib; draws without a display."""
 
 from __future__ import annotations
 
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COLOURS = {"on": "#2f6f9f", "off": "#b3423a"}
 _MARKERS = {"on": "so^Dv", "off": "oD^sv"}
 
 
 def draw(result: dict[str, Any], base: dict[str, Any] | None, names: tuple[str, str], file: pathlib.Path) -> None:
-    """Medians with bars from least to most. `names` are those of run and base."""
+    """Writes the figure as an image; the ending of `file` is its type."""
+    from matplotlib import pyplot
+
+    figure = figure_of(result, base, names)
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def figure_of(result: dict[str, Any], base: dict[str, Any] | None, names: tuple[str, str]) -> Figure:
+    """Medians with bars from least to most. `names` are those of run and base. The caller closes it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -51,11 +63,10 @@ def draw(result: dict[str, Any], base: dict[str, Any] | None, names: tuple[str, 
     axes.set_ylabel("time to first token (ms)")
     settings = result["settings"]
     about = f"{settings['repeats']} conversations a context, concurrency {settings['concurrency']}"
-    axes.set_title(f"Time to first token: medians, bars from least to most\n{result['server'].get('model', '')}, {about}", fontsize=10)
+    axes.set_title(f"Time to first token: medians, bars from least to most\n{result['server'].get('model', '')}, {about}", fontsize=10, parse_math=False)
     axes.grid(True, which="both", alpha=0.25)
     figure.legend(loc="outside lower center", ncols=2)
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
+    return figure
 
 
 def _legible(ticks: list[int]) -> list[int]:
@@ -63,6 +74,6 @@ def _legible(ticks: list[int]) -> list[int]:
     kept: list[int] = []
     span = ticks[-1] / ticks[0] if ticks else 1.0
     for tick in reversed(ticks):
-        if not kept or kept[-1] / tick >= span**0.055:
+        if not kept or kept[-1] / tick >= span**0.065:
             kept.append(tick)
     return kept

@@ -90,6 +90,7 @@ struct RootStats {
   uint64_t written_bytes = 0;  // by this process: stores, copies of demoted segments, journal records
   RootTraffic loaded;
   RootTraffic stored;
+  uint64_t timed_out_loads = 0;   // had not come by their deadline
   LatencyCounts journal_lag;      // of others' puts: from their time (their clock) to their being known here
   uint64_t gds_errors = 0;        // of cuFile: the extent went the ordinary way, or was not stored
   uint64_t mended_manifests = 0;  // found damaged and written anew

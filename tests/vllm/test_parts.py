@@ -463,7 +463,7 @@ def engine_stats(load: int = 0, corrupt: int = 0, gds_errors: int = 0) -> dict:
     nothing = dict(bytes=0, tokens=0)
     roots = [
         dict(id=f"{n}" * 32, gds_errors=0, loaded=nothing, stored=nothing, journal_lag=quiet)
-        | dict.fromkeys(("written_bytes", "evicted_bytes", "corrupt_bytes"), 0)
+        | dict.fromkeys(("written_bytes", "evicted_bytes", "corrupt_bytes", "timed_out_loads"), 0)
         for n in range(6)
     ]
     roots[0] |= dict(gds_errors=gds_errors, loaded=dict(bytes=load * 100, tokens=load * 256.0))
@@ -477,7 +477,7 @@ def test_metrics_are_deltas_and_counters_go_on_in_a_second_engine() -> None:
     carried = {"bytes_by:load:direct": 2, "bytes_by:load:gds_p2p": 198}
     first = counters.delta(engine_stats(2))
     of_roots = {key for key, value in first.items() if not value}
-    assert len(of_roots) == 5 * 7 - 3 and all(key.startswith("root:") for key in of_roots), "they begin with 0"
+    assert len(of_roots) == 5 * 8 - 3 and all(key.startswith("root:") for key in of_roots), "they begin with 0"
     assert {key: value for key, value in first.items() if value} == {
         **dict(load_extents=2, load_bytes=200, load_seconds=2.0),
         **carried,

@@ -71,6 +71,7 @@ Json json_of(const RootStats& r) {
           {"written_bytes", r.written_bytes},
           {"loaded", json_of(r.loaded)},
           {"stored", json_of(r.stored)},
+          {"timed_out_loads", r.timed_out_loads},
           {"journal_lag", json_of(r.journal_lag)},
           {"pinned_bytes", r.pinned_bytes},
           {"damaged_policies", r.damaged_policies},

@@ -99,6 +99,7 @@ struct RootStats {
   uint64_t written_bytes = 0;  // by this process: stores, copies of demoted segments, journal records
   RootTraffic loaded;
   RootTraffic stored;
+  uint64_t timed_out_loads = 0;    // had not come by their deadline
   LatencyCounts journal_lag;       // of others' puts: from their time (their clock) to their being known here
   uint64_t pinned_bytes = 0;       // gauge: segment files that pins hold
   uint64_t damaged_policies = 0;   // times that the file was found damaged

@@ -56,7 +56,7 @@ Status RootWriter::start_anew_locked() {
     if (*segment) root_.files().drop((*segment)->id);
     segment->reset();
   }
-  journal_ = std::move(*fresh);
+  use_journal(std::move(*fresh));
   next_sequence_ = 0;
   ++hold_;
   confirmed_ns_ = now;

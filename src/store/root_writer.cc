@@ -10,7 +10,6 @@ namespace tokendepot {
 namespace {
 
 constexpr uint32_t kKeeperPatienceMs = 2000;
-constexpr uint64_t kTouchIntervalNs = 60ull * 1000 * 1000 * 1000;
 constexpr uint64_t kCompactBytes = 4ull << 20;
 
 }  // namespace
@@ -64,14 +63,14 @@ Status RootWriter::adopt_or_create() {
     const auto end = replay_.catch_up(dead);
     if (!end) continue;
     if (auto ready = (*locked)->append_at(*end); !ready) return ready;
-    journal_ = std::move(**locked);
+    use_journal(std::move(**locked));
     replay_.take_over(dead);
     break;
   }
   if (journal_.writer() == 0) {
     auto created = JournalWriter::create(root_.journals_dir());
     if (!created) return std::unexpected(created.error());
-    journal_ = std::move(*created);
+    use_journal(std::move(*created));
     replay_.take_over(journal_.writer());
     return {};
   }
@@ -254,25 +253,24 @@ void RootWriter::condemn_extent(Record record, Cause cause) {
 }
 
 void RootWriter::touch(uint32_t slot) {
-  const uint64_t now = clock_.wall_ns();
-  if (!segments_.touch_due(slot, now, kTouchIntervalNs)) return;
   Record record;
   record.type = RecordType::touch;
   record.where.segment = segments_.id_of(slot);
-  record.time_ns = now;
+  record.time_ns = clock_.wall_ns();
   if (auto written = append(record); !written) {
     log(LogLevel::debug, "root \"{}\": {}", root_.path(), written.error().message);
   }
 }
 
-uint64_t RootWriter::writer_id() const {
-  std::lock_guard lock(mutex_);
-  return journal_.writer();
+void RootWriter::use_journal(JournalWriter journal) {
+  journal_ = std::move(journal);
+  writer_id_ = journal_.writer();
 }
 
 uint64_t RootWriter::spare_bytes() const {
-  std::lock_guard lock(mutex_);
-  return spare_ ? spare_->bytes : 0;
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  if (lock) known_spare_bytes_ = spare_ ? spare_->bytes : 0;
+  return known_spare_bytes_;
 }
 
 bool RootWriter::wants_spare() const {
@@ -665,7 +663,7 @@ void RootWriter::compact_journal() {
   // Removed while it is still locked: nobody may take it for a dead writer's and append to it.
   if (auto removed = remove_file(journal_.path()); !removed)
     log(LogLevel::warning, "{}", removed.error().message);
-  journal_ = std::move(*fresh);
+  use_journal(std::move(*fresh));
   next_sequence_ = 0;
   replay_.take_over(journal_.writer());
   log(LogLevel::info, "root \"{}\": journal {} compacted from {} to {} records", root_.path(),

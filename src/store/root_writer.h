@@ -53,7 +53,7 @@ class RootWriter {
   Status acknowledge(const Place& place, Record put);
   /// Tells everybody that an extent is not to be served any more, by default because it is bad.
   void condemn_extent(Record record, Cause cause = Cause::corrupt);
-  /// Notes that a segment was used, at most once a minute each.
+  /// Tells everybody that a segment was used.
   void touch(uint32_t slot);
 
   // --- the keeper's threads only ---
@@ -93,8 +93,9 @@ class RootWriter {
   bool failing() const { return failing_; }
   /// It failed because everything that could be evicted is pinned.
   bool space_is_pinned() const { return no_space_ && pinned_; }
-  uint64_t writer_id() const;
-  /// Of the segment that is ready and not begun: no journal speaks of it.
+  uint64_t writer_id() const { return writer_id_; }
+  /// Of the segment that is ready and not begun: no journal speaks of it. Like all of these it never waits
+  /// for a journal to be written: it may be a moment old.
   uint64_t spare_bytes() const;
   Root& root() { return root_; }
   const std::string& root_path() const { return root_.path(); }
@@ -109,6 +110,7 @@ class RootWriter {
   };
   RootWriter(Root& root, Replay& replay, SegmentTable& segments, const Clock& clock, uint64_t reserve);
   Status adopt_or_create();
+  void use_journal(JournalWriter journal);
   /// Scans what lies behind the last journaled extent of a segment and journals it. Returns the end.
   Result<uint64_t> recover_tail(JournalWriter& journal, const SegmentId& id, uint64_t used);
   Status start_segment(const SegmentId& id, File file, uint64_t used, bool journaled);
@@ -163,6 +165,8 @@ class RootWriter {
   std::optional<Current> spare_;
   std::optional<Current> copies_;            // filled by reserve_copy()
   std::map<uint64_t, uint64_t> free_since_;  // writer -> steady clock; the slow keeper's only
+  std::atomic<uint64_t> writer_id_ = 0;
+  mutable std::atomic<uint64_t> known_spare_bytes_ = 0;
   std::atomic<uint64_t> stored_bytes_ = 0;
   std::atomic<uint64_t> evicted_ = 0;
   std::atomic<uint64_t> written_bytes_ = 0;

@@ -60,13 +60,8 @@ void Transfers::retry_without_gds(LoadTask& task, std::string what) {
   task.avoid_gds = true;
   task.gds_error = 0;
   std::lock_guard lock(mutex_);
-  --loads_in_motion_;
-  wake_dispatchers_locked();
-  if (!task.resolved && !stop_) {
-    task.state = LoadTask::State::queued;
-    queued_loads_.emplace(task.deadline_ns, &task);
-    return;
-  }
+  if (!task.resolved && !stop_) return move_on_locked(task, task.tier);
+  leave_motion_locked(task);
   resolve_load_locked(task, Reason::cancelled);
   retire(task);
 }

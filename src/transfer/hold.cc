@@ -54,7 +54,7 @@ Status Transfers::place(uint64_t id, uint64_t held_job, std::span<const Depot::H
       task->mark = mark_;
       task->state = LoadTask::State::scattering;
       ++job.unresolved;
-      ++loads_in_motion_;
+      ++sources_[task->tier]->in_motion;
       job.loads.push_back(task);
       started.push_back(task);
     }

@@ -12,6 +12,8 @@
 namespace tokendepot {
 namespace {
 
+constexpr uint64_t kTouchIntervalNs = 60ull * 1000 * 1000 * 1000;
+
 /// Whether a plan's item can be read into this cache at all.
 bool suits(const LoadItem& item, const PagedCache& cache) {
   const GroupShape& shape = cache.shape;
@@ -113,15 +115,53 @@ void Transfers::queue_load_locked(Job& job, uint32_t index, LoadItem item, const
     return;
   }
   job.loads.push_back(&task);
-  queued_loads_.emplace(task.deadline_ns, &task);
-  loads_first_ = true;
+  queue_at_locked(task, std::min(find_tier(task, 0), tiers_.size() - 1));
+  sources_[task.tier]->first = true;
+}
+
+void Transfers::queue_at_locked(LoadTask& task, size_t tier) {
+  Source& source = *sources_[tier];
+  task.tier = tier;
+  task.state = LoadTask::State::queued;
+  source.queued.emplace(task.deadline_ns, &task);
+}
+
+void Transfers::move_on_locked(LoadTask& task, size_t tier) {
+  --sources_[task.tier]->in_motion;
+  queue_at_locked(task, tier);
+  wake_dispatchers_locked();
+}
+
+void Transfers::leave_motion_locked(const LoadTask& task) {
+  --sources_[task.tier]->in_motion;
+  wake_dispatchers_locked();
+}
+
+size_t Transfers::find_tier(const LoadTask& task, size_t tier) const {
+  const auto known = segments_.find(task.item.where.segment);
+  // A segment that this process has not heard of yet may be anywhere: the plan's maker has seen it.
+  const uint32_t mask = known ? segments_.present_in(*known) : 0;
+  while (mask != 0 && tier < tiers_.size() && (mask >> tiers_[tier].root->index() & 1u) == 0) ++tier;
+  return tier;
 }
 
 bool Transfers::start_load(LoadTask& task) {
   task.page_digests.clear();  // of an attempt at another root
-  if (!open_place(task)) {
+  size_t tier = find_tier(task, task.tier);
+  if (tier == task.tier && !open_place(task)) tier = find_tier(task, tier + 1);
+  if (tier == tiers_.size()) {
     condemn_missing(task);
     fail_load(task, task.open_failed ? Reason::io_error : Reason::absent, false);
+    return true;
+  }
+  if (tier != task.tier) {
+    std::lock_guard lock(mutex_);
+    if (task.resolved) {
+      leave_motion_locked(task);
+      retire(task);
+    } else {
+      move_on_locked(task, tier);
+    }
     return true;
   }
   const bool mapped = tiers_[task.tier].root->mapped();
@@ -131,13 +171,18 @@ bool Transfers::start_load(LoadTask& task) {
     return true;
   }
   if (task.lane != nullptr) return read_with_gds(task);
-  task.staging = device_.slab().allocate(task.header_bytes + task.run_bytes);
+  Source& source = *sources_[task.tier];
+  const uint64_t staged = task.header_bytes + task.run_bytes;
+  if (task.hold || source.staged_bytes == 0 || source.staged_bytes + staged <= source.most_staged_bytes)
+    task.staging = device_.slab().allocate(staged);
   if (task.staging == nullptr) {
     let_go(task);
     if (!task.hold) return false;
     fail_load(task, Reason::dropped, false);  // waiting for what others hold might never end
     return true;
   }
+  task.staged_bytes = staged;
+  source.staged_bytes += staged;
   if (mapped) {
     copy_mapped(task);
   } else {
@@ -148,34 +193,29 @@ bool Transfers::start_load(LoadTask& task) {
 
 bool Transfers::open_place(LoadTask& task) {
   const ExtentRef& where = task.item.where;
-  const auto known = segments_.find(where.segment);
-  const uint32_t mask = known ? segments_.present_in(*known) : 0;
-  for (; task.tier < tiers_.size(); ++task.tier) {
-    Root& root = *tiers_[task.tier].root;
-    // A segment that this process has not heard of yet may be anywhere: the plan's maker has seen it.
-    if (mask != 0 && (mask >> root.index() & 1u) == 0) continue;
-    auto segment = root.files().open(where.segment);
-    const bool there = segment && where.bytes <= (*segment)->bytes &&
-                       where.offset <= (*segment)->bytes - where.bytes && where.offset % kPageBytes == 0;
-    if (!there) {
-      // Its size may be that of a moment ago: whoever asks next opens it again.
-      if (segment) root.files().drop(where.segment);
-      if (mask != 0 && (segment || segment.error().kind == ErrorKind::not_found))
-        task.missing_in |= 1u << root.index();
-      if (!segment && segment.error().kind == ErrorKind::io) {
-        task.open_failed = true;
-        note_failure(task.job, fmt::format("chunk {} of group {}: {}", task.item.chunk, task.item.group,
-                                           segment.error().message));
-      }
-      continue;
+  Root& root = *tiers_[task.tier].root;
+  auto segment = root.files().open(where.segment);
+  const bool there = segment && where.bytes <= (*segment)->bytes &&
+                     where.offset <= (*segment)->bytes - where.bytes && where.offset % kPageBytes == 0;
+  if (!there) {
+    // Its size may be that of a moment ago: whoever asks next opens it again.
+    if (segment) root.files().drop(where.segment);
+    const auto known = segments_.find(where.segment);
+    const uint32_t should_be_in = known ? segments_.present_in(*known) : 0;
+    if (segment || segment.error().kind == ErrorKind::not_found)
+      task.missing_in |= should_be_in & (1u << root.index());
+    if (!segment && segment.error().kind == ErrorKind::io) {
+      task.open_failed = true;
+      note_failure(task.job, fmt::format("chunk {} of group {}: {}", task.item.chunk, task.item.group,
+                                         segment.error().message));
     }
-    task.segment = std::move(*segment);
-    task.slot = segments_.slot_of(where.segment);
-    segments_.acquire(task.slot);
-    task.slot_held = true;
-    return true;
+    return false;
   }
-  return false;
+  task.segment = std::move(*segment);
+  task.slot = segments_.slot_of(where.segment);
+  segments_.acquire(task.slot);
+  task.slot_held = true;
+  return true;
 }
 
 void Transfers::read_mapped(LoadTask& task) {
@@ -292,8 +332,7 @@ void Transfers::start_scatter(LoadTask& task, std::span<const std::byte> run, bo
       lock.unlock();
       let_go(task);  // outside: it may unmap a whole segment
       lock.lock();
-      --loads_in_motion_;
-      wake_dispatchers_locked();
+      leave_motion_locked(task);
       return retire(task);
     }
     task.state = LoadTask::State::scattering;
@@ -336,11 +375,7 @@ void Transfers::scattered(LoadTask& task, ScatterOutcome outcome) {
     return fail_load(task, Reason::absent, elsewhere == 0 && task.segment->file.was_removed());
   }
   if (task.suspect != nullptr) task.suspect->note_error(task.complaint);
-  if (RootWriter* writer = tiers_[task.tier].writer) {
-    writer->touch(task.slot);
-  } else {
-    segments_.touch(task.slot, clock_.wall_ns());
-  }
+  const bool touch_due = segments_.touch_due(task.slot, clock_.wall_ns(), kTouchIntervalNs);
   if (promotion_ != nullptr) {
     Record put = record_of(task.item);
     put.ns_prefix = prefix_of(task.ns);
@@ -354,14 +389,16 @@ void Transfers::scattered(LoadTask& task, ScatterOutcome outcome) {
   std::lock_guard lock(mutex_);
   const bool wanted = !task.resolved && !stop_;
   resolve_load_locked(task, std::nullopt);
-  --loads_in_motion_;
-  wake_dispatchers_locked();
+  // By the root's own dispatcher: a journal may be on a file system that has stopped answering.
+  if (touch_due && tiers_[task.tier].writer != nullptr) sources_[task.tier]->touched.push_back(task.slot);
+  leave_motion_locked(task);
   if (!task.hold || !wanted) return retire(task);
   task.state = LoadTask::State::held;
   held_[task.job].push_back(&task);
 }
 
 void Transfers::let_go(LoadTask& task) {
+  sources_[task.tier]->staged_bytes -= std::exchange(task.staged_bytes, 0);
   if (task.staging != nullptr) device_.slab().release(std::exchange(task.staging, nullptr));
   if (task.device_run != nullptr) task.lane->slab().release(std::exchange(task.device_run, nullptr));
   leave_place(task);
@@ -388,8 +425,6 @@ void Transfers::fail_load(LoadTask& task, Reason reason, bool bad_on_medium) {
   let_go(task);
   task.suspect = nullptr;  // the medium's fault, or nobody's
   std::lock_guard lock(mutex_);
-  --loads_in_motion_;
-  wake_dispatchers_locked();
   if (!task.resolved && had_place) {
     note_failure_locked(
         task.job, fmt::format("chunk {} of group {} in \"{}\" {} at {}: {}", task.item.chunk, task.item.group,
@@ -399,13 +434,10 @@ void Transfers::fail_load(LoadTask& task, Reason reason, bool bad_on_medium) {
   if (!task.resolved && had_place && !stop_) {
     const uint32_t elsewhere = segments_.present_in(task.slot);
     for (size_t next = task.tier + 1; next < tiers_.size(); ++next) {
-      if ((elsewhere >> tiers_[next].root->index() & 1u) == 0) continue;
-      task.tier = next;
-      task.state = LoadTask::State::queued;
-      queued_loads_.emplace(task.deadline_ns, &task);
-      return;
+      if ((elsewhere >> tiers_[next].root->index() & 1u) != 0) return move_on_locked(task, next);
     }
   }
+  leave_motion_locked(task);
   resolve_load_locked(task, reason);
   retire(task);
 }
@@ -416,6 +448,7 @@ void Transfers::resolve_load_locked(LoadTask& task, std::optional<Reason> failur
   TD_CHECK(found != jobs_.end());
   Job& job = found->second;
   std::erase(job.loads, &task);
+  if (failure == Reason::timed_out) ++traffic_[tiers_[task.tier].root->index()].timed_out_loads;
   if (!failure && !std::exchange(task.counted_path, true)) {
     const Root& root = *tiers_[task.tier].root;
     count_path(load_stats_.by_path, root, task.lane, task.header_bytes, task.run_bytes);
@@ -438,10 +471,11 @@ void Transfers::retire(LoadTask& task) {
 void Transfers::abandon(LoadTask& task, Reason reason) {
   const bool queued = task.state == LoadTask::State::queued;
   if (queued) {
-    const auto [begin, end] = queued_loads_.equal_range(task.deadline_ns);
+    auto& queue = sources_[task.tier]->queued;
+    const auto [begin, end] = queue.equal_range(task.deadline_ns);
     const auto found = std::find_if(begin, end, [&](const auto& entry) { return entry.second == &task; });
     if (found == end) return;  // the dispatcher has it in hand and will see `resolved`
-    queued_loads_.erase(found);
+    queue.erase(found);
   }
   resolve_load_locked(task, reason);
   if (queued) retire(task);

@@ -49,6 +49,7 @@ struct LoadTask {
   bool slot_held = false;
   SegmentLease segment;
   std::byte* staging = nullptr;
+  uint64_t staged_bytes = 0;
   GdsLane* lane = nullptr;          // the shards come through cuFile into `device_run`, the header does not
   std::byte* device_run = nullptr;  // of the lane's slab
   bool avoid_gds = false;           // cuFile failed this extent

@@ -44,30 +44,52 @@ Transfers::Transfers(Device& device, std::vector<Tier> tiers, SegmentTable& segm
       promotion_(promotion),
       staged_(std::ranges::any_of(tiers_, [](const Tier& tier) { return !tier.root->mapped(); })),
       traffic_(kMaxRoots) {
-  dispatching_ = 2;
-  dispatcher_ = start_io_thread([](void* self) { static_cast<Transfers*>(self)->run(); }, this);
+  const auto staged_roots = std::ranges::count_if(tiers_, [](const Tier& t) { return !t.root->mapped(); });
+  for (const Tier& tier : tiers_) {
+    Source& source = *sources_.emplace_back(std::make_unique<Source>());
+    source.transfers = this;
+    source.writer = tier.writer;
+    // What it holds while it does not answer must leave room for the other roots that need the slab.
+    if (tier.root->network() && staged_roots > 1) source.most_staged_bytes = device_.slab().size() / 4;
+  }
+  dispatching_ = static_cast<uint32_t>(sources_.size()) + 1;
   store_dispatcher_ = start_io_thread([](void* self) { static_cast<Transfers*>(self)->run_stores(); }, this);
-  for (const std::thread* thread : {&dispatcher_, &store_dispatcher_}) {
-    if (!thread->joinable()) --dispatching_;
+  if (!store_dispatcher_.joinable()) --dispatching_;
+  for (const auto& source : sources_) {
+    source->dispatcher = start_io_thread(
+        [](void* context) {
+          auto& mine = *static_cast<Source*>(context);
+          mine.transfers->run_loads(mine);
+        },
+        source.get());
+    if (!source->dispatcher.joinable()) --dispatching_;
   }
 }
 
 Transfers::~Transfers() {
   TD_CHECK(stop_);
-  for (std::thread* thread : {&dispatcher_, &store_dispatcher_}) {
-    if (thread->joinable()) thread->join();
+  if (store_dispatcher_.joinable()) store_dispatcher_.join();
+  for (const auto& source : sources_) {
+    if (source->dispatcher.joinable()) source->dispatcher.join();
   }
+}
+
+bool Transfers::running() const {
+  return store_dispatcher_.joinable() &&
+         std::ranges::all_of(sources_, [](const auto& source) { return source->dispatcher.joinable(); });
 }
 
 bool Transfers::close() {
   const auto end = std::chrono::steady_clock::now() + std::chrono::nanoseconds(kClosePatienceNs);
   std::unique_lock lock(mutex_);
   stop_ = true;
-  wake_.notify_all();
+  for (const auto& source : sources_) source->wake.notify_all();
   wake_stores_.notify_all();
   give_up_starting_locked(UINT64_MAX);
   const bool idle = settled_.wait_until(lock, end, [this] { return dispatching_ == 0; });
-  while (!queued_loads_.empty()) abandon(*queued_loads_.begin()->second, Reason::cancelled);
+  for (const auto& source : sources_) {
+    while (!source->queued.empty()) abandon(*source->queued.begin()->second, Reason::cancelled);
+  }
   while (!queued_stores_.empty()) {
     StoreTask& task = *queued_stores_.front();
     queued_stores_.pop_front();
@@ -92,8 +114,10 @@ bool Transfers::close() {
 }
 
 void Transfers::wake_dispatchers_locked() {
-  work_ = true;
-  wake_.notify_one();
+  for (const auto& source : sources_) {
+    source->work = true;
+    if (!source->queued.empty() || !source->touched.empty() || !warnings_.empty()) source->wake.notify_one();
+  }
   if (queued_stores_.empty()) return;
   store_work_ = true;
   wake_stores_.notify_one();
@@ -144,8 +168,10 @@ Result<Transfers::Job*> Transfers::begin_job_locked(uint64_t id, JobKind kind, u
   job.completion.job = id;
   job.completion.kind = kind;
   job.submitted_ns = clock_.steady_ns();
-  if (deadline_ns != 0)
+  if (deadline_ns != 0) {
     job.deadline_ns = job.submitted_ns + std::min(deadline_ns, UINT64_MAX - job.submitted_ns);
+    reported_.notify_all();  // who waits is to wait no longer than that
+  }
   return &job;
 }
 
@@ -265,9 +291,26 @@ std::vector<Completion> Transfers::poll() {
 }
 
 bool Transfers::wait_ended(uint64_t timeout_ns) {
+  const uint64_t end = clock_.steady_ns() + std::min(timeout_ns, kLongestWaitNs);
   std::unique_lock lock(mutex_);
-  const auto timeout = std::chrono::nanoseconds(std::min(timeout_ns, kLongestWaitNs));
-  return reported_.wait_for(lock, timeout, [this] { return !ended_.empty(); });
+  while (true) {
+    enforce_deadlines();
+    if (!ended_.empty()) return true;
+    const uint64_t now = clock_.steady_ns();
+    if (now >= end) return false;
+    const uint64_t until = std::min(end, std::max(now, earliest_deadline_locked()));
+    reported_.wait_for(lock, std::chrono::nanoseconds(until - now));
+  }
+}
+
+uint64_t Transfers::earliest_deadline_locked() const {
+  uint64_t earliest = UINT64_MAX;
+  for (const auto& [id, job] : jobs_) {
+    const bool can_end = std::ranges::any_of(
+        job.loads, [](const LoadTask* task) { return task->state != LoadTask::State::scattering; });
+    if (can_end) earliest = std::min(earliest, job.deadline_ns);
+  }
+  return earliest;
 }
 
 bool Transfers::wait_gathered(uint64_t timeout_ns) {
@@ -310,53 +353,68 @@ void Transfers::space_ready() {
   wake_dispatchers_locked();
 }
 
-void Transfers::run() {
+void Transfers::run_loads(Source& source) {
   std::unique_lock lock(mutex_);
-  while (true) {
+  while (!stop_) {
     // The tick serves loads that wait for slab, and deadlines when nobody polls.
-    const bool waiting = !queued_loads_.empty() || !jobs_.empty();
-    const auto woken = [this] { return work_ || stop_; };
-    if (waiting) {
-      wake_.wait_for(lock, std::chrono::milliseconds(kDeadlineTickMs), woken);
+    const auto woken = [this, &source] { return source.work || stop_; };
+    if (!source.queued.empty() || source.in_motion > 0) {
+      source.wake.wait_for(lock, std::chrono::milliseconds(kDeadlineTickMs), woken);
     } else {
-      wake_.wait(lock, woken);
+      source.wake.wait(lock, woken);
     }
-    if (stop_) break;
-    work_ = false;
+    source.work = false;
     if (!warnings_.empty()) {
       lock.unlock();
       log_warnings();
       lock.lock();
     }
     enforce_deadlines();
-    while (!stop_ && !queued_loads_.empty() && loads_in_motion_ < kMostLoadsInMotion) {
-      LoadTask& task = *queued_loads_.begin()->second;
-      queued_loads_.erase(queued_loads_.begin());
-      task.state = LoadTask::State::reading;
-      // Those that wait will be in motion soon: small pieces would only cost them.
-      task.piece_bytes = piece_bytes_for(++loads_in_motion_ + queued_loads_.size());
-      const bool first = !std::exchange(task.begun, true);
-      const uint64_t waited = clock_.steady_ns() - task.submitted_ns;
-      lock.unlock();
-      const bool started = start_load(task);
-      lock.lock();
-      if (started && first) load_stats_.queue.add(waited);
-      if (started) continue;
-      if (first) task.begun = false;
-      --loads_in_motion_;
-      task.state = LoadTask::State::queued;
-      if (task.resolved) {
-        retire(task);
-        continue;
-      }
-      queued_loads_.emplace(task.deadline_ns, &task);
-      break;
-    }
-    loads_first_ = false;
+    start_loads(source, lock);
+    source.first = false;
     if (!queued_stores_.empty()) wake_stores_.notify_one();
+    journal_touches(source, lock);
   }
   --dispatching_;
   settled_.notify_all();
+}
+
+void Transfers::start_loads(Source& source, std::unique_lock<std::mutex>& lock) {
+  while (!stop_ && !source.queued.empty() && source.in_motion < kMostLoadsInMotion) {
+    LoadTask& task = *source.queued.begin()->second;
+    source.queued.erase(source.queued.begin());
+    task.state = LoadTask::State::reading;
+    // Those that wait will be in motion soon: small pieces would only cost them.
+    task.piece_bytes = piece_bytes_for(++source.in_motion + source.queued.size());
+    const bool first = !std::exchange(task.begun, true);
+    const uint64_t waited = clock_.steady_ns() - task.submitted_ns;
+    lock.unlock();
+    const bool started = start_load(task);
+    lock.lock();
+    if (started && first) load_stats_.queue.add(waited);
+    if (started) continue;
+    if (first) task.begun = false;
+    --source.in_motion;
+    task.state = LoadTask::State::queued;
+    if (task.resolved) {
+      retire(task);
+      continue;
+    }
+    source.queued.emplace(task.deadline_ns, &task);
+    break;
+  }
+}
+
+void Transfers::journal_touches(Source& source, std::unique_lock<std::mutex>& lock) {
+  if (source.touched.empty()) return;
+  const std::vector<uint32_t> slots = std::exchange(source.touched, {});
+  lock.unlock();
+  for (const uint32_t slot : slots) source.writer->touch(slot);
+  lock.lock();
+}
+
+bool Transfers::loads_first_locked() const {
+  return std::ranges::any_of(sources_, [](const auto& source) { return source->first; });
 }
 
 void Transfers::run_stores() {
@@ -370,8 +428,10 @@ void Transfers::run_stores() {
     } else {
       wake_stores_.wait_for(lock, kTick, woken);
     }
-    // Bounded: loads may be held up by a root that does not answer.
-    wake_stores_.wait_for(lock, kTick, [this] { return !loads_first_ || stop_; });
+    // Bounded, and once: loads may be held up by a root that does not answer.
+    if (!wake_stores_.wait_for(lock, kTick, [this] { return !loads_first_locked() || stop_; })) {
+      for (const auto& source : sources_) source->first = false;
+    }
     if (stop_) break;
     store_work_ = false;
     while (!stop_ && !queued_stores_.empty()) {
@@ -409,6 +469,7 @@ void Transfers::add_to(DepotStats& stats) const {
     RootStats& root = stats.roots[tier.root->index()];
     root.loaded = traffic_[tier.root->index()].loaded;
     root.stored = traffic_[tier.root->index()].stored;
+    root.timed_out_loads = traffic_[tier.root->index()].timed_out_loads;
     root.written_bytes += root.stored.bytes;
   }
 }

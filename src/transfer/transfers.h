@@ -1,8 +1,9 @@
 // Loads and stores in motion: queues, bounds, deadlines, and the steps of each extent over io and device.
 //
-// Two dispatcher threads start work, one loads and one stores: to take space for a store may need a file
-// system that does not answer. I/O and device threads drive what is started from step to step. Loads are
-// started before stores, earliest deadline first. Lock order: mutex_ before anything of the store rooms.
+// Dispatcher threads start work, one the stores and one for each root its loads: to take space or to open a
+// segment may need a file system that does not answer. I/O and device threads drive what is started from step
+// to step. Loads are started before stores, earliest deadline first. Lock order: mutex_ before anything of
+// the store rooms.
 #pragma once
 
 #include <atomic>
@@ -67,7 +68,7 @@ class Transfers {
   /// `stats.roots` are there already, in their order.
   void add_to(DepotStats& stats) const;
   /// False: the system refused the dispatchers' threads; nothing may be submitted.
-  bool running() const { return dispatcher_.joinable() && store_dispatcher_.joinable(); }
+  bool running() const;
 
   static constexpr uint64_t kClosePatienceNs = 10ull * 1000 * 1000 * 1000;
 
@@ -86,7 +87,25 @@ class Transfers {
     std::string first_failure;     // where and why, for the job's one log line
   };
 
-  void run();
+  /// Loads from one root: a root holds up none but its own. Guarded by mutex_.
+  struct Source {
+    Transfers* transfers = nullptr;
+    RootWriter* writer = nullptr;  // null: not written by this process
+    uint64_t most_staged_bytes = UINT64_MAX;
+    std::multimap<uint64_t, LoadTask*> queued;  // by deadline
+    std::vector<uint32_t> touched;              // slots whose use is to be journaled
+    uint32_t in_motion = 0;
+    std::atomic<uint64_t> staged_bytes = 0;  // of the slab; added to by the dispatcher only
+    bool first = false;                      // some wait to be started, and stores for them
+    bool work = false;
+    std::condition_variable wake;
+    std::thread dispatcher;
+  };
+
+  void run_loads(Source& source);
+  void start_loads(Source& source, std::unique_lock<std::mutex>& lock);
+  void journal_touches(Source& source, std::unique_lock<std::mutex>& lock);
+  bool loads_first_locked() const;
   Result<Job*> begin_job_locked(uint64_t id, JobKind kind, uint64_t deadline_ns = 0);
   /// Sees to it that extents of this size can be kept: slab and segments are large enough, or may become it.
   Status fit_extent(uint64_t bytes, std::string_view what);
@@ -94,12 +113,20 @@ class Transfers {
   std::unique_ptr<PagedCache> cache_of(const Depot::Object& object) const;
   void run_stores();
   void wake_dispatchers_locked();
+  uint64_t earliest_deadline_locked() const;
   void give_up_starting_locked(uint64_t submitted_until_ns);
   // load.cc
   void queue_load_locked(Job& job, uint32_t index, LoadItem item, const NamespaceDigest& ns,
                          const PagedCache& cache, bool hold, std::unique_ptr<PagedCache> own = nullptr);
   bool start_load(LoadTask& task);
+  /// The first root from `tier` on that may hold the extent; tiers_.size() = none.
+  size_t find_tier(const LoadTask& task, size_t tier) const;
   bool open_place(LoadTask& task);
+  void queue_at_locked(LoadTask& task, size_t tier);
+  /// From being in motion at its root to waiting at this one, which may be the same.
+  void move_on_locked(LoadTask& task, size_t tier);
+  /// Its time in motion at its root is over.
+  void leave_motion_locked(const LoadTask& task);
   void read_mapped(LoadTask& task);
   void copy_mapped(LoadTask& task);
   void read_staged(LoadTask& task);
@@ -160,26 +187,21 @@ class Transfers {
   const bool staged_;  // some root is not mapped
 
   mutable std::mutex mutex_;
-  std::condition_variable wake_;         // the dispatcher of loads
   std::condition_variable wake_stores_;  // the dispatcher of stores
   std::condition_variable settled_;      // wait_gathered, flush, the destructor
   std::condition_variable reported_;     // wait_ended
   bool stop_ = false;
-  bool work_ = false;
   bool store_work_ = false;
-  bool loads_first_ = false;  // loads wait to be started
   uint32_t dispatching_ = 0;  // dispatchers that have not ended
   uint64_t mark_ = 0;         // of the engine's stream: what is submitted now waits for it
   std::map<uint16_t, std::unique_ptr<PagedCache>> caches_;
   std::unordered_map<uint64_t, Job> jobs_;
   std::vector<Completion> ended_;
-  std::vector<std::string> warnings_;                // logged by the dispatcher: a log sink may block
-  std::multimap<uint64_t, LoadTask*> queued_loads_;  // by deadline
+  std::vector<std::string> warnings_;  // logged by a dispatcher: a log sink may block
   std::deque<StoreTask*> queued_stores_;
   std::unordered_map<LoadTask*, std::unique_ptr<LoadTask>> load_tasks_;
   std::unordered_map<uint64_t, std::vector<LoadTask*>> held_;  // by the job that verified them
   std::unordered_map<StoreTask*, std::unique_ptr<StoreTask>> store_tasks_;
-  uint32_t loads_in_motion_ = 0;
   uint64_t store_bytes_ = 0;         // queued and in motion
   uint64_t staged_store_bytes_ = 0;  // of the slab
   uint64_t lane_store_bytes_ = 0;    // of the device's slab
@@ -188,11 +210,12 @@ class Transfers {
   TransferStats store_stats_;
   DropCounts drops_;
   struct Traffic {
+    uint64_t timed_out_loads = 0;
     RootTraffic loaded;
     RootTraffic stored;
   };
-  std::vector<Traffic> traffic_;  // by root
-  std::thread dispatcher_;
+  std::vector<Traffic> traffic_;                  // by root
+  std::vector<std::unique_ptr<Source>> sources_;  // by tier
   std::thread store_dispatcher_;
 };
 

@@ -263,6 +263,7 @@ bool has_fibers(ProcessId process) {
 extern "C" {
 
 int __real_pthread_mutex_lock(pthread_mutex_t* mutex);
+int __real_pthread_mutex_trylock(pthread_mutex_t* mutex);
 int __real_pthread_mutex_unlock(pthread_mutex_t* mutex);
 int __real_pthread_rwlock_rdlock(pthread_rwlock_t* lock);
 int __real_pthread_rwlock_wrlock(pthread_rwlock_t* lock);
@@ -273,6 +274,14 @@ int __real_usleep(unsigned microseconds);
 int __wrap_pthread_mutex_lock(pthread_mutex_t* mutex) {
   if (!simulating()) return __real_pthread_mutex_lock(mutex);
   maybe_switch();
+  lock(mutex);
+  return 0;
+}
+
+int __wrap_pthread_mutex_trylock(pthread_mutex_t* mutex) {
+  if (!simulating()) return __real_pthread_mutex_trylock(mutex);
+  maybe_switch();
+  if (word(mutex) != 0) return EBUSY;
   lock(mutex);
   return 0;
 }

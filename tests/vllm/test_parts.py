@@ -469,7 +469,7 @@ def engine_stats(load: int = 0, corrupt: int = 0, gds_errors: int = 0) -> dict:
     nothing = dict(bytes=0, tokens=0)
     roots = [
         dict(id=f"{n}" * 32, loaded=nothing, stored=nothing, journal_lag=quiet, evicted_bytes=evictions(0))
-        | dict.fromkeys(("gds_errors", "written_bytes", "scrubbed_bytes", "scrub_errors"), 0)
+        | dict.fromkeys(("gds_errors", "written_bytes", "timed_out_loads", "scrubbed_bytes", "scrub_errors"), 0)
         for n in range(6)
     ]
     roots[0] |= dict(gds_errors=gds_errors, loaded=dict(bytes=load * 100, tokens=load * 256.0))
@@ -483,7 +483,7 @@ def test_metrics_are_deltas_and_counters_go_on_in_a_second_engine() -> None:
     carried = {"bytes_by:load:direct": 2, "bytes_by:load:gds_p2p": 198}
     first = counters.delta(engine_stats(2))
     of_roots = {key for key, value in first.items() if not value}
-    assert len(of_roots) == 5 * 9 - 3 and all(key.startswith("root:") for key in of_roots), "they begin with 0"
+    assert len(of_roots) == 5 * 10 - 3 and all(key.startswith("root:") for key in of_roots), "they begin with 0"
     assert {key: value for key, value in first.items() if value} == {
         **dict(load_extents=2, load_bytes=200, load_seconds=2.0),
         **carried,

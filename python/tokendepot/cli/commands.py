@@ -9,13 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from .. import _core
-<<<<<<< HEAD
-from . import bench, damage, doctor, du, events, explain, export, metrics, namespaces, repair, replay, show, tending, top
+from . import bench, damage, doctor, du, events, explain, export, metrics, namespaces, repair, replay, report, show, tending, top
 from .arguments import EXIT_CODES, Json, Namespace, Root, Roots, print_json, size, size_or_zero
-=======
-from . import bench, damage, doctor, du, events, explain, export, metrics, namespaces, repair, replay, report, show, top
-from .arguments import EXIT_CODES, Json, Root, Roots, print_json
->>>>>>> h-roll2
 
 ROWS_SHOWN = 50
 BATCH_BYTES = 64 << 20  # of one verify call: short enough to show progress and to be interrupted

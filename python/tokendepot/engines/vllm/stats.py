@@ -113,6 +113,11 @@ ROOT_METRICS = {
         (),
     ),
     "evicted_bytes": ("tokendepot_root_evicted_bytes", "Bytes of extents that went from a root, by cause.", ("cause",)),
+    "timed_out_loads": (
+        "tokendepot_root_timed_out_loads",
+        "Extents that had not come from a root by their deadline.",
+        (),
+    ),
 }
 # Name of "bucket:<name>:..." -> (metric name, help).
 HISTOGRAMS = {
@@ -196,6 +201,7 @@ class EngineCounters:
     def _of_root(self, label: str, root: dict[str, Any]) -> dict[str, float]:
         found = {f"{ROOT}evicted_bytes:{label}:{cause}": root["evicted_bytes"][cause] for cause in EVICTIONS}
         found[f"{ROOT}written_bytes:{label}"] = root["written_bytes"]
+        found[f"{ROOT}timed_out_loads:{label}"] = root["timed_out_loads"]
         for way, traffic in (("load", root["loaded"]), ("store", root["stored"])):
             found[f"{ROOT}moved_bytes:{label}:{way}"] = traffic["bytes"]
             if self._rank == 0:  # each rank has a part of the same tokens

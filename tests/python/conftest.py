@@ -6,6 +6,8 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
+from faulty_system import FaultySystem  # noqa: E402 found by the line above
+
 
 @pytest.fixture(params=["memory", "disk"])
 def root(request, tmp_path):
@@ -15,6 +17,11 @@ def root(request, tmp_path):
         return
     with tempfile.TemporaryDirectory(prefix="tokendepot-test-", dir="/dev/shm") as directory:
         yield pathlib.Path(directory) / "root"
+
+
+@pytest.fixture
+def faulty_system(tmp_path):
+    return FaultySystem(tmp_path)
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ struct control {  // faulty_system.py knows the order
   volatile int64_t open_error;    // of segments
   volatile int64_t read_error;    // of segments
   volatile int64_t rename_error;
-  volatile int64_t allocate_error;
   volatile int64_t hide_newer_s;  // listings leave out what was made in the last seconds
   volatile int64_t network;       // the file system says that it is NFS
   volatile int64_t wall_offset_s;
@@ -116,11 +115,6 @@ ssize_t pwrite(int fd, const void* from, size_t bytes, off_t offset) {
 int rename(const char* from, const char* to) {
   REAL(rename);
   return ours(from) && fails_with(control->rename_error) ? -1 : real(from, to);
-}
-
-int fallocate(int fd, int mode, off_t offset, off_t bytes) {
-  REAL(fallocate);
-  return in(is_ours, fd) && fails_with(control->allocate_error) ? -1 : real(fd, mode, offset, bytes);
 }
 
 struct dirent* readdir(DIR* directory) {

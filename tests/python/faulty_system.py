@@ -19,7 +19,6 @@ FIELDS = (
     "open_error",
     "read_error",
     "rename_error",
-    "allocate_error",
     "hide_newer_s",
     "network",
     "wall_offset_s",
@@ -76,8 +75,3 @@ class FaultySystem:
         )
         assert done.returncode == 0, f"{function.__name__} ended with {done.returncode}:\n{done.stderr}"
         return done.stdout
-
-
-@pytest.fixture
-def faulty_system(tmp_path):
-    return FaultySystem(tmp_path)

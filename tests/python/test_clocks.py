@@ -3,7 +3,6 @@
 import subprocess
 
 import pytest
-from faulty_system import faulty_system  # noqa: F401 a fixture
 from paged import MANIFEST, WANT, Cache, config, filled_root, keys_of, load, store
 
 from tokendepot import Depot
@@ -62,12 +61,12 @@ def fill(_, root):
     filled_root(root, chunks=CHUNKS)
 
 
-def test_a_wall_clock_that_jumps_loses_and_evicts_nothing(memory_root, faulty_system):  # noqa: F811
+def test_a_wall_clock_that_jumps_loses_and_evicts_nothing(memory_root, faulty_system):
     faulty_system.run(jump_while_it_runs, memory_root)
     faulty_system.run(all_is_served, memory_root, str(CHUNKS))
 
 
-def test_a_monotonic_clock_that_is_lower_after_a_restart_changes_nothing(memory_root, faulty_system):  # noqa: F811
+def test_a_monotonic_clock_that_is_lower_after_a_restart_changes_nothing(memory_root, faulty_system):
     if subprocess.run([*BEFORE_A_REBOOT, "true"], capture_output=True).returncode != 0:
         pytest.skip("time namespaces are not permitted here")
     faulty_system.run(fill, memory_root, prefix=BEFORE_A_REBOOT)

@@ -4,7 +4,6 @@ import json
 import time
 
 import pytest
-from faulty_system import faulty_system  # noqa: F401 a fixture
 from paged import BLOCKS_PER_CHUNK, MANIFEST, WANT, Cache, filled_root, keys_of, range_of, store
 
 from tokendepot import Depot
@@ -108,9 +107,9 @@ def load_while_writes_hang(faults, shared, first):
 
 
 @pytest.mark.parametrize("hold", ["hold_opens", "hold_reads"])
-def test_loads_from_other_roots_go_on_while_one_hangs(root, tmp_path, faulty_system, hold):  # noqa: F811
+def test_loads_from_other_roots_go_on_while_one_hangs(root, tmp_path, faulty_system, hold):
     faulty_system.run(load_while_reads_hang, tmp_path / "shared", root, hold)
 
 
-def test_a_journal_that_cannot_be_written_holds_up_no_load(memory_root, tmp_path, faulty_system):  # noqa: F811
+def test_a_journal_that_cannot_be_written_holds_up_no_load(memory_root, tmp_path, faulty_system):
     faulty_system.run(load_while_writes_hang, tmp_path / "shared", memory_root)

@@ -4,7 +4,6 @@ import errno
 import time
 
 import pytest
-from faulty_system import faulty_system  # noqa: F401 a fixture
 from paged import MANIFEST, WANT, Cache, config, filled_root, keys_of, load, store
 
 from tokendepot import Depot
@@ -93,14 +92,14 @@ def renames_fail(faults, root, error):
     [("open_error", errno.ENOENT), ("open_error", errno.ESTALE), ("read_error", errno.ESTALE)],
     ids=["open ENOENT", "open ESTALE", "read ESTALE"],
 )
-def test_a_file_that_a_client_does_not_see_is_missed_and_later_served(tmp_path, faulty_system, field, error):  # noqa: F811
+def test_a_file_that_a_client_does_not_see_is_missed_and_later_served(tmp_path, faulty_system, field, error):
     faulty_system.run(miss_and_come_back, tmp_path / "root", field, str(error))
 
 
-def test_a_listing_that_lags_hides_and_then_shows_what_others_stored(tmp_path, faulty_system):  # noqa: F811
+def test_a_listing_that_lags_hides_and_then_shows_what_others_stored(tmp_path, faulty_system):
     faulty_system.run(listings_lag, tmp_path / "root")
 
 
 @pytest.mark.parametrize("error", [errno.EEXIST, errno.ENOTEMPTY])
-def test_renames_that_fail_cost_stores_and_nothing_else(tmp_path, faulty_system, error):  # noqa: F811
+def test_renames_that_fail_cost_stores_and_nothing_else(tmp_path, faulty_system, error):
     faulty_system.run(renames_fail, tmp_path / "root", str(error))

@@ -456,7 +456,7 @@ td_status td_cancel(td_depot* depot, uint64_t job) {
   });
 }
 
-const char* td_failure_reason_name(td_failure_reason reason) {
+const char* td_failure_reason_name(int reason) {
   if (reason < TD_FAILED_ABSENT || reason > TD_FAILED_PINNED) return "unknown";
   return name(static_cast<ItemFailure::Reason>(reason));
 }

@@ -213,7 +213,7 @@ typedef enum td_failure_reason {
   TD_FAILED_PINNED = 7
 } td_failure_reason;
 /* "absent", "mismatch", ...; "unknown" for any other number. Static. */
-const char* td_failure_reason_name(td_failure_reason reason);
+const char* td_failure_reason_name(int reason);
 
 typedef struct td_item_failure {
   uint32_t item;

@@ -448,6 +448,8 @@ void Transfers::resolve_load_locked(LoadTask& task, std::optional<Reason> failur
   TD_CHECK(found != jobs_.end());
   Job& job = found->second;
   std::erase(job.loads, &task);
+  // Here, so that whoever hears of the end finds it counted.
+  if (task.waited_ns > 0) load_stats_.queue.add(task.waited_ns);
   if (failure == Reason::timed_out) ++traffic_[tiers_[task.tier].root->index()].timed_out_loads;
   if (!failure && !std::exchange(task.counted_path, true)) {
     const Root& root = *tiers_[task.tier].root;

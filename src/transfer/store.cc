@@ -224,12 +224,14 @@ void Transfers::drop_store(StoreTask& task, uint64_t DropCounts::* why) {
 
 void Transfers::finish_store(StoreTask& task, bool stored, Reason reason) {
   const GdsLane* const lane = task.lane;
+  const bool begun = static_cast<bool>(task.place.segment);
   give_store_memory(task);
-  if (task.place.segment) {
+  if (begun) {
     task.place.segment = SegmentLease();
     segments_.release(task.place.slot);
   }
   std::lock_guard lock(mutex_);
+  if (begun) store_stats_.queue.add(task.waited_ns);
   if (task.counted_ungathered) --ungathered_;
   store_bytes_ -= task.bytes;
   if (stored) {

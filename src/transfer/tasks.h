@@ -40,7 +40,7 @@ struct LoadTask {
 
   State state = State::queued;  // guarded by Transfers::mutex_
   bool resolved = false;        // its job knows the outcome; only buffers are still in use
-  bool begun = false;           // its time in the queue is counted
+  uint64_t waited_ns = 0;       // in the queue; 0 = not begun
   bool hold = false;            // verify into staging and keep it there
   size_t tier = 0;              // root in use; on failure the next one that holds the segment
   uint32_t missing_in = 0;      // bit per root that should hold the extent and does not
@@ -79,7 +79,8 @@ struct StoreTask {
   uint64_t header_bytes = 0;
   uint64_t bytes = 0;
   uint64_t submitted_ns = 0;
-  uint64_t mark = 0;  // see ScatterWork::after
+  uint64_t waited_ns = 0;  // in the queue, as of the last attempt to start it
+  uint64_t mark = 0;       // see ScatterWork::after
 
   bool counted_ungathered = true;  // guarded by Transfers::mutex_, as are the next three
   bool spoilt = false;             // its blocks may have changed while they were read

@@ -386,14 +386,13 @@ void Transfers::start_loads(Source& source, std::unique_lock<std::mutex>& lock) 
     task.state = LoadTask::State::reading;
     // Those that wait will be in motion soon: small pieces would only cost them.
     task.piece_bytes = piece_bytes_for(++source.in_motion + source.queued.size());
-    const bool first = !std::exchange(task.begun, true);
-    const uint64_t waited = clock_.steady_ns() - task.submitted_ns;
+    const bool first = task.waited_ns == 0;
+    if (first) task.waited_ns = std::max<uint64_t>(1, clock_.steady_ns() - task.submitted_ns);
     lock.unlock();
     const bool started = start_load(task);
     lock.lock();
-    if (started && first) load_stats_.queue.add(waited);
     if (started) continue;
-    if (first) task.begun = false;
+    if (first) task.waited_ns = 0;
     --source.in_motion;
     task.state = LoadTask::State::queued;
     if (task.resolved) {
@@ -439,11 +438,10 @@ void Transfers::run_stores() {
       queued_stores_.pop_front();
       task.starting = true;
       task.piece_bytes = piece_bytes_for(store_tasks_.size());
+      task.waited_ns = clock_.steady_ns() - task.submitted_ns;
       lock.unlock();
-      const uint64_t waited = clock_.steady_ns() - task.submitted_ns;
       const Start start = start_store(task);
       lock.lock();
-      if (start == Start::started) store_stats_.queue.add(waited);
       if (start != Start::later) continue;
       task.starting = false;
       if (task.given_up) {

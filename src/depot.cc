@@ -209,8 +209,8 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::uniq
   for (const Tier& tier : depot->tiers_) {
     if (tier.writer) writers.push_back(tier.writer.get());
   }
-  depot->scrubber_ = std::make_unique<Scrubber>(std::move(writers), *depot->segments_, system_clock(),
-                                                options.scrub_bytes_per_second);
+  depot->scrubber_ =
+      std::make_unique<Scrubber>(writers, *depot->segments_, system_clock(), options.scrub_bytes_per_second);
   if (!depot->transfers_->running() || !depot->keeper_->running() || !depot->scrubber_->running()) {
     return fail(
         ErrorKind::busy,

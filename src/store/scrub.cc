@@ -67,7 +67,7 @@ Result<std::map<SegmentId, std::vector<StoredExtent>>> extents_of(const std::str
   return live;
 }
 
-Scrubber::Scrubber(std::vector<RootWriter*> writers, SegmentTable& segments, const Clock& clock,
+Scrubber::Scrubber(const std::vector<RootWriter*>& writers, SegmentTable& segments, const Clock& clock,
                    uint64_t bytes_per_second)
     : segments_(segments), clock_(clock), bytes_per_second_(bytes_per_second) {
   for (RootWriter* writer : writers) places_.push_back(std::make_unique<Place>(*writer));

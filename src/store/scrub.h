@@ -26,7 +26,7 @@ namespace tokendepot {
 class Scrubber {
  public:
   /// The writers and the table outlive this. `bytes_per_second` is each root's; 0 = nothing is read.
-  Scrubber(std::vector<RootWriter*> writers, SegmentTable& segments, const Clock& clock,
+  Scrubber(const std::vector<RootWriter*>& writers, SegmentTable& segments, const Clock& clock,
            uint64_t bytes_per_second);
   /// Waits for the thread, however long.
   ~Scrubber();

@@ -282,15 +282,9 @@ Result<uint64_t> remove_extents(const std::string& path, const std::vector<Store
   std::vector<Record> records;
   for (const StoredExtent& extent : *live) {
     if (!wanted.contains(place_of(extent))) continue;
-    Record& record = records.emplace_back();
+    Record& record = records.emplace_back(record_of(extent));
     record.type = RecordType::condemn_extent;
     set_cause(record, cause);
-    record.kind = extent.kind;
-    record.group = extent.group;
-    record.key = extent.key;
-    record.where = extent.where;
-    record.part = extent.part;
-    record.tokens = extent.tokens;
     record.time_ns = system_clock().wall_ns();
   }
   if (records.empty()) return 0;

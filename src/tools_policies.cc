@@ -11,6 +11,7 @@
 #include "format/keeper_notes.h"
 #include "format/policies.h"
 #include "io/file.h"
+#include "root_files.h"
 #include "store/journal_file.h"
 #include "tokendepot/tools.h"
 
@@ -111,6 +112,27 @@ bool same_place(const Policy& a, const Policy& b) {
   return a.kind == b.kind && a.ns == b.ns && a.keys == b.keys;
 }
 
+/// The rules, and the lock that is held while they are changed; a dry run takes none.
+struct Opened {
+  std::optional<File> lock;
+  Policies policies;
+};
+
+/// `not_found` where there is no root.
+Result<Opened> open_policies(const std::string& root, bool dry_run) {
+  if (const auto marker = read_marker(root); !marker) return std::unexpected(marker.error());
+  Opened opened;
+  if (!dry_run) {
+    auto locked = lock_policies(root);
+    if (!locked) return std::unexpected(locked.error());
+    opened.lock = std::move(*locked);
+  }
+  auto policies = read_policies(root);
+  if (!policies) return std::unexpected(policies.error());
+  opened.policies = std::move(*policies);
+  return opened;
+}
+
 Status write_policies(const std::string& root, Policies policies, uint64_t now) {
   std::erase_if(policies.rules, [now](const Policy& rule) { return !in_force(rule, now); });
   ++policies.revision;
@@ -139,20 +161,14 @@ Result<PolicyInfo> inspect_policies(const std::string& path) {
 }
 
 Status set_policy(const std::string& path, Policy policy, uint64_t capacity_bytes, bool dry_run) {
-  if (const auto root = list_extents(path); !root) return std::unexpected(root.error());
-  std::optional<File> lock;
-  if (!dry_run) {
-    auto locked = lock_policies(path);
-    if (!locked) return std::unexpected(locked.error());
-    lock = std::move(*locked);
-  }
-  auto policies = read_policies(path);
-  if (!policies) return std::unexpected(policies.error());
+  auto opened = open_policies(path, dry_run);
+  if (!opened) return std::unexpected(opened.error());
+  Policies& policies = opened->policies;
   const uint64_t now = system_clock().wall_ns();
   policy.made_ns = now;
-  std::erase_if(policies->rules, [&](const Policy& rule) { return same_place(rule, policy); });
-  policies->rules.push_back(policy);
-  if (auto right = check_policies(*policies); !right) return right;
+  std::erase_if(policies.rules, [&](const Policy& rule) { return same_place(rule, policy); });
+  policies.rules.push_back(policy);
+  if (auto right = check_policies(policies); !right) return right;
   if (policy.kind == Policy::Kind::pin) {
     const uint64_t capacity = capacity_bytes != 0 ? capacity_bytes : read_notes(path).capacity_bytes;
     if (capacity == 0) {
@@ -161,7 +177,7 @@ Status set_policy(const std::string& path, Policy policy, uint64_t capacity_byte
           "the capacity of {} is not known, because no engine has noted it yet; give it with --capacity",
           path);
     }
-    const auto judged = judge(path, *policies, now);
+    const auto judged = judge(path, policies, now);
     if (!judged) return std::unexpected(judged.error());
     if (judged->pinned_bytes > capacity / kPinShare) {
       return fail(
@@ -172,25 +188,19 @@ Status set_policy(const std::string& path, Policy policy, uint64_t capacity_byte
     }
   }
   if (dry_run) return {};
-  return write_policies(path, std::move(*policies), now);
+  return write_policies(path, std::move(policies), now);
 }
 
 Result<uint64_t> drop_policies(const std::string& path, Policy::Kind kind, const NamespaceDigest& ns,
                                const std::optional<std::vector<Key>>& keys, bool dry_run) {
-  if (const auto root = list_extents(path); !root) return std::unexpected(root.error());
-  std::optional<File> lock;
-  if (!dry_run) {
-    auto locked = lock_policies(path);
-    if (!locked) return std::unexpected(locked.error());
-    lock = std::move(*locked);
-  }
-  auto policies = read_policies(path);
-  if (!policies) return std::unexpected(policies.error());
-  const uint64_t dropped = std::erase_if(policies->rules, [&](const Policy& rule) {
+  auto opened = open_policies(path, dry_run);
+  if (!opened) return std::unexpected(opened.error());
+  Policies& policies = opened->policies;
+  const uint64_t dropped = std::erase_if(policies.rules, [&](const Policy& rule) {
     return rule.kind == kind && rule.ns == ns && (!keys || rule.keys == *keys);
   });
   if (dropped == 0 || dry_run) return dropped;
-  if (auto written = write_policies(path, std::move(*policies), system_clock().wall_ns()); !written)
+  if (auto written = write_policies(path, std::move(policies), system_clock().wall_ns()); !written)
     return std::unexpected(written.error());
   return dropped;
 }

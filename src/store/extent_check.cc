@@ -21,6 +21,17 @@ StoredExtent extent_of(const Record& put) {
   return {put.key, put.ns_prefix, put.group, put.kind, put.part, put.tokens, put.where, put.time_ns};
 }
 
+Record record_of(const StoredExtent& extent) {
+  Record record;
+  record.kind = extent.kind;
+  record.group = extent.group;
+  record.key = extent.key;
+  record.where = extent.where;
+  record.part = extent.part;
+  record.tokens = extent.tokens;
+  return record;
+}
+
 Status check_header(const ExtentHeader& header, const StoredExtent& extent, const std::string& where) {
   if (header.segment != extent.where.segment || header.offset != extent.where.offset) {
     return fail(ErrorKind::corrupt, "{}: the header belongs to another place", where);

@@ -15,6 +15,8 @@ namespace tokendepot {
 
 /// What a put speaks of.
 StoredExtent extent_of(const Record& put);
+/// A record about this extent, as a condemnation names it: type, cause and time are the caller's.
+Record record_of(const StoredExtent& extent);
 /// Whether the header found at `where` is the one that the journal speaks of. `corrupt` if not.
 Status check_header(const ExtentHeader& header, const StoredExtent& extent, const std::string& where);
 /// Whether the payload behind the header at the front of `extent`, all of it in memory, is what its digests

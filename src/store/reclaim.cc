@@ -34,13 +34,8 @@ uint64_t RootWriter::condemn_share(uint32_t slot, uint64_t ns_prefix, uint64_t w
       scan_extents((*segment)->file, id, 0, false, [&](const ExtentHeader& header, uint64_t bytes) {
         if (prefix_of(header.ns) != ns_prefix || condemned >= wanted) return;
         if (replay_.is_condemned(slot, header.offset)) return;
-        Record record;
-        record.kind = header.kind;
-        record.group = header.group;
-        record.key = header.key;
-        record.where = {id, header.offset, bytes};
-        record.part = header.part;
-        record.tokens = header.tokens;
+        Record record = put_of(header, bytes);
+        record.time_ns = 0;  // not of the store: of the condemnation
         condemned += bytes;
         condemn_extent(record, Cause::quota);
       });

@@ -22,22 +22,7 @@ constexpr uint64_t kLongestBurstNs = kSecondNs / 4;
 // Journals are read once for so many segments: little memory, and little reading beside the payload's.
 constexpr size_t kSegmentsAtOnce = 64;
 
-}  // namespace
-
-struct Scrubber::Place {
-  explicit Place(RootWriter& at) : writer(at) {}
-  RootWriter& writer;
-  std::optional<File> lock;
-  KeeperNotes notes;
-  bool notes_are_ours = true;  // false: another version's; left alone
-  uint64_t noted_ns = 0;       // steady clock
-  uint64_t paid_until_ns = 0;  // steady clock: when the bytes read so far have been paid for
-  std::atomic<uint64_t> scrubbed = 0;
-  std::atomic<uint64_t> errors = 0;
-  std::atomic<uint64_t> pass_bytes = 0;
-  std::atomic<uint64_t> finished_ns = 0;
-};
-
+/// What the journals of a root say lies in these segments and is not condemned, by place.
 Result<std::map<SegmentId, std::vector<StoredExtent>>> extents_of(const std::string& root_path,
                                                                   const std::set<SegmentId>& segments) {
   std::map<SegmentId, std::map<uint64_t, StoredExtent>> found;
@@ -66,6 +51,22 @@ Result<std::map<SegmentId, std::vector<StoredExtent>>> extents_of(const std::str
   }
   return live;
 }
+
+}  // namespace
+
+struct Scrubber::Place {
+  explicit Place(RootWriter& at) : writer(at) {}
+  RootWriter& writer;
+  std::optional<File> lock;
+  KeeperNotes notes;
+  bool notes_are_ours = true;  // false: another version's; left alone
+  uint64_t noted_ns = 0;       // steady clock
+  uint64_t paid_until_ns = 0;  // steady clock: when the bytes read so far have been paid for
+  std::atomic<uint64_t> scrubbed = 0;
+  std::atomic<uint64_t> errors = 0;
+  std::atomic<uint64_t> pass_bytes = 0;
+  std::atomic<uint64_t> finished_ns = 0;
+};
 
 Scrubber::Scrubber(const std::vector<RootWriter*>& writers, SegmentTable& segments, const Clock& clock,
                    uint64_t bytes_per_second)
@@ -199,14 +200,7 @@ void Scrubber::check_segment(Place& place, const SegmentId& id, const std::vecto
     // where those of another host may come later than its journal.
     if (good.error().kind == ErrorKind::io || root.network()) continue;
     ++place.notes.scrub_bad;
-    Record record;
-    record.kind = extent.kind;
-    record.group = extent.group;
-    record.key = extent.key;
-    record.where = extent.where;
-    record.part = extent.part;
-    record.tokens = extent.tokens;
-    place.writer.condemn_extent(record);
+    place.writer.condemn_extent(record_of(extent));
   }
 }
 

@@ -70,8 +70,4 @@ class Scrubber {
   std::thread thread_;
 };
 
-/// What the journals of a root say lies in these segments and is not condemned, by place.
-Result<std::map<SegmentId, std::vector<StoredExtent>>> extents_of(const std::string& root_path,
-                                                                  const std::set<SegmentId>& segments);
-
 }  // namespace tokendepot

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "store/journal_file.h"
+#include "unlocked.h"
 
 namespace tokendepot::py {
 
@@ -12,6 +13,17 @@ nb::object to_str(std::string_view text) {
       PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "backslashreplace");
   if (decoded == nullptr) throw nb::python_error();
   return nb::steal(decoded);
+}
+
+nb::object from_json(std::string_view text) {
+  const auto checked = [](PyObject* result) {
+    if (result == nullptr) throw nb::python_error();
+    return nb::steal(result);
+  };
+  const nb::object json = checked(run_python([] { return PyImport_ImportModule("json"); }));
+  const nb::object loads = json.attr("loads");
+  const nb::object argument = to_str(text);
+  return checked(run_python([&] { return PyObject_CallOneArg(loads.ptr(), argument.ptr()); }));
 }
 
 std::string_view text_or_bytes(nb::handle value, const char* what) {

@@ -68,6 +68,9 @@ inline nb::bytes to_bytes(std::span<const std::byte> bytes) {
 /// Text that may hold any bytes (file names of others, messages that quote them) as a str.
 nb::object to_str(std::string_view text);
 
+/// What json.loads makes of the engine's own JSON.
+nb::object from_json(std::string_view text);
+
 /// str (as UTF-8) or bytes. The object must outlive the view.
 std::string_view text_or_bytes(nb::handle value, const char* what);
 

@@ -12,6 +12,7 @@
 #include <shared_mutex>
 
 #include "convert.h"
+#include "unlocked.h"
 
 namespace tokendepot::py {
 namespace {
@@ -45,7 +46,7 @@ class Handle {
           {ErrorKind::closed, 0,
            fmt::format("the depot was opened by process {} and cannot be used after fork()", owner_)});
     }
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     // Asked before the lock: readers may otherwise keep close() waiting for ever.
     if (closing_) throw DepotException(closed_error());
     std::shared_lock lock(mutex_);
@@ -59,7 +60,7 @@ class Handle {
       return;
     }
     closing_ = true;
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     std::unique_lock lock(mutex_);
     depot_.reset();
   }
@@ -92,7 +93,7 @@ class Handle {
 };
 
 std::unique_ptr<Handle> open(const std::string& config_json, bool catalog, bool writer) {
-  nb::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   Options options = unwrap(parse_options(config_json));
   options.catalog = catalog;
   options.writer = writer;
@@ -234,7 +235,7 @@ nb::list poll(Handle& self) {
 
 nb::object stats(Handle& self) {
   const std::string json = self.use([](Depot& depot) { return to_json(depot.stats()); });
-  return nb::module_::import_("json").attr("loads")(json);
+  return from_json(json);
 }
 
 nb::bytes plan_store(const nb::bytes& ns, nb::sequence items) {
@@ -245,9 +246,11 @@ nb::bytes plan_store(const nb::bytes& ns, nb::sequence items) {
     plan.items.push_back(
         {digest_from<Key>(key, "key"), chunk, group, integers_from<int32_t>(blocks, "blocks")});
   }
-  nb::gil_scoped_release unlocked;
-  auto bytes = encode(plan);
-  nb::gil_scoped_acquire locked;
+  std::vector<std::byte> bytes;
+  {
+    const Unlocked unlocked;
+    bytes = encode(plan);
+  }
   return to_bytes(bytes);
 }
 

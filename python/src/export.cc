@@ -5,13 +5,14 @@
 
 #include "convert.h"
 #include "extents.h"
+#include "unlocked.h"
 
 namespace tokendepot::py {
 namespace {
 
 std::unique_ptr<Exporter> begin_export(int fd, const std::string& manifest, uint64_t extents,
                                        uint64_t bytes) {
-  nb::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   return unwrap(Exporter::begin(fd, manifest, extents, bytes));
 }
 
@@ -19,7 +20,7 @@ nb::list add(Exporter& exporter, const std::string& root, nb::sequence extents) 
   const auto wanted = extents_from(extents);
   std::vector<std::string> results;
   {
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     for (const StoredExtent& extent : wanted) {
       const Status added = unwrap(exporter.add(root, extent));
       results.push_back(added ? "ok"
@@ -32,13 +33,13 @@ nb::list add(Exporter& exporter, const std::string& root, nb::sequence extents) 
 }
 
 void finish(Exporter& exporter) {
-  nb::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   unwrap(exporter.finish());
 }
 
 std::unique_ptr<Importer> begin_import(int fd, const std::string& path, uint64_t capacity, bool create,
                                        uint64_t free_space_reserve) {
-  nb::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   RootOptions target;
   target.path = path;
   target.capacity_bytes = capacity;
@@ -47,7 +48,7 @@ std::unique_ptr<Importer> begin_import(int fd, const std::string& path, uint64_t
 }
 
 bool go_on(Importer& importer, uint64_t bytes) {
-  nb::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   return unwrap(importer.go_on(bytes));
 }
 

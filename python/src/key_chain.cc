@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "convert.h"
+#include "unlocked.h"
 
 namespace tokendepot::py {
 namespace {
@@ -15,7 +16,7 @@ class SharedChain {
       : chain_(ns, chunk_tokens, salt, lora) {}
 
   size_t append(std::span<const uint32_t> tokens, std::span<const MediaSpan> media) {
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     std::lock_guard lock(mutex_);
     chain_.append(tokens, media);
     return chain_.keys().size();
@@ -24,7 +25,7 @@ class SharedChain {
   nb::bytes keys(int64_t first, int64_t last) const {
     std::vector<Key> copy;
     {
-      nb::gil_scoped_release unlocked;
+      const Unlocked unlocked;
       std::lock_guard lock(mutex_);
       const auto count = static_cast<int64_t>(chain_.keys().size());
       const int64_t end = last < 0 ? count : std::min(last, count);
@@ -35,13 +36,13 @@ class SharedChain {
   }
 
   uint64_t tokens_seen() const {
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     std::lock_guard lock(mutex_);
     return chain_.tokens_seen();
   }
 
   size_t size() const {
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     std::lock_guard lock(mutex_);
     return chain_.keys().size();
   }

@@ -20,6 +20,7 @@
 #include "base/log.h"
 #include "base/sha256.h"
 #include "convert.h"
+#include "unlocked.h"
 
 namespace tokendepot::py {
 namespace {
@@ -138,7 +139,7 @@ class LMCacheConnector {
   nb::list drain() {
     std::vector<Ended> ended;
     {
-      nb::gil_scoped_release unlocked;
+      const Unlocked unlocked;
       event_.clear();
       std::lock_guard lock(mutex_);
       ended.swap(ended_);
@@ -154,7 +155,7 @@ class LMCacheConnector {
   }
 
   std::string stats_json() {
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     std::shared_lock lock(closing_);
     return depot_ ? to_json(depot_->stats()) : "{}";
   }
@@ -162,7 +163,7 @@ class LMCacheConnector {
   /// What is under way is cancelled and reported as failed.
   void close() {
     if (getpid() != owner_) return;
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     std::lock_guard lock(closing_);
     if (stop_.exchange(true)) return;
     reaper_.join();
@@ -254,7 +255,7 @@ class LMCacheConnector {
                                                 static_cast<size_t>(held.len)};
       pending.buffers.push_back(held);
     }
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     const uint64_t id = next_++;
     std::shared_lock lock(closing_);
     if (depot_) {
@@ -287,7 +288,7 @@ class LMCacheConnector {
   template <typename Body>
   uint64_t answer(nb::sequence keys, Body body) {
     const auto texts = texts_of(keys);
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     const uint64_t id = next_++;
     Ended ended{id, std::vector<uint8_t>(texts.size()), {}, {}};
     std::shared_lock lock(closing_);
@@ -369,7 +370,7 @@ class LMCacheConnector {
 
 std::unique_ptr<LMCacheConnector> open_connector(const std::string& config_json,
                                                  const std::string& identity_json, double load_timeout_s) {
-  nb::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   Json identity = Json::parse(identity_json, nullptr, false);
   if (!identity.is_object()) refuse("the namespace is {}; expected a JSON object", identity_json);
   auto depot = unwrap(Depot::open(unwrap(parse_options(config_json))));

@@ -6,6 +6,7 @@
 #include "base/log.h"
 #include "convert.h"
 #include "format/extent.h"
+#include "unlocked.h"
 
 namespace tokendepot::py {
 namespace {
@@ -30,10 +31,10 @@ void translate(const std::exception_ptr& pointer, void*) {
 
 nb::object options_as_dict(const std::string& config_json) {
   const std::string json = [&] {
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     return to_json(unwrap(parse_options(config_json)));
   }();
-  return nb::module_::import_("json").attr("loads")(json);
+  return from_json(json);
 }
 
 /// For programs whose output is not a log: lines below warnings are dropped.

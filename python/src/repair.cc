@@ -7,6 +7,7 @@
 #include "convert.h"
 #include "extents.h"
 #include "tokendepot/history.h"
+#include "unlocked.h"
 
 namespace tokendepot::py {
 namespace {
@@ -40,7 +41,7 @@ const char* fate_to(PastExtent::Fate fate) {
 nb::dict repair(const std::string& path, const std::vector<std::string>& sources, bool apply,
                 const nb::callable& progress) {
   const RepairReport report = [&] {
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     return unwrap(repair_root(path, sources, apply, [&](uint64_t done, uint64_t total) {
       nb::gil_scoped_acquire locked;
       progress(done, total);
@@ -84,7 +85,7 @@ nb::dict repair(const std::string& path, const std::vector<std::string>& sources
 nb::list trace(const std::string& path, const nb::bytes& keys) {
   const auto wanted = keys_from(keys);
   const auto past = [&] {
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     return unwrap(trace_extents(path, wanted));
   }();
   nb::list out;

@@ -3,6 +3,7 @@
 
 #include "convert.h"
 #include "tokendepot/tools.h"
+#include "unlocked.h"
 
 namespace tokendepot::py {
 namespace {
@@ -39,7 +40,7 @@ nb::dict describe(const Policy& rule, uint64_t bytes) {
 
 nb::dict inspect(const std::string& path) {
   const PolicyInfo info = [&] {
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     return unwrap(inspect_policies(path));
   }();
   nb::list rules;
@@ -67,7 +68,7 @@ NamespaceDigest namespace_from(const nb::bytes& bytes) {
 void set(const std::string& path, const std::string& kind, const nb::bytes& ns, uint64_t value,
          const nb::bytes& keys, uint64_t capacity, bool dry_run) {
   const Policy policy{policy_kind_from(kind), namespace_from(ns), value, 0, keys_from(keys)};
-  nb::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   unwrap(set_policy(path, policy, capacity, dry_run));
 }
 
@@ -77,7 +78,7 @@ uint64_t drop(const std::string& path, const std::string& kind, const nb::bytes&
   const auto digest = namespace_from(ns);
   std::optional<std::vector<Key>> wanted;
   if (keys) wanted = keys_from(*keys);
-  nb::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   return unwrap(drop_policies(path, of, digest, wanted, dry_run));
 }
 

@@ -8,6 +8,7 @@
 
 #include "convert.h"
 #include "extents.h"
+#include "unlocked.h"
 
 namespace tokendepot::py {
 namespace {
@@ -54,7 +55,7 @@ nb::list describe_all(const std::vector<T>& list) {
 
 nb::dict inspect(const std::string& path) {
   const RootInfo info = [&] {
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     return unwrap(inspect_root(path));
   }();
   uint64_t extents = 0;
@@ -87,7 +88,7 @@ nb::dict inspect(const std::string& path) {
 
 nb::list list(const std::string& path) {
   const auto extents = [&] {
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     return unwrap(list_extents(path));
   }();
   nb::list out;
@@ -99,7 +100,7 @@ nb::list verify(const std::string& path, nb::sequence extents) {
   const auto wanted = extents_from(extents);
   std::vector<std::string> results;
   {
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     for (const StoredExtent& extent : wanted) {
       const auto status = verify_extent(path, extent);
       results.push_back(status ? "ok"
@@ -113,13 +114,13 @@ nb::list verify(const std::string& path, nb::sequence extents) {
 
 uint64_t remove(const std::string& path, nb::sequence extents, bool corrupt) {
   const auto wanted = extents_from(extents);
-  nb::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   return unwrap(remove_extents(path, wanted, corrupt ? Cause::corrupt : Cause::manual));
 }
 
 nb::dict evict(const std::string& path, uint64_t bytes, bool dry_run) {
   const Evicted evicted = [&] {
-    nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     return unwrap(evict_segments(path, bytes, dry_run));
   }();
   nb::dict out;
@@ -146,7 +147,7 @@ class Watch {
   template <typename Call>
   nb::list changes_to(Call call) {
     const std::vector<ChunkChange> changes = [&] {
-      nb::gil_scoped_release unlocked;
+      const Unlocked unlocked;
       const std::lock_guard lock(mutex_);
       return call();
     }();
@@ -162,7 +163,7 @@ class Watch {
 };
 
 Watch* watch_root(const std::string& path) {
-  nb::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   return new Watch(unwrap(RootWatch::open(path)));  // the module owns it
 }
 

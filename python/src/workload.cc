@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "convert.h"
+#include "unlocked.h"
 
 namespace tokendepot::py {
 namespace {
@@ -73,7 +74,7 @@ std::unique_ptr<Workload> open_workload(const std::string& config_json, const st
                                         const std::vector<uint64_t>& extent_bytes, uint64_t volume_bytes,
                                         uint32_t in_flight, uint32_t request_extents, uint32_t process,
                                         bool keep_cache) {
-  const nb::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   WorkloadSpec spec;
   spec.options = unwrap(parse_options(config_json));
   spec.kind = workload_kind_from(kind);
@@ -88,7 +89,7 @@ std::unique_ptr<Workload> open_workload(const std::string& config_json, const st
 
 void fill(Workload& self) {
   {
-    const nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     unwrap(self.fill(signalled));
   }
   raise_pending();
@@ -96,7 +97,7 @@ void fill(Workload& self) {
 
 nb::dict run(Workload& self, double seconds) {
   const WorkloadRun done = [&] {
-    const nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     return unwrap(self.run(seconds, signalled));
   }();
   raise_pending();
@@ -105,7 +106,7 @@ nb::dict run(Workload& self, double seconds) {
 
 nb::list limits(Workload& self, double seconds) {
   const auto measured = [&] {
-    const nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     return unwrap(self.limits(seconds));
   }();
   nb::list out;
@@ -120,7 +121,7 @@ nb::list limits(Workload& self, double seconds) {
 
 nb::dict verify(Workload& self, uint32_t every) {
   const WorkloadCheck check = [&] {
-    const nb::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     return unwrap(self.verify(every, signalled));
   }();
   raise_pending();

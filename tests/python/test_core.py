@@ -445,3 +445,20 @@ def test_the_module_asks_for_no_static_thread_local_memory() -> None:
         pytest.skip("no readelf on this machine")
     told = subprocess.run([readelf, "-dW", tokendepot._core.__file__], capture_output=True, text=True, check=True).stdout
     assert "NEEDED" in told and "STATIC_TLS" not in told
+
+
+def test_an_interpreter_ends_while_threads_are_inside_the_module(tmp_path: pathlib.Path) -> None:
+    """A daemon thread that comes back to an interpreter that has ended must not take the process with it."""
+    script = (
+        "import sys, threading, time\n"
+        "from tokendepot import _core\n"
+        "def ask():\n"
+        "    while True: _core.parse_options(sys.argv[1])\n"
+        "for _ in range(16): threading.Thread(target=ask, daemon=True).start()\n"
+        "time.sleep(0.05)\n"
+    )
+    for _ in range(10):
+        ended = subprocess.run(
+            [sys.executable, "-c", script, config(tmp_path)], capture_output=True, text=True, timeout=60
+        )
+        assert ended.returncode == 0, ended.stderr

@@ -119,7 +119,7 @@ def test_replay_refuses_in_one_sentence(small, arguments, words):
 
 @pytest.mark.parametrize("command", ["replay", "plan"])
 def test_what_is_no_trace_is_refused_in_one_sentence(command, tmp_path):
-    assert "absent': cannot be read: No such file" in refusal(command, str(tmp_path / "absent"))
+    assert "absent': cannot be read: No such file" in refusal(command, "absent")
     empty = tmp_path / "empty"
     empty.touch()
     assert "expected requests, found nothing" in refusal(command, str(empty))

@@ -150,7 +150,7 @@ def test_a_broken_turn_costs_itself_only(tmp_path):
         (b"hello\nworld\n", "found none; the first of 2 broken lines is .*line 1: expected a JSON object"),
         (b"version https://git-lfs.github.com/spec/v1\n", "found none"),
         (b'{\n"a": \n', "expected one JSON object a line, or one JSON document"),
-        (gzip.compress(b'{"timestamp": 0}\n' * 5000)[:40], "expected whole gzip data"),
+        (gzip.compress(b'{"timestamp": 0}\n' * 5000, mtime=0)[:40], "expected whole gzip data"),
         (b"\x1f\x8bnot gzip", "expected whole gzip data"),
     ],
 )

@@ -96,6 +96,8 @@ struct StoreTask {
   std::atomic<uint32_t> pieces_left = 0;
   std::atomic<int> io_error = 0;
   std::atomic<int> gds_error = 0;
+  const GdsLane* written_by = nullptr;  // the lane, when it is given back before the end
+  WriteThrough::Passage passage;
 };
 
 /// Cuts [offset, offset + bytes) of a file into operations of about `piece_bytes` between it and `memory`.

@@ -70,8 +70,10 @@ void WriteThrough::run() {
     const Status passed = stop_ ? fail(ErrorKind::closed, "the depot is closing") : pass(*passage);
     lock.lock();
     const bool late = clock_.steady_ns() - passage->submitted_ns >= kPatienceNs;
-    if (!passed && passed.error().kind == ErrorKind::busy && !late && !stop_) {
-      // Space is on its way.
+    // A segment may be sealed, or past its grace, any moment.
+    const bool short_of_space =
+        !passed && (passed.error().kind == ErrorKind::busy || passed.error().kind == ErrorKind::no_space);
+    if (short_of_space && !late && !stop_) {
       wake_.wait_for(lock, kRetry, [this] { return stop_.load(); });
       continue;
     }

@@ -32,7 +32,7 @@ constexpr uint32_t kChunksPerPrompt = 4;
 constexpr uint32_t kSlots = 16;  // chunks that a process's cache has blocks for
 constexpr uint64_t kPlaneBytes = uint64_t{kBlockTokens} * kHeads * kRowBytes;
 constexpr uint64_t kSegmentBytes = 64 << 10;
-constexpr uint64_t kHeardWithin = 1100 * kMs;  // a condemn record, by every process
+constexpr uint64_t kHeardWithin = 1100 * kMs;  // of a condemn record, by every process
 constexpr uint64_t kPatience = 600 * kSecond;  // of a job or of an open, in virtual time
 constexpr char kDiskRoot[] = "/simulated/disk";
 constexpr char kMemoryRoot[] = "/simulated/memory";
@@ -106,6 +106,9 @@ class Process {
   void store(size_t prompt, size_t first, size_t last);
   /// The stored prefix of a prompt. `all`: every acknowledged chunk must be in it and load.
   void load(size_t prompt, bool hold);
+  /// Promises whatever is stored, and loads it when almost the whole grace of what was evicted meanwhile has
+  /// passed.
+  void load_late();
   std::vector<uint8_t> stored(size_t prompt);
   /// Loads every chunk that is there, each for itself.
   void load_all(std::set<Key>& loaded);
@@ -271,6 +274,7 @@ void Process::run() {
         break;
       case 1:
         depot_->refresh();
+        if (world_.scenario.pressure) load_late();
         break;
       case 2:
         if (random.chance(0.3)) {
@@ -395,7 +399,6 @@ void Process::load(size_t prompt, bool hold) {
   auto plan = depot_->plan_load(ns_, std::span(keys).first(chunks), std::span(&group, 1), {});
   if (!plan) return;                                                   // gone since the lookup
   if (chance().chance(0.2)) sleep_ns(chance().between(1, 300) * kMs);  // on its way to the worker
-  if (world_.scenario.pressure && chance().chance(0.5)) sleep_ns(chance().between(100, 3000) * kMs);
   const LoadPlan wanted_items = *plan;
   const uint64_t job = next_job_++;
   auto queued =
@@ -418,6 +421,33 @@ void Process::load(size_t prompt, bool hold) {
   if (auto placed = depot_->place(place, job, places); !placed)
     violated(Verdict::broken, "what is held cannot be placed: " + placed.error().message);
   check(held, wait_for(place), kFirstSlot, keys, promised_ns);
+}
+
+void Process::load_late() {
+  const uint64_t grace_ns = world_.scenario.grace_ms * kMs;
+  if (grace_ns < 2 * kHeardWithin) return;
+  constexpr size_t kFirstSlot = kSlots / 2;
+  const GroupWant wanted = want();
+  const uint64_t promised_ns = now_ns();
+  std::vector<std::pair<size_t, LoadPlan>> promises;
+  for (size_t prompt = 0; prompt < world_.prompts.size(); ++prompt) {
+    const std::vector<Key>& keys = world_.prompts[prompt];
+    const size_t chunks = depot_->longest_prefix(keys, std::span(&wanted, 1));
+    if (chunks == 0) continue;
+    std::vector<int32_t> blocks;
+    for (size_t i = 0; i < chunks * kBlocksPerChunk; ++i)
+      blocks.push_back(static_cast<int32_t>(kFirstSlot * kBlocksPerChunk + i));
+    const Depot::LoadGroup group{wanted, 0, kBlocksPerChunk, blocks};
+    auto plan = depot_->plan_load(ns_, std::span(keys).first(chunks), std::span(&group, 1), {});
+    if (plan) promises.emplace_back(prompt, std::move(*plan));
+  }
+  sleep_ns(chance().between(100 * kMs, grace_ns - kHeardWithin));
+  for (auto& [prompt, plan] : promises) {
+    const uint64_t job = next_job_++;
+    if (auto queued = depot_->submit_load(job, plan); !queued)
+      violated(Verdict::broken, "a load is refused: " + queued.error().message);
+    check(plan, wait_for(job), kFirstSlot, world_.prompts[prompt], promised_ns);
+  }
 }
 
 void Process::load_all(std::set<Key>& loaded) {
@@ -549,7 +579,7 @@ Scenario scenario_of(uint64_t seed) {
   scenario.memory = scenario.kind != Scenario::Kind::power && random.chance(0.4);
   scenario.direct = random.chance(0.5);
   scenario.processes = static_cast<int>(random.between(1, 3));
-  if (random.chance(0.7)) scenario.grace_ms = static_cast<uint32_t>(random.between(1500, 6000));
+  if (random.chance(0.7)) scenario.grace_ms = static_cast<uint32_t>(random.between(2500, 8000));
   scenario.write_through = scenario.memory && random.chance(0.3);
   return scenario;
 }

@@ -86,6 +86,6 @@ tokendepot_plant(reuse_a_segment_id 30 "(hang|acknowledged lost)" store/root_wri
   [[return {journal_.writer(), next_sequence_++};]]
   [[return {journal_.writer(), next_sequence_++ % 4};]])
 
-tokendepot_plant(remove_before_the_grace 600 "acknowledged lost" store/condemned_files.cc
+tokendepot_plant(remove_before_the_grace 400 "acknowledged lost" store/condemned_files.cc
   [[if (!at_once && now - at->second.since_ns < grace_ns_) continue;]]
   [[]])

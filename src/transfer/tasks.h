@@ -43,6 +43,7 @@ struct LoadTask {
   bool begun = false;           // its time in the queue is counted
   bool hold = false;            // verify into staging and keep it there
   size_t tier = 0;              // root in use; on failure the next one that holds the segment
+  bool evicted_too = false;     // in the end those that have evicted it
   uint32_t missing_in = 0;      // bit per root that should hold the extent and does not
   bool open_failed = false;     // some root's file may be there, but the kernel did not open it
   uint32_t slot = 0;

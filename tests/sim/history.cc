@@ -16,6 +16,7 @@
 #include "disk.h"
 #include "report.h"
 #include "scheduler.h"
+#include "store/journal_file.h"
 #include "tokendepot/depot.h"
 
 namespace tokendepot::sim {
@@ -133,9 +134,10 @@ class Process {
 struct World {
   Scenario scenario;
   bool faults_on = false;
-  bool flawless = true;           // nothing has happened that could excuse a bad extent
-  bool crowded = false;           // others have filled the disk
-  uint64_t crowded_until_ns = 0;  // when that ended last
+  bool flawless = true;  // nothing has happened that could excuse a bad extent
+  // Others have filled the disk, now or earlier: files went without a grace, perhaps without a record, for
+  // which there was no room.
+  bool crowded = false;
   uint64_t disk_capacity = 0;
   uint64_t memory_capacity = 0;
   NamespaceDigest ns;
@@ -192,9 +194,7 @@ Options World::options(ProcessId /*process*/) const {
 }
 
 bool World::promise_holds(uint64_t promised_ns) const {
-  // Where space is short for others' sake, segments go without a grace.
-  const bool excused = scenario.kind != Scenario::Kind::kills || crowded ||
-                       (crowded_until_ns > 0 && promised_ns < crowded_until_ns + kHeardWithin);
+  const bool excused = scenario.kind != Scenario::Kind::kills || crowded;
   return !excused && now_ns() + kHeardWithin < promised_ns + scenario.grace_ms * kMs;
 }
 
@@ -377,8 +377,13 @@ void Process::check(const LoadPlan& plan, const Completion& ended, size_t first_
     }
     const bool gone =
         failure->second == ItemFailure::Reason::absent || failure->second == ItemFailure::Reason::mismatch;
-    if (gone && world_.promise_holds(promised_ns))
-      violated(Verdict::lost, std::string("what was promised within the grace is ") + name(failure->second));
+    if (gone && world_.promise_holds(promised_ns)) {
+      disk().explain(item.key);
+      violated(Verdict::lost,
+               fmt::format("what was promised {} ms ago, within the grace of {} ms, is {}: {} at {}",
+                           (now_ns() - promised_ns) / kMs, world_.scenario.grace_ms, name(failure->second),
+                           segment_name(item.where.segment), item.where.offset));
+    }
     depot_->forget(keys[item.chunk], 0);
     forgotten_.insert(keys[item.chunk]);
   }
@@ -632,7 +637,7 @@ void run_history(uint64_t seed) {
         }
         if (scenario.pressure) {
           const uint64_t foreign = random.chance(0.5) ? 0 : (8 << 20) + random.below(world.disk_capacity);
-          if (std::exchange(world.crowded, foreign > 0)) world.crowded_until_ns = now_ns();
+          world.crowded |= foreign > 0;
           disk().set_foreign_bytes(kDiskRoot, foreign);
         }
         break;
@@ -657,7 +662,6 @@ void run_history(uint64_t seed) {
     while (alive.size() < static_cast<size_t>(scenario.processes)) alive.push_back(world.start(rounds()));
   }
   disk().set_faults({});
-  if (std::exchange(world.crowded, false)) world.crowded_until_ns = now_ns();
   disk().set_foreign_bytes(kDiskRoot, 0);
   for (const ProcessId process : alive) wait_until_dead(process);
   world.check_end();

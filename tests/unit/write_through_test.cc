@@ -3,6 +3,7 @@
 #include <fstream>
 
 #include "depot_fixture.h"
+#include "store/journal_file.h"
 
 namespace tokendepot::testing {
 namespace {
@@ -144,6 +145,32 @@ TEST_F(WriteThroughTest, ACopyThatStoresPassedThroughToIsBroughtToItsEnd) {
   auto depot = open();
   expect_served(*depot, 0, 3);
   expect_served(*depot, 1);
+}
+
+TEST_F(WriteThroughTest, WhatACopyLacksIsLoadedFromTheEvictedFileWhileThatIsThere) {
+  {
+    auto depot = open();
+    ASSERT_EQ(store(*depot, 0, 3), 3u);
+  }
+  options_.roots[0].write_through = false;
+  auto depot = open();
+  ASSERT_EQ(store(*depot, 1), kChunks);
+  const auto plan = plan_chunks(*depot, ns_, keys(1), want_of(small_shape()), 0, kChunks, 0);
+  ASSERT_TRUE(plan);
+  auto journal = JournalWriter::create(memory_ / "root/journals");
+  ASSERT_TRUE(journal);
+  Record evicted;
+  evicted.type = RecordType::condemn_segment;
+  evicted.where.segment = plan->items[0].where.segment;
+  ASSERT_TRUE(journal->append(evicted));
+  depot->refresh();
+  cache_.clear();
+  ASSERT_TRUE(depot->submit_load(++job_, *plan));
+  EXPECT_EQ(wait_for(*depot, job_).items_ok, kChunks);
+  HostCache expected(small_shape(), kBlocks);
+  expected.fill(1);
+  for (int32_t b = 0; b < static_cast<int32_t>(kChunks * kBlocksPerChunk); ++b)
+    ASSERT_EQ(cache_.block(b), expected.block(b));
 }
 
 TEST_F(WriteThroughTest, WhereItCannotWorkTheDepotDoesNotOpen) {

@@ -146,10 +146,18 @@ bool Transfers::start_load(LoadTask& task) {
   return true;
 }
 
+uint32_t Transfers::condemned_in(uint32_t slot) const {
+  uint32_t mask = 0;
+  for (const Tier& tier : tiers_)
+    mask |= uint32_t{segments_.condemned(slot, tier.root->index())} << tier.root->index();
+  return mask;
+}
+
 bool Transfers::open_place(LoadTask& task) {
   const ExtentRef& where = task.item.where;
   const auto known = segments_.find(where.segment);
-  const uint32_t mask = known ? segments_.present_in(*known) : 0;
+  uint32_t mask = known ? segments_.present_in(*known) : 0;
+  if (task.evicted_too) mask = condemned_in(*known);
   for (; task.tier < tiers_.size(); ++task.tier) {
     Root& root = *tiers_[task.tier].root;
     // A segment that this process has not heard of yet may be anywhere: the plan's maker has seen it.
@@ -160,7 +168,7 @@ bool Transfers::open_place(LoadTask& task) {
     if (!there) {
       // Its size may be that of a moment ago: whoever asks next opens it again.
       if (segment) root.files().drop(where.segment);
-      if (mask != 0 && (segment || segment.error().kind == ErrorKind::not_found))
+      if (mask != 0 && !task.evicted_too && (segment || segment.error().kind == ErrorKind::not_found))
         task.missing_in |= 1u << root.index();
       if (!segment && segment.error().kind == ErrorKind::io) {
         task.open_failed = true;
@@ -401,6 +409,14 @@ void Transfers::fail_load(LoadTask& task, Reason reason, bool bad_on_medium) {
     for (size_t next = task.tier + 1; next < tiers_.size(); ++next) {
       if ((elsewhere >> tiers_[next].root->index() & 1u) == 0) continue;
       task.tier = next;
+      task.state = LoadTask::State::queued;
+      queued_loads_.emplace(task.deadline_ns, &task);
+      return;
+    }
+    // The copy in a lower root may lack what has not passed through to it; the evicted file may still be
+    // there.
+    if (condemned_in(task.slot) != 0 && !std::exchange(task.evicted_too, true)) {
+      task.tier = 0;
       task.state = LoadTask::State::queued;
       queued_loads_.emplace(task.deadline_ns, &task);
       return;

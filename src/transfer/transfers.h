@@ -100,6 +100,8 @@ class Transfers {
                          const PagedCache& cache, bool hold, std::unique_ptr<PagedCache> own = nullptr);
   bool start_load(LoadTask& task);
   bool open_place(LoadTask& task);
+  /// Bit per root that has condemned the segment.
+  uint32_t condemned_in(uint32_t slot) const;
   void read_mapped(LoadTask& task);
   void copy_mapped(LoadTask& task);
   void read_staged(LoadTask& task);

@@ -85,3 +85,7 @@ tokendepot_plant(exceed_capacity 30 "capacity" store/root_writer.cc
 tokendepot_plant(reuse_a_segment_id 30 "(hang|acknowledged lost)" store/root_writer.cc
   [[return {journal_.writer(), next_sequence_++};]]
   [[return {journal_.writer(), next_sequence_++ % 4};]])
+
+tokendepot_plant(remove_before_the_grace 400 "acknowledged lost" store/condemned_files.cc
+  [[if (!at_once && now - at->second.since_ns < grace_ns_) continue;]]
+  [[]])

@@ -25,6 +25,7 @@ class TiersTest : public ::testing::Test {
     options.slab_bytes = 8 << 20;
     options.poll_ms = 20;
     options.free_space_reserve = 0;
+    options.eviction_grace_ms = 0;
     return options;
   }
   std::unique_ptr<Depot> open(const Options& with) {

@@ -78,7 +78,7 @@ tokendepot_plant(forget_to_seal 30 "(broken|hang)" store/root_writer.cc
       records[count++].type = RecordType::touch;
     }]])
 
-tokendepot_plant(exceed_capacity 30 "capacity" store/root_writer.cc
+tokendepot_plant(exceed_capacity 30 "capacity" store/eviction.cc
   [[const bool capacity_is_short = bytes > root_.capacity() || *used > root_.capacity() - bytes;]]
   [[const bool capacity_is_short = bytes > root_.capacity();]])
 

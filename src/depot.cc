@@ -49,6 +49,7 @@ const char* name(ItemFailure::Reason reason) {
 namespace {
 
 constexpr auto kThreadPatience = std::chrono::seconds(10);
+constexpr uint64_t kNsPerMs = 1'000'000;
 
 class OpenDepot final : public Depot {
  public:
@@ -183,9 +184,22 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::uniq
     if (auto read = tier.replay->first(); !read) return std::unexpected(read.error());
     if (!options.writer || !tier.root->writable()) continue;
     auto writer = RootWriter::open(*tier.root, *tier.replay, *depot->segments_, system_clock(),
-                                   options.free_space_reserve);
+                                   options.free_space_reserve, options.eviction_grace_ms * kNsPerMs);
     if (!writer) return std::unexpected(writer.error());
     tier.writer = std::move(*writer);
+  }
+  const auto writes = [](const Tier& tier) { return tier.writer != nullptr; };
+  const auto first = std::ranges::find_if(depot->tiers_, writes);
+  for (const Tier& tier : depot->tiers_) {
+    if (!tier.root->write_through() || !options.writer) continue;
+    const bool first_of_several = first != depot->tiers_.end() && tier.root == first->root &&
+                                  std::find_if(first + 1, depot->tiers_.end(), writes) != depot->tiers_.end();
+    if (first_of_several) continue;
+    return fail(
+        ErrorKind::invalid_argument,
+        "root \"{}\": write_through=true wants the first root that can be written, and another one that "
+        "can be written after it",
+        tier.root->path());
   }
   if (std::ranges::none_of(depot->tiers_, [](const Tier& tier) { return tier.root->has_gds(); }))
     depot->cufile_.reset();  // nobody wants it: the device has its whole slab again
@@ -535,7 +549,8 @@ DepotStats OpenDepot::stats() const {
       root.evicted_segments = tier.writer->evicted_segments();
       root.written_bytes = tier.writer->written_bytes();
       root.suspended = tier.writer->failing();
-      root.used_bytes += tier.writer->spare_bytes();
+      root.leaving_bytes = tier.writer->leaving_bytes();
+      root.used_bytes += tier.writer->spare_bytes() + root.leaving_bytes;
       if (tier.writer.get() == keeper_->store_target()) {
         root.promoted_extents = promotion_->extents();
         root.promoted_bytes = promotion_->bytes();
@@ -548,7 +563,10 @@ DepotStats OpenDepot::stats() const {
     root.damaged_policies = tier.replay->policies().damaged();
     root.gds_errors = tier.root->gds_errors();
     root.mended_manifests = tier.root->mended_manifests();
-    root.demotion_lag_bytes = keeper_->demotion_lag_bytes(tier.root->index());
+    const Keeper::Lag lag = keeper_->demotion_lag(tier.root->index());
+    root.demotion_lag_bytes = lag.bytes;
+    if (const uint64_t now = system_clock().wall_ns(); lag.since_ns > 0 && lag.since_ns < now)
+      root.demotion_lag_ns = now - lag.since_ns;
     root.demoted_segments = keeper_->demoted(tier.root->index());
     root.journal_lag = tier.replay->lag();
     const Scrubber::Progress scrub = scrubber_->progress(tier.root->index());

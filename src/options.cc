@@ -30,18 +30,21 @@ constexpr size_t kMaxConfigBytes = 1 << 20;
 // Until segments are registered, and where they cannot be, these are what keeps a link busy.
 constexpr uint32_t kCudaDeviceThreads = 8;
 constexpr uint32_t kMostRewritePercent = 10;
+constexpr uint32_t kMostGraceMs = 60'000;
+constexpr uint64_t kLeastSegmentBytes = 1 << 20;
 constexpr uint64_t kMaxSize = std::numeric_limits<int64_t>::max();
 
 constexpr std::string_view kSizeAllowed =
     "a size greater than 0 in bytes or with one of the units KiB MiB GiB TiB (by 1024) or KB MB GB TB (by "
     "1000)";
 
-constexpr std::array<std::string_view, 11> kTopKeys{
+constexpr std::array<std::string_view, 12> kTopKeys{
     "roots",          "device",          "device_slab", "slab",
     "device_threads", "io_depth",        "store_queue", "free_space_reserve",
-    "poll_ms",        "rewrite_percent", "scrub_rate"};
-constexpr std::array<std::string_view, 7> kRootKeys{"path", "capacity",  "segment",    "transport",
-                                                    "io",   "read_only", "require_gds"};
+    "poll_ms",        "rewrite_percent", "scrub_rate",  "eviction_grace_ms"};
+constexpr std::array<std::string_view, 9> kRootKeys{
+    "path",      "capacity",    "segment",       "transport",   "io",
+    "read_only", "require_gds", "write_through", "demotion_lag"};
 
 constexpr std::array<std::pair<std::string_view, TransportChoice>, 5> kTransports{
     {{"auto", TransportChoice::automatic},
@@ -241,7 +244,7 @@ Result<Json> root_object(std::string_view key, const Json& value) {
     if (equals == 0 || equals == std::string_view::npos) {
       return refuse(key, value,
                     "\"/path?key=value&key=value\" with the keys capacity, segment, transport, io, "
-                    "read_only, require_gds");
+                    "read_only, require_gds, write_through, demotion_lag");
     }
     const std::string name(pair.substr(0, equals));
     if (object.contains(name))
@@ -310,7 +313,43 @@ Result<RootOptions> root_of(const std::string& key, const Json& value) {
       return refuse(name, object["require_gds"], "true only together with \"transport\": \"gds\"");
     root.require_gds = *require_gds;
   }
+  if (object.contains("write_through")) {
+    auto write_through = flag_of(key + ".write_through", object["write_through"]);
+    if (!write_through) return std::unexpected(write_through.error());
+    root.write_through = *write_through;
+  }
+  if (object.contains("demotion_lag") && object["demotion_lag"] != "auto") {
+    const std::string name = key + ".demotion_lag";
+    auto lag = size_of(name, object["demotion_lag"]);
+    if (!lag) return std::unexpected(lag.error());
+    // Two segments are never copied yet: the one that is filled, and the one that is ready.
+    const uint64_t least = 3 * std::max<uint64_t>(root.segment_bytes, kLeastSegmentBytes);
+    if (*lag < least || *lag > root.capacity_bytes) {
+      return refuse(
+          name, object["demotion_lag"],
+          fmt::format("\"auto\" or a size from three segments (at least {} bytes) to the capacity ({} "
+                      "bytes)",
+                      least, root.capacity_bytes));
+    }
+    root.demotion_lag_bytes = *lag;
+  }
   return root;
+}
+
+/// What a root says about the next one needs a next one.
+Status check_demotion(const std::vector<RootOptions>& roots, const Json& values) {
+  const auto writable = [](const RootOptions& root) { return !root.read_only; };
+  const auto first = std::ranges::find_if(roots, writable);
+  const bool has_next = first != roots.end() && std::find_if(first + 1, roots.end(), writable) != roots.end();
+  for (size_t i = 0; i < roots.size(); ++i) {
+    const bool may = has_next && &roots[i] == &*first;
+    if (may || (!roots[i].write_through && roots[i].demotion_lag_bytes == 0)) continue;
+    const char* const what = roots[i].write_through ? "write_through" : "demotion_lag";
+    const Json shown_value = values[i].is_object() ? values[i].value(what, Json()) : values[i];
+    return refuse(fmt::format("roots[{}].{}", i, what), shown_value,
+                  "that key only on the first root that is not read_only, with another such root after it");
+  }
+  return {};
 }
 
 Result<std::vector<RootOptions>> roots_of(const Json& value) {
@@ -335,6 +374,7 @@ Result<std::vector<RootOptions>> roots_of(const Json& value) {
     }
     roots.push_back(std::move(*root));
   }
+  if (auto possible = check_demotion(roots, value); !possible) return std::unexpected(possible.error());
   return roots;
 }
 
@@ -431,7 +471,8 @@ Result<Options> parse_options(std::string_view json) {
   for (const Count& count :
        {Count{"device_threads", 64, &options.device_threads}, Count{"io_depth", 128, &options.io_depth},
         Count{"poll_ms", 60'000, &options.poll_ms},
-        Count{"rewrite_percent", kMostRewritePercent, &options.rewrite_percent, 0}}) {
+        Count{"rewrite_percent", kMostRewritePercent, &options.rewrite_percent, 0},
+        Count{"eviction_grace_ms", kMostGraceMs, &options.eviction_grace_ms, 0}}) {
     if (!config.contains(count.key)) continue;
     const auto number = count_of(count.key, config[count.key], count.least, count.most);
     if (!number) return std::unexpected(number.error());
@@ -443,13 +484,16 @@ Result<Options> parse_options(std::string_view json) {
 std::string to_json(const Options& options) {
   Json roots = Json::array();
   for (const RootOptions& root : options.roots) {
-    roots.push_back({{"path", root.path},
-                     {"capacity", root.capacity_bytes},
-                     {"segment", root.segment_bytes == 0 ? Json("auto") : Json(root.segment_bytes)},
-                     {"transport", name_of(root.transport, kTransports)},
-                     {"io", name_of(root.io, kIoChoices)},
-                     {"read_only", root.read_only},
-                     {"require_gds", root.require_gds}});
+    roots.push_back(
+        {{"path", root.path},
+         {"capacity", root.capacity_bytes},
+         {"segment", root.segment_bytes == 0 ? Json("auto") : Json(root.segment_bytes)},
+         {"transport", name_of(root.transport, kTransports)},
+         {"io", name_of(root.io, kIoChoices)},
+         {"read_only", root.read_only},
+         {"require_gds", root.require_gds},
+         {"write_through", root.write_through},
+         {"demotion_lag", root.demotion_lag_bytes == 0 ? Json("auto") : Json(root.demotion_lag_bytes)}});
   }
   const Json config{{"roots", roots},
                     {"device", options.device},
@@ -461,7 +505,9 @@ std::string to_json(const Options& options) {
                     {"free_space_reserve", options.free_space_reserve},
                     {"poll_ms", options.poll_ms},
                     {"rewrite_percent", options.rewrite_percent},
-                    {"scrub_rate", options.scrub_bytes_per_second}};
+                    {"scrub_rate", options.scrub_bytes_per_second},
+
+                    {"eviction_grace_ms", options.eviction_grace_ms}};
   return config.dump(-1, ' ', false, Json::error_handler_t::replace);
 }
 

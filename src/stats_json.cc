@@ -26,7 +26,11 @@ Json json_of(const LatencyCounts& l) {
 }
 
 Json json_of(const DropCounts& d) {
-  return {{"no_root", d.no_root}, {"queue_full", d.queue_full}, {"no_space", d.no_space}, {"late", d.late}};
+  return {{"no_root", d.no_root},
+          {"queue_full", d.queue_full},
+          {"no_space", d.no_space},
+          {"late", d.late},
+          {"next_root", d.next_root}};
 }
 
 Json json_of(const RootTraffic& t) {
@@ -59,10 +63,12 @@ Json json_of(const RootStats& r) {
           {"read_bytes_per_second", r.read_bytes_per_second},
           {"capacity_bytes", r.capacity_bytes},
           {"used_bytes", r.used_bytes},
+          {"leaving_bytes", r.leaving_bytes},
           {"segments", r.segments},
           {"evicted_segments", r.evicted_segments},
           {"demoted_segments", r.demoted_segments},
           {"demotion_lag_bytes", r.demotion_lag_bytes},
+          {"demotion_lag_ns", r.demotion_lag_ns},
           {"promoted_extents", r.promoted_extents},
           {"promoted_bytes", r.promoted_bytes},
           {"rewritten_extents", r.rewritten_extents},

@@ -34,6 +34,12 @@ struct RootOptions {
   IoChoice io = IoChoice::automatic;                       // measured at open
   bool read_only = false;
   bool require_gds = false;  // with a CUDA device: no opening unless cuFile moves the bytes point to point
+  // Of the root that takes stores, and only if a writable one comes after it: a store is acknowledged when
+  // the next root has the extent, too.
+  bool write_through = false;
+  // Of the root that takes stores: no more of them wait here for their copy in the next root. 0 = as many as
+  // fit.
+  uint64_t demotion_lag_bytes = 0;
 };
 
 struct Options {
@@ -53,6 +59,8 @@ struct Options {
   // no lower root holds and that must go; at most 10.
   uint32_t rewrite_percent = 0;
   uint64_t scrub_bytes_per_second = 16ull << 20;  // background re-verification of each root; 0 = none
+  // How long an evicted segment's file stays for who was promised something of it; at most 60,000.
+  uint32_t eviction_grace_ms = 3000;
 };
 
 /// Reads the JSON object that users write, e.g. {"roots":["/dev/shm/depot?capacity=8GiB"],"slab":"256MiB"}.

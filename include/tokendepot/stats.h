@@ -50,8 +50,9 @@ struct LatencyCounts {
 struct DropCounts {
   uint64_t no_root = 0;     // no root is writable
   uint64_t queue_full = 0;  // `store_queue` bytes are waiting or under way
-  uint64_t no_space = 0;    // nothing can be evicted, or staging memory is taken
+  uint64_t no_space = 0;    // no segment can be had now, or staging memory is taken
   uint64_t late = 0;        // did not begin in time, or its blocks were wanted back
+  uint64_t next_root = 0;   // `write_through`: the first root has it, the next one did not take it
 };
 
 /// What went from one root into the cache, or the other way.
@@ -86,12 +87,16 @@ struct RootStats {
   std::string reason;     // why this transport was chosen
   uint64_t read_bytes_per_second = 0;  // measured when the root was opened; 0 = not measured
   uint64_t capacity_bytes = 0;
-  uint64_t used_bytes = 0;  // gauge: segment files on the medium, but for those that others have ready
-  uint64_t segments = 0;    // gauge
+  uint64_t used_bytes = 0;     // gauge: segment files on the medium, but for those that others have ready
+  uint64_t leaving_bytes = 0;  // gauge: of them, evicted ones that stay for `eviction_grace_ms`
+  uint64_t segments = 0;       // gauge
   uint64_t evicted_segments = 0;
   uint64_t demoted_segments = 0;
-  uint64_t demotion_lag_bytes = 0;  // gauge: extents that the next writable root does not have yet
-  uint64_t promoted_extents = 0;    // copied into this root after they were loaded from a lower one
+  // Gauges: extents of this process's segments that the next writable root does not have yet, and how long
+  // the oldest of them has been waiting at most.
+  uint64_t demotion_lag_bytes = 0;
+  uint64_t demotion_lag_ns = 0;
+  uint64_t promoted_extents = 0;  // copied into this root after they were loaded from a lower one
   uint64_t promoted_bytes = 0;
   uint64_t rewritten_extents = 0;  // carried on into this root when their segment was evicted
   uint64_t rewritten_bytes = 0;

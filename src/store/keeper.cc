@@ -23,6 +23,8 @@ constexpr auto kTendInterval = std::chrono::seconds(1);
 constexpr int kPollShare = 20;
 constexpr auto kRarestPoll = milliseconds(800);
 constexpr auto kBlindPoll = milliseconds(1000);
+// Stores that wait ask for space far more often than it is worth listing a directory.
+constexpr auto kSpaceRetry = milliseconds(50);
 constexpr uint32_t kRoundsPerTidying = 10;
 constexpr uint64_t kCopyPiece = 4ull << 20;
 
@@ -39,7 +41,16 @@ Keeper::Keeper(std::vector<Tier> tiers, SegmentTable& segments, Catalog* catalog
       space_ready_(std::move(space_ready)) {
   // Before the first lookup and the first eviction.
   for (const Tier& tier : tiers_) tier.replay->tend(system_clock());
-  make_space_ready();  // before the first store, which would have to wait for it
+  if (RootWriter* const target = store_target(); target != nullptr && target->root().write_through()) {
+    const auto top = static_cast<size_t>(
+        std::ranges::find(tiers_, target, [](const Tier& t) { return t.writer; }) - tiers_.begin());
+    if (const auto below = tier_below(top)) {
+      write_through_ =
+          std::make_unique<WriteThrough>(target->root(), *tiers_[*below].writer, segments_, system_clock(),
+                                         [this, below = *below](uint32_t slot) { save(below, slot); });
+    }
+  }
+  (void)make_space_ready();  // before the first store, which would have to wait for it
   for (const Tier& tier : tiers_) {
     Tail& tail = *tails_.emplace_back(std::make_unique<Tail>(Tail{.keeper = this, .tier = &tier}));
     tail.thread = start_io_thread(
@@ -82,11 +93,16 @@ bool Keeper::stop(std::chrono::nanoseconds patience) {
   wake_tails_.notify_all();
   wake_space_.notify_all();
   wake_slow_.notify_all();
-  return ended_.wait_for(lock, patience, [this] { return at_work_ == 0; });
+  const auto until = steady_clock::now() + patience;
+  lock.unlock();
+  const bool passed = !write_through_ || write_through_->stop(patience);
+  lock.lock();
+  return ended_.wait_until(lock, until, [this] { return at_work_ == 0; }) && passed;
 }
 
 Keeper::~Keeper() {
   (void)stop(std::chrono::nanoseconds(0));
+  write_through_.reset();
   for (const auto& tail : tails_) {
     if (tail->thread.joinable()) tail->thread.join();
   }
@@ -110,7 +126,7 @@ void Keeper::wake() {
 }
 
 bool Keeper::running() const {
-  return slow_.joinable() && space_.joinable() &&
+  return (!write_through_ || write_through_->running()) && slow_.joinable() && space_.joinable() &&
          std::ranges::all_of(tails_, [](const auto& tail) { return tail->thread.joinable(); });
 }
 
@@ -123,12 +139,20 @@ void Keeper::poll_journals() {
   for (const Tier& tier : tiers_) poll_journals(tier);
 }
 
-void Keeper::make_space_ready() {
+bool Keeper::make_space_ready() {
   RootWriter* target = store_target();
-  if (target == nullptr) return;
-  if (!target->wants_spare()) return;
+  if (target == nullptr || !target->wants_spare()) return true;
   const auto tier = static_cast<size_t>(
       std::ranges::find(tiers_, target, [](const Tier& t) { return t.writer; }) - tiers_.begin());
+  if (lags_too_much(target->root())) {
+    target->refuse_more();
+    {
+      std::lock_guard lock(mutex_);
+      lagging_ = true;
+    }
+    wake_slow_.notify_one();
+    return false;
+  }
   const auto ready = target->prepare_spare([this, tier](uint32_t slot) { save(tier, slot); });
   if (ready) {
     last_complaint_.reset();
@@ -137,6 +161,7 @@ void Keeper::make_space_ready() {
     last_complaint_ = ready.error().kind;
     log(LogLevel::warning, "no space for stores: {}", ready.error().message);
   }
+  return ready.has_value();
 }
 
 void Keeper::run_tail(const Tier& tier) {
@@ -178,26 +203,60 @@ void Keeper::run_space() {
     if (stop_) return;
     woken_ = false;
     lock.unlock();
-    make_space_ready();
+    const bool ready = make_space_ready();
     lock.lock();
+    if (!ready) wake_space_.wait_for(lock, kSpaceRetry, [this] { return stop_.load(); });
   }
 }
 
-bool Keeper::is_wanted_below(size_t tier, uint32_t slot, size_t* below) const {
-  for (*below = tier + 1; *below < tiers_.size(); ++*below) {
-    if (tiers_[*below].writer == nullptr) continue;
-    const SegmentTable::PerRoot state = segments_.get(slot).roots[tiers_[*below].root->index()];
-    return !state.present && !state.condemned;
+std::optional<size_t> Keeper::tier_below(size_t tier) const {
+  for (size_t below = tier + 1; below < tiers_.size(); ++below) {
+    if (tiers_[below].writer != nullptr) return below;
   }
-  return false;
+  return std::nullopt;
+}
+
+bool Keeper::is_wanted_below(const SegmentTable::Segment& segment, size_t tier, size_t* below) const {
+  const auto next = tier_below(tier);
+  if (!next) return false;
+  *below = *next;
+  const SegmentTable::PerRoot& above = segment.roots[tiers_[tier].root->index()];
+  const SegmentTable::PerRoot& there = segment.roots[tiers_[*next].root->index()];
+  if (above.copies || there.condemned) return false;
+  return !there.present || !there.sealed || there.extents < above.extents;
+}
+
+bool Keeper::complete_copy(size_t tier, uint32_t slot, size_t below) {
+  // Asked for before an eviction, and once a second.
+  std::lock_guard one_at_a_time(completing_);
+  const SegmentTable::Segment segment = segments_.get(slot);
+  // In use: stores may be passing through to it.
+  if (segment.in_use > 0 || completed_.contains({tiers_[below].root->index(), slot})) return false;
+  const auto source = tiers_[tier].root->files().open(segment.id);
+  if (!source) return false;
+  const SegmentInUse in_use(segments_, slot);
+  if (write_through_) write_through_->release(segment.id);
+  const SegmentTable::PerRoot& state = segment.roots[tiers_[tier].root->index()];
+  const bool whole = segment.roots[tiers_[below].root->index()].extents >= state.extents;
+  RootWriter& target = *tiers_[below].writer;
+  if (auto completed = target.complete_copy(segment.id, whole ? nullptr : &(*source)->file, state.used_bytes);
+      !completed) {
+    if (completed.error().kind != ErrorKind::busy)
+      log(LogLevel::warning, "the copy of segment {} in \"{}\" was not completed: {}",
+          segment_name(segment.id), target.root().path(), completed.error().message);
+    return false;
+  }
+  completed_.insert({tiers_[below].root->index(), slot});
+  ++demoted_[tiers_[tier].root->index()];
+  return true;
 }
 
 bool Keeper::demote(size_t tier, uint32_t slot) {
   size_t below = 0;
   const SegmentTable::Segment segment = segments_.get(slot);
   const SegmentTable::PerRoot& state = segment.roots[tiers_[tier].root->index()];
-  if (!state.sealed || state.copies || state.extents == 0 || !is_wanted_below(tier, slot, &below))
-    return false;
+  if (!state.sealed || state.extents == 0 || !is_wanted_below(segment, tier, &below)) return false;
+  if (segment.roots[tiers_[below].root->index()].present) return complete_copy(tier, slot, below);
   auto source = tiers_[tier].root->files().open(segment.id);
   if (!source) return false;
   const SegmentInUse in_use(segments_, slot);
@@ -233,18 +292,31 @@ void Keeper::save(size_t tier, uint32_t slot) {
   rewriting_.carry_on(tiers_[tier], slot, *store_target(), stop_);
 }
 
-uint64_t Keeper::demotion_lag_bytes(RootIndex root) const {
+Keeper::Lag Keeper::demotion_lag(RootIndex root) const {
   const auto tier = static_cast<size_t>(
       std::ranges::find(tiers_, root, [](const Tier& t) { return t.root->index(); }) - tiers_.begin());
-  if (tiers_[tier].writer == nullptr) return 0;
-  uint64_t lag = 0;
+  Lag lag;
+  if (tiers_[tier].writer == nullptr) return lag;
   size_t below = 0;
   for (const auto& [slot, segment] : segments_.present_segments(root)) {
     const SegmentTable::PerRoot& state = segment.roots[root];
     const bool ours = segment.id.writer == tiers_[tier].writer->writer_id();
-    if (ours && !state.copies && is_wanted_below(tier, slot, &below)) lag += state.used_bytes;
+    if (!ours || !is_wanted_below(segment, tier, &below)) continue;
+    // Of a copy that grows with the stores, what is missing came after its last extent.
+    const SegmentTable::PerRoot& there = segment.roots[tiers_[below].root->index()];
+    if (there.extents >= state.extents || state.used_bytes <= there.used_bytes) continue;
+    lag.bytes += state.used_bytes - there.used_bytes;
+    const uint64_t since = there.extents > 0 ? there.last_put_ns : state.first_put_ns;
+    lag.since_ns = lag.since_ns == 0 ? since : std::min(lag.since_ns, since);
   }
   return lag;
+}
+
+bool Keeper::lags_too_much(const Root& root) const {
+  if (root.demotion_lag_bound() == 0) return false;
+  // What is being filled may become full, and so may what is to be ready.
+  const uint64_t bound = std::max(root.demotion_lag_bound(), 3 * root.segment_bytes());
+  return demotion_lag(root.index()).bytes + 2 * root.segment_bytes() > bound;
 }
 
 void Keeper::demote_all() {
@@ -277,8 +349,9 @@ void Keeper::run_slow() {
   for (const Tier& tier : tiers_) tier.root->map_ahead(segments_, stop_);
   std::unique_lock lock(mutex_);
   for (uint32_t round = 1; !stop_; ++round) {
-    wake_slow_.wait_for(lock, kSlowInterval, [this] { return stop_.load(); });
+    wake_slow_.wait_for(lock, kSlowInterval, [this] { return stop_ || lagging_; });
     if (stop_) return;
+    lagging_ = false;
     lock.unlock();
     for (const Tier& tier : tiers_) tier.root->map_ahead(segments_, stop_);  // others' new ones
     demote_all();

@@ -14,12 +14,14 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <thread>
 #include <vector>
 
 #include "store/promotion.h"
 #include "store/rewriting.h"
 #include "store/root_writer.h"
+#include "store/write_through.h"
 
 namespace tokendepot {
 
@@ -48,8 +50,14 @@ class Keeper {
   bool running() const;
   uint64_t demoted(RootIndex root) const { return demoted_[root]; }
   /// Of the segments that this process fills or filled in this root: what would be lost with it, though the
-  /// next writable root is to have it.
-  uint64_t demotion_lag_bytes(RootIndex root) const;
+  /// next writable root is to have it, and since when the oldest of it has been there at most.
+  struct Lag {
+    uint64_t bytes = 0;
+    uint64_t since_ns = 0;  // wall clock; 0 = there is none
+  };
+  Lag demotion_lag(RootIndex root) const;
+  /// Where stores into the root that takes them pass through to the next one; null where they do not.
+  WriteThrough* write_through() const { return write_through_.get(); }
 
  private:
   struct Tail {
@@ -64,13 +72,18 @@ class Keeper {
   void end_thread();
   /// Copies a sealed segment to the next writable tier below unless it is there. False: could not.
   bool demote(size_t tier, uint32_t slot);
-  bool is_wanted_below(size_t tier, uint32_t slot, size_t* below) const;
+  /// Brings a copy that stores have passed through to, and perhaps not all of them, to its end.
+  bool complete_copy(size_t tier, uint32_t slot, size_t below);
+  bool is_wanted_below(const SegmentTable::Segment& segment, size_t tier, size_t* below) const;
+  std::optional<size_t> tier_below(size_t tier) const;
   /// Before a segment goes: to the root below, or what is hot of it to where stores go.
   void save(size_t tier, uint32_t slot);
   void demote_all();
   void promote();
   void tidy_up();
-  void make_space_ready();
+  /// False: a segment is wanted and there is none.
+  bool make_space_ready();
+  bool lags_too_much(const Root& root) const;
 
   const std::vector<Tier> tiers_;
   SegmentTable& segments_;
@@ -80,16 +93,20 @@ class Keeper {
   const uint32_t poll_ms_;
   const std::function<void()> space_ready_;
   std::atomic<uint64_t> demoted_[kMaxRoots] = {};
+  std::unique_ptr<WriteThrough> write_through_;
 
   std::mutex mutex_;
   std::condition_variable wake_tails_;
   std::condition_variable wake_space_;
   std::condition_variable wake_slow_;
   bool woken_ = false;
+  bool lagging_ = false;  // stores are refused until something was demoted
   std::atomic<bool> stop_ = false;
   size_t at_work_ = 0;  // threads that have not ended
   std::condition_variable ended_;
-  std::optional<ErrorKind> last_complaint_;  // the message may name another file each time
+  std::mutex completing_;                               // the one below
+  std::set<std::pair<RootIndex, uint32_t>> completed_;  // copies brought to their end
+  std::optional<ErrorKind> last_complaint_;             // the message may name another file each time
   std::vector<std::unique_ptr<Tail>> tails_;
   std::thread space_;
   std::thread slow_;

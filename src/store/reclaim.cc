@@ -19,10 +19,15 @@ Result<bool> RootWriter::remove_segment(uint32_t slot, Cause cause) {
   set_cause(record, cause);
   // The record first: a reader that obeys it stops promising what is about to vanish.
   if (auto written = append(record); !written) return std::unexpected(written.error());
+  ++evicted_;
+  if (condemned_files_.grace_ns() > 0) {
+    condemned_files_.add(segment.id, here.file_bytes,
+                         {});  // recycled after its grace, or removed as an orphan
+    return true;
+  }
   auto removed = remove_file(root_.files().path_of(segment.id));
   if (!removed && removed.error().kind != ErrorKind::not_found) return std::unexpected(removed.error());
-  if (removed) ++evicted_;
-  return removed.has_value();
+  return true;
 }
 
 uint64_t RootWriter::condemn_share(uint32_t slot, uint64_t ns_prefix, uint64_t wanted) {

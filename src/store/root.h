@@ -40,6 +40,9 @@ class Root {
   std::string id() const;
   uint64_t capacity() const { return options_.capacity_bytes; }
   bool writable() const { return writable_; }
+  bool write_through() const { return options_.write_through; }
+  /// 0 = no bound but the capacity.
+  uint64_t demotion_lag_bound() const { return options_.demotion_lag_bytes; }
   /// Other hosts may write here: a file that is missing, short or not what its journal says may be so for a
   /// moment only, and a lock may be lost to a broken connection.
   bool network() const { return network_; }

@@ -15,8 +15,13 @@ constexpr uint64_t kCompactBytes = 4ull << 20;
 }  // namespace
 
 RootWriter::RootWriter(Root& root, Replay& replay, SegmentTable& segments, const Clock& clock,
-                       uint64_t reserve)
-    : root_(root), replay_(replay), segments_(segments), clock_(clock), free_space_reserve_(reserve) {}
+                       uint64_t reserve, uint64_t eviction_grace_ns)
+    : root_(root),
+      replay_(replay),
+      segments_(segments),
+      clock_(clock),
+      free_space_reserve_(reserve),
+      condemned_files_(clock, eviction_grace_ns) {}
 
 RootWriter::~RootWriter() = default;
 
@@ -29,8 +34,10 @@ Record RootWriter::seal_of(const Current& segment) const {
 }
 
 Result<std::unique_ptr<RootWriter>> RootWriter::open(Root& root, Replay& replay, SegmentTable& segments,
-                                                     const Clock& clock, uint64_t free_space_reserve) {
-  std::unique_ptr<RootWriter> writer(new RootWriter(root, replay, segments, clock, free_space_reserve));
+                                                     const Clock& clock, uint64_t free_space_reserve,
+                                                     uint64_t eviction_grace_ns) {
+  std::unique_ptr<RootWriter> writer(
+      new RootWriter(root, replay, segments, clock, free_space_reserve, eviction_grace_ns));
   if (auto ready = writer->adopt_or_create(); !ready) return std::unexpected(ready.error());
   writer->confirmed_ns_ = clock.steady_ns();
   return writer;
@@ -83,8 +90,9 @@ Status RootWriter::adopt_or_create() {
     next_sequence_ = std::max(next_sequence_, id->sequence + 1);
     const uint32_t slot = segments_.slot_of(*id);
     const SegmentTable::PerRoot state = segments_.get(slot).roots[root_.index()];
-    if (state.sealed && !state.condemned) continue;
-    const bool journaled = state.present && !state.condemned;
+    // Condemned ones have their grace, whoever condemned them.
+    if (state.sealed || state.condemned) continue;
+    const bool journaled = state.present;
     uint64_t used = state.used_bytes;
     if (journaled) {
       const auto end = recover_tail(journal_, *id, used);
@@ -97,8 +105,10 @@ Status RootWriter::adopt_or_create() {
     }
     // Over a network "dead" may mean cut off: a segment into which its owner may still write is not filled
     // up.
-    const bool fill = !root_.network() && !state.copies && !current_ && used < entry.bytes;
-    const bool keep = state.condemned ? false : (journaled ? fill : !spare_);
+    // Nor one whose copy in the next root may be sealed already.
+    const bool fill =
+        !root_.network() && !root_.write_through() && !state.copies && !current_ && used < entry.bytes;
+    const bool keep = journaled ? fill : !spare_;
     if (!keep) {
       if (journaled) {
         Record seal;
@@ -278,57 +288,6 @@ bool RootWriter::wants_spare() const {
   return !spare_ || spare_->bytes < root_.largest_extent_bytes() || cramped_;
 }
 
-Result<uint64_t> RootWriter::bytes_on_medium() const {
-  const auto entries = list_directory(root_.segments_dir());
-  if (!entries) return std::unexpected(entries.error());
-  uint64_t total = 0;
-  for (const DirectoryEntry& entry : *entries) total += entry.bytes;
-  return total;
-}
-
-Status RootWriter::evict_coldest(KeeperLock& keeper, const std::function<void(uint32_t)>& before_eviction,
-                                 const std::string& recycle_as, uint64_t wanted_bytes, bool* recycled,
-                                 SegmentMapping* kept) {
-  *recycled = false;
-  RootPolicies& policies = replay_.policies();
-  bool pinned = false;
-  const auto candidates =
-      policies.victims(segments_.present_segments(root_.index()), clock_.wall_ns(), &pinned);
-  pinned_ = pinned;
-  for (const auto& [slot, segment] : candidates) {
-    if (!segment.roots[root_.index()].sealed || segment.in_use > 0) continue;
-    keeper.renew();
-    if (before_eviction) before_eviction(slot);
-    if (auto still = still_keeper(keeper); !still) return still;
-    const SegmentTable::Segment now = segments_.get(slot);
-    if (now.in_use > 0 || now.roots[root_.index()].condemned) continue;
-    const std::string path = root_.files().path_of(segment.id);
-    if (kept != nullptr && now.roots[root_.index()].file_bytes == wanted_bytes)
-      *kept = root_.files().take_mapping(segment.id);
-    Record record;
-    record.type = RecordType::condemn_segment;
-    record.where.segment = segment.id;
-    set_cause(record, policies.is_over_quota(slot) ? Cause::quota : Cause::capacity);
-    auto written = append(record);
-    // The file system is so full that not even the record fits: then the file goes first.
-    const bool full = !written && written.error().kind == ErrorKind::no_space;
-    if (!written && !full) return written;
-    const bool fits = !full && segment.roots[root_.index()].file_bytes == wanted_bytes;
-    auto gone = fits ? rename_file(path, recycle_as) : remove_file(path);
-    if (!gone && gone.error().kind != ErrorKind::not_found) return gone;
-    if (full) written = append(record);
-    if (!written) return written;
-    if (!gone) {  // another process was faster
-      if (kept != nullptr) *kept = {};
-      continue;
-    }
-    ++evicted_;
-    *recycled = fits;
-    return {};
-  }
-  return fail(ErrorKind::no_space, "root \"{}\": nothing can be evicted", root_.path());
-}
-
 Result<KeeperLock> RootWriter::lock_keeper() {
   auto keeper = root_.keeper_election().acquire(kKeeperPatienceMs);
   if (!keeper) return std::unexpected(keeper.error());
@@ -340,58 +299,6 @@ Result<KeeperLock> RootWriter::lock_keeper() {
 Status RootWriter::still_keeper(const KeeperLock& keeper) const {
   if (keeper.held()) return {};
   return fail(ErrorKind::busy, "root \"{}\": another process has taken over as keeper", root_.path());
-}
-
-Result<File> RootWriter::make_file(KeeperLock& keeper, const std::string& path, uint64_t bytes,
-                                   const std::function<void(uint32_t)>& before_eviction,
-                                   SegmentMapping* kept) {
-  // Each round evicts one segment, so the number of segments bounds the rounds.
-  while (true) {
-    keeper.renew();
-    const auto used = bytes_on_medium();
-    if (!used) return std::unexpected(used.error());
-    const auto system = file_system_of(root_.path());
-    if (!system) return std::unexpected(system.error());
-    const bool capacity_is_short = bytes > root_.capacity() || *used > root_.capacity() - bytes;
-    const bool medium_is_short =
-        bytes > system->available_bytes || free_space_reserve_ > system->available_bytes - bytes;
-    if (!capacity_is_short && !medium_is_short) {
-      auto file =
-          File::open(path, {.write = true, .create = true, .exclusive = true, .direct = root_.direct()});
-      if (!file) return file;
-      const auto allocated = file->preallocate(bytes);
-      if (allocated) return file;
-      if (auto removed = remove_file(path); !removed) return std::unexpected(removed.error());
-      if (allocated.error().kind != ErrorKind::no_space) return std::unexpected(allocated.error());
-    }
-    bool recycled = false;
-    if (auto evicted = evict_coldest(keeper, before_eviction, path, bytes, &recycled, kept); !evicted) {
-      if (evicted.error().kind != ErrorKind::no_space) return std::unexpected(evicted.error());
-      return fail(
-          ErrorKind::no_space,
-          "root \"{}\": nothing can be evicted and a new segment of {} bytes would exceed capacity={} or "
-          "leave less than free_space_reserve={} on its file system",
-          root_.path(), bytes, root_.capacity(), free_space_reserve_);
-    }
-    if (!recycled) {
-      if (kept != nullptr) *kept = {};  // of a file that is gone
-      if (capacity_is_short) continue;
-      // Whoever has the file open or mapped keeps its space for a while; to go on would evict the whole root.
-      const auto now = file_system_of(root_.path());
-      if (now && now->available_bytes <= system->available_bytes) {
-        return fail(ErrorKind::busy, "root \"{}\": the space of an evicted segment is not free yet",
-                    root_.path());
-      }
-      continue;
-    }
-    auto file = File::open(path, {.write = true, .direct = root_.direct()});
-    if (!file) return file;
-    const auto size = file->size();
-    if (size && *size == bytes) return file;
-    if (kept != nullptr) *kept = {};
-    if (auto removed = remove_file(path); !removed)
-      return std::unexpected(removed.error());  // truncated by somebody
-  }
 }
 
 Result<SegmentLease> RootWriter::make_segment(const SegmentId& id, uint64_t bytes,
@@ -428,10 +335,19 @@ Status RootWriter::prepare_spare(const std::function<void(uint32_t)>& before_evi
     // it.
     auto keeper = lock_keeper();
     if (!keeper) return std::unexpected(keeper.error());
-    bool recycled = false;
-    auto evicted = evict_coldest(*keeper, before_eviction, {}, 0, &recycled);
-    failing_ = no_space_ = !evicted;
-    if (!evicted) return evicted;
+    auto leaving = take_condemned(0, true);
+    if (!leaving) {
+      auto evicted = evict_coldest(*keeper, before_eviction);
+      failing_ = no_space_ = !evicted;
+      if (!evicted) return evicted;
+      leaving = take_condemned(0, true);
+    }
+    if (leaving) {
+      if (auto gone = remove_file(root_.files().path_of(leaving->id));
+          !gone && gone.error().kind != ErrorKind::not_found)
+        return gone;
+    }
+    failing_ = no_space_ = false;
     cramped_ = false;
   }
   SegmentId id;
@@ -452,8 +368,10 @@ Status RootWriter::prepare_spare(const std::function<void(uint32_t)>& before_evi
   }
   const uint64_t bytes = root_.segment_bytes();
   auto segment = make_segment(id, bytes, before_eviction);
-  // A lock held by another process passes; everything else means that stores cannot wait for space.
-  failing_ = no_space_ = !segment && segment.error().kind != ErrorKind::busy;
+  // A lock held by another process passes soon; for everything else stores cannot wait: neither for space
+  // that does not come nor for the end of a grace.
+  failing_ = !segment && segment.error().kind != ErrorKind::busy;
+  no_space_ = failing_ || (!segment && condemned_files_.bytes() > 0);
   if (!segment) return std::unexpected(segment.error());
   std::lock_guard lock(mutex_);
   if (auto ours = still_ours_locked(id); !ours) return ours;
@@ -519,6 +437,10 @@ uint32_t RootWriter::tend_dead_writers() {
   for (const auto& [writer, slots] : unsealed) {
     for (const uint32_t slot : slots) {
       const SegmentTable::Segment segment = segments_.get(slot);
+      // Or one that stores of a living process pass through to.
+      const auto copy = File::open(root_.files().path_of(segment.id), {});
+      const auto locked = copy ? copy->is_locked_by_another() : Result<bool>(false);
+      if (!locked || *locked) continue;
       Record seal;
       seal.type = RecordType::seal;
       seal.where = {segment.id, segment.roots[root_.index()].used_bytes, 0};
@@ -536,6 +458,7 @@ void RootWriter::remove_orphans() {
   const uint64_t own = writer_id();
   const auto entries = list_directory(root_.segments_dir());
   if (!entries) return;
+  condemned_files_.see(*entries, segments_, root_.index());
   for (const DirectoryEntry& entry : *entries) {
     if (!entry.regular) continue;
     const std::string path = root_.segments_dir() + "/" + entry.name;
@@ -545,8 +468,8 @@ void RootWriter::remove_orphans() {
       if (slot && (segments_.present_in(*slot) >> root_.index() & 1u) != 0) continue;
       const bool condemned = slot && segments_.condemned(*slot, root_.index());
       if (condemned) {
-        // Whoever condemned it died before it was recycled.
-        if (remove_file(path))
+        // Whoever condemned it died before it was recycled, or nobody has wanted its space.
+        if (condemned_files_.may_go(*id) && remove_file(path))
           log(LogLevel::info, "root \"{}\": removed the condemned {}", root_.path(), entry.name);
         continue;
       }
@@ -566,62 +489,6 @@ void RootWriter::remove_orphans() {
   }
 }
 
-Result<File> RootWriter::open_copy(const SegmentId& id, uint64_t bytes,
-                                   const std::function<void(uint32_t)>& before_eviction) {
-  const std::string path = root_.segments_dir() + "/.tmp-" + segment_name(id);
-  auto keeper = lock_keeper();
-  if (!keeper) return std::unexpected(keeper.error());
-  if (const auto other = File::open(path, {.write = true})) {
-    const auto idle = other->try_lock_exclusive();
-    if (!idle) return std::unexpected(idle.error());
-    if (!*idle) return fail(ErrorKind::busy, "{}: being copied by another process", path);
-    if (auto removed = remove_file(path); !removed) return std::unexpected(removed.error());
-  }
-  auto file = make_file(*keeper, path, bytes, before_eviction);
-  if (!file) return file;
-  // While the keeper's lock is held: nobody may take an unlocked copy for a leftover.
-  const auto locked = file->try_lock_exclusive();
-  if (!locked) return std::unexpected(locked.error());
-  if (!*locked) return fail(ErrorKind::busy, "{}: in use by another process", path);
-  return file;
-}
-
-Status RootWriter::publish_copy(const SegmentId& id, const File& copy, uint64_t used_bytes) {
-  const auto size = copy.size();
-  if (!size) return std::unexpected(size.error());
-  std::vector<Record> records(1);
-  records[0].type = RecordType::adopt_segment;
-  records[0].where = {id, 0, *size};
-  const auto end = scan_extents(copy, id, 0, false, [&](const ExtentHeader& header, uint64_t bytes) {
-    records.push_back(put_of(header, bytes));
-  });
-  if (!end) return std::unexpected(end.error());
-  Record& seal = records.emplace_back();
-  seal.type = RecordType::seal;
-  seal.where = {id, used_bytes, 0};
-  for (Record& record : records) {
-    if (record.time_ns == 0) record.time_ns = clock_.wall_ns();
-  }
-  // Between the name and the record the file looks like an orphan.
-  const auto keeper = lock_keeper();
-  if (!keeper) return std::unexpected(keeper.error());
-  const std::string path = root_.files().path_of(id);
-  // Whoever was passed over as keeper may find that its copy was taken for a leftover and begun anew.
-  if (!copy.is_at_its_path())
-    return fail(ErrorKind::busy, "{}: another process copies this segment now", copy.path());
-  if (auto renamed = rename_file(copy.path(), path); !renamed) return renamed;
-  {
-    std::lock_guard lock(mutex_);
-    if (auto written = append_locked(records); !written) {
-      (void)remove_file(path);
-      return written;
-    }
-  }
-  written_bytes_ += used_bytes;
-  for (const Record& record : records) replay_.apply(record);
-  return {};
-}
-
 void RootWriter::compact_journal() {
   // Half of the records must be stale for the rewrite to pay; counted in segments, which is what makes
   // records stale.
@@ -633,6 +500,10 @@ void RootWriter::compact_journal() {
   const auto total = reader->read_new([&](const Record& record) {
     const auto slot = segments_.find(record.where.segment);
     const bool here = slot && (segments_.present_in(*slot) >> root_.index() & 1u) != 0;
+    // Whose file is still there must not look like one that no journal speaks of.
+    const bool going =
+        record.type == RecordType::condemn_segment && condemned_files_.contains(record.where.segment);
+    if (going) kept.push_back(record);
     if (!here || record.type == RecordType::touch) return;
     kept.push_back(record);
   });

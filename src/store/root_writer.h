@@ -1,9 +1,9 @@
 // The writing half of a root: this process's journal, the segment it fills, and the space for the next ones.
 //
 // Order that everything rests on: bytes first, then the journal record. Failure of either is a store that did
-// not happen. Capacity: the segment files of a root, spares included, never exceed its capacity, and the file
-// system's free space never falls under the reserve by the depot's doing; when no space can be had, stores
-// are dropped.
+// not happen. Capacity: the segment files of a root, spares and condemned ones included, never exceed its
+// capacity, and the file system's free space never falls under the reserve by the depot's doing; when no
+// space can be had, stores are dropped.
 #pragma once
 
 #include <atomic>
@@ -14,6 +14,7 @@
 #include <optional>
 
 #include "base/clock.h"
+#include "store/condemned_files.h"
 #include "store/journal_file.h"
 #include "store/replay.h"
 #include "store/root.h"
@@ -27,9 +28,10 @@ class RootWriter {
   static constexpr uint64_t kHoldNs = 4ull * 1000 * 1000 * 1000;
 
   /// Takes over the journal (and half-filled segment) of a dead writer, or starts a new one. `replay.first()`
-  /// has been called.
+  /// has been called. `eviction_grace_ns`: how long a condemned segment's file stays, see CondemnedFiles.
   static Result<std::unique_ptr<RootWriter>> open(Root& root, Replay& replay, SegmentTable& segments,
-                                                  const Clock& clock, uint64_t free_space_reserve);
+                                                  const Clock& clock, uint64_t free_space_reserve,
+                                                  uint64_t eviction_grace_ns = 0);
   ~RootWriter();
 
   struct Place {
@@ -61,6 +63,8 @@ class RootWriter {
   /// when given, is asked to save a segment before it goes (demotion).
   Status prepare_spare(const std::function<void(uint32_t slot)>& before_eviction);
   bool wants_spare() const;
+  /// No next segment for now: stores that want one are to be dropped, not to wait.
+  void refuse_more() { no_space_ = true; }
   /// Leaves the segments that are to be filled when somebody took their files away: what went there would be
   /// lost with them.
   void leave_removed_segments();
@@ -83,6 +87,13 @@ class RootWriter {
                          const std::function<void(uint32_t)>& before_eviction);
   /// Publishes the finished copy under its name and journals its content.
   Status publish_copy(const SegmentId& id, const File& copy, uint64_t used_bytes);
+  /// Publishes a copy that is still empty under its name. Who holds its lock may extend it.
+  Status begin_copy(const SegmentId& id, const File& copy);
+  /// One extent was written into a copy: journals it.
+  Status extend_copy(Record put);
+  /// Seals a copy of a segment of `used_bytes`, and before that adds to it what `source`, the segment, holds
+  /// beyond it; null = nothing. `busy`: somebody else extends it, or the keeper's lock is another process's.
+  Status complete_copy(const SegmentId& id, const File* source, uint64_t used_bytes);
 
   /// Given out by reserve() since it was opened.
   uint64_t stored_bytes() const { return stored_bytes_; }
@@ -97,6 +108,8 @@ class RootWriter {
   /// Of the segment that is ready and not begun: no journal speaks of it. Like all of these it never waits
   /// for a journal to be written: it may be a moment old.
   uint64_t spare_bytes() const;
+  /// Of condemned segments whose files are still there.
+  uint64_t leaving_bytes() const { return condemned_files_.bytes(); }
   Root& root() { return root_; }
   const std::string& root_path() const { return root_.path(); }
 
@@ -108,7 +121,8 @@ class RootWriter {
     uint64_t used = 0;
     uint64_t bytes = 0;
   };
-  RootWriter(Root& root, Replay& replay, SegmentTable& segments, const Clock& clock, uint64_t reserve);
+  RootWriter(Root& root, Replay& replay, SegmentTable& segments, const Clock& clock, uint64_t reserve,
+             uint64_t eviction_grace_ns);
   Status adopt_or_create();
   void use_journal(JournalWriter journal);
   /// Scans what lies behind the last journaled extent of a segment and journals it. Returns the end.
@@ -128,33 +142,45 @@ class RootWriter {
   bool holds_journal_locked() const;
   /// Whether nobody has held a writer's journal for so long that it counts as dead.
   bool is_abandoned(uint64_t writer);
+  /// Gives a copy its name, and journals what is known of it.
+  Status name_copy(const SegmentId& id, const File& copy, std::span<Record> records);
+  /// Writes those extents of `source` into `copy` that it lacks. `puts` receives the records of all.
+  Status add_missing(const File& copy, const File& source, const SegmentId& id, std::vector<Record>& puts);
   Status append(Record record);
   Status append_locked(std::span<Record> records);
   /// The keeper's lock, or `busy`.
   Result<KeeperLock> lock_keeper();
-  /// A file of `bytes` under `path`: new within the capacity, else the coldest segment's. The caller holds
-  /// the keeper's lock.
+  /// A file of `bytes` under `path`: new within the capacity, else that of a condemned segment whose grace is
+  /// over. `busy` until there is one. The caller holds the keeper's lock.
   /// `kept`, when given, receives this process's mapping of a recycled file: its pages need no faults again.
   Result<File> make_file(KeeperLock& keeper, const std::string& path, uint64_t bytes,
                          const std::function<void(uint32_t)>& before_eviction,
                          SegmentMapping* kept = nullptr);
-  Result<uint64_t> bytes_on_medium() const;
-  /// Condemns a segment and removes its file. The caller holds the keeper's lock. False: it was gone.
+  Result<uint64_t> bytes_on_medium();
+  /// Condemns a segment, whose file goes after the grace. The caller holds the keeper's lock. False: it
+  /// stays.
   Result<bool> remove_segment(uint32_t slot, Cause cause);
   /// Condemns the namespace's extents in a segment that others share, up to `wanted` bytes. Returns how many
   /// bytes.
   uint64_t condemn_share(uint32_t slot, uint64_t ns_prefix, uint64_t wanted);
   /// `busy` when another process has taken over as keeper: whoever was stopped for long goes no further.
   Status still_keeper(const KeeperLock& keeper) const;
-  Status evict_coldest(KeeperLock& keeper, const std::function<void(uint32_t)>& before_eviction,
-                       const std::string& recycle_as, uint64_t wanted_bytes, bool* recycled,
-                       SegmentMapping* kept = nullptr);
+  /// Condemns the coldest segment. Its file stays for the grace.
+  Status evict_coldest(KeeperLock& keeper, const std::function<void(uint32_t)>& before_eviction);
+  /// As much as is to be condemned at a time, so that a file is past its grace when the next segment is
+  /// wanted.
+  uint64_t bytes_to_condemn(uint64_t wanted) const;
+  /// Condemns what the next segments will need. `used`: bytes of all files, the newest included.
+  void condemn_ahead(KeeperLock& keeper, uint64_t used, uint64_t bytes,
+                     const std::function<void(uint32_t)>& before_eviction);
+  std::optional<CondemnedFiles::Leaving> take_condemned(uint64_t wanted_bytes, bool at_once);
 
   Root& root_;
   Replay& replay_;
   SegmentTable& segments_;
   const Clock& clock_;
   const uint64_t free_space_reserve_;
+  CondemnedFiles condemned_files_;
 
   mutable std::mutex mutex_;  // everything below
   JournalWriter journal_;

@@ -98,7 +98,8 @@ bool SegmentTable::add_extent(uint32_t slot, RootIndex root, uint64_t end, uint6
   PerRoot& at = segment.roots[root];
   if (at.condemned) return false;
   at.used_bytes = std::max(at.used_bytes, end);
-  ++at.extents;
+  if (++at.extents == 1) at.first_put_ns = time_ns;
+  at.last_put_ns = std::max(at.last_put_ns, time_ns);
   segment.last_used_ns = std::max(segment.last_used_ns, time_ns);
   if (!std::exchange(at.present, true)) publish_mask(slot);
   return true;

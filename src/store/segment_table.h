@@ -32,6 +32,9 @@ class SegmentTable {
     uint64_t used_bytes = 0;   // end of the last extent known
     uint64_t extents = 0;      // puts seen
     uint64_t expired_end = 0;  // what lies before this offset has outlived its time here
+    // Wall clock of the writer.
+    uint64_t first_put_ns = 0;
+    uint64_t last_put_ns = 0;
   };
   struct Segment {
     SegmentId id;

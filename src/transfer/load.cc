@@ -140,7 +140,8 @@ void Transfers::leave_motion_locked(const LoadTask& task) {
 size_t Transfers::find_tier(const LoadTask& task, size_t tier) const {
   const auto known = segments_.find(task.item.where.segment);
   // A segment that this process has not heard of yet may be anywhere: the plan's maker has seen it.
-  const uint32_t mask = known ? segments_.present_in(*known) : 0;
+  uint32_t mask = known ? segments_.present_in(*known) : 0;
+  if (known && task.evicted_too) mask = condemned_in(*known);
   while (mask != 0 && tier < tiers_.size() && (mask >> tiers_[tier].root->index() & 1u) == 0) ++tier;
   return tier;
 }
@@ -189,6 +190,13 @@ bool Transfers::start_load(LoadTask& task) {
     read_staged(task);
   }
   return true;
+}
+
+uint32_t Transfers::condemned_in(uint32_t slot) const {
+  uint32_t mask = 0;
+  for (const Tier& tier : tiers_)
+    mask |= uint32_t{segments_.condemned(slot, tier.root->index())} << tier.root->index();
+  return mask;
 }
 
 bool Transfers::open_place(LoadTask& task) {
@@ -436,6 +444,11 @@ void Transfers::fail_load(LoadTask& task, Reason reason, bool bad_on_medium) {
     for (size_t next = task.tier + 1; next < tiers_.size(); ++next) {
       if ((elsewhere >> tiers_[next].root->index() & 1u) != 0) return move_on_locked(task, next);
     }
+    // The copy in a lower root may lack what has not passed through to it; the evicted file may still be
+    // there.
+    const uint32_t untried = condemned_in(task.slot) & ~(1u << tiers_[task.tier].root->index());
+    if (untried != 0 && !std::exchange(task.evicted_too, true))
+      return move_on_locked(task, find_tier(task, 0));
   }
   leave_motion_locked(task);
   resolve_load_locked(task, reason);

@@ -211,7 +211,20 @@ void Transfers::pieces_written(StoreTask& task) {
                                        known.error().message));
     return finish_store(task, false, Reason::io_error);
   }
-  finish_store(task, true, Reason::dropped);
+  WriteThrough* const next = task.keeper->write_through();
+  if (next == nullptr) return finish_store(task, true, Reason::dropped);
+  // It is served from now on, but may be lost with this root: the store is not done yet. Loads shall not wait
+  // for its staging meanwhile.
+  task.written_by = task.lane;
+  give_store_memory(task);
+  put.where = task.place.where;
+  put.time_ns = task.header.stored_at_ns;
+  task.passage = {task.place.slot, put, &task, [](WriteThrough::Passage* self, bool stored) {
+                    auto* store = static_cast<StoreTask*>(self->owner);
+                    if (stored) return store->transfers->finish_store(*store, true, Reason::dropped);
+                    store->transfers->drop_store(*store, &DropCounts::next_root);
+                  }};
+  next->submit(&task.passage);
 }
 
 void Transfers::drop_store(StoreTask& task, uint64_t DropCounts::* why) {
@@ -223,7 +236,7 @@ void Transfers::drop_store(StoreTask& task, uint64_t DropCounts::* why) {
 }
 
 void Transfers::finish_store(StoreTask& task, bool stored, Reason reason) {
-  const GdsLane* const lane = task.lane;
+  const GdsLane* const lane = task.lane != nullptr ? task.lane : task.written_by;
   const bool begun = static_cast<bool>(task.place.segment);
   give_store_memory(task);
   if (begun) {

@@ -43,6 +43,7 @@ struct LoadTask {
   uint64_t waited_ns = 0;       // in the queue; 0 = not begun
   bool hold = false;            // verify into staging and keep it there
   size_t tier = 0;              // root in use; on failure the next one that holds the segment
+  bool evicted_too = false;     // in the end those that have evicted it
   uint32_t missing_in = 0;      // bit per root that should hold the extent and does not
   bool open_failed = false;     // some root's file may be there, but the kernel did not open it
   uint32_t slot = 0;
@@ -98,6 +99,8 @@ struct StoreTask {
   std::atomic<uint32_t> pieces_left = 0;
   std::atomic<int> io_error = 0;
   std::atomic<int> gds_error = 0;
+  const GdsLane* written_by = nullptr;  // the lane, when it is given back before the end
+  WriteThrough::Passage passage;
 };
 
 /// Cuts [offset, offset + bytes) of a file into operations of about `piece_bytes` between it and `memory`.

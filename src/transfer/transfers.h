@@ -127,6 +127,8 @@ class Transfers {
   void move_on_locked(LoadTask& task, size_t tier);
   /// Its time in motion at its root is over.
   void leave_motion_locked(const LoadTask& task);
+  /// Bit per root that has condemned the segment.
+  uint32_t condemned_in(uint32_t slot) const;
   void read_mapped(LoadTask& task);
   void copy_mapped(LoadTask& task);
   void read_staged(LoadTask& task);

@@ -274,7 +274,7 @@ def metrics() -> set[str]:
 
 def other_metrics() -> set[str]:
     """Histograms and gauges, whose names get nothing appended."""
-    kinds = (literal(VLLM / "stats.py", kind).values() for kind in ("HISTOGRAMS", "GAUGES"))
+    kinds = (literal(VLLM / "stats.py", kind).values() for kind in ("HISTOGRAMS", "GAUGES", "ROOT_GAUGES"))
     return {name for kind in kinds for name, _ in kind}
 
 

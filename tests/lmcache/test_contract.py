@@ -105,7 +105,7 @@ def test_what_lmcache_deletes_is_gone_for_good(root: Path) -> None:
 
 
 def test_a_full_root_evicts_and_stays_within_its_capacity(root: Path) -> None:
-    with Storage(spec([f"{root}?capacity=64MiB&segment=8MiB"])) as storage:
+    with Storage(spec([f"{root}?capacity=64MiB&segment=8MiB"], eviction_grace_ms=0)) as storage:
         for number in range(60):
             assert storage.store([key(number * 2), key(number * 2 + 1)], [memory(MIB, number)] * 2)
             held = sum(os.stat(path).st_size for path in (root / "segments").iterdir())

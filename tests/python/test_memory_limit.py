@@ -22,7 +22,8 @@ from paged import MANIFEST, WANT, Cache, config, keys_of, load, store
 from tokendepot import Depot
 
 root = sys.argv[2]
-depot = Depot.open(config(root, roots=[{"path": root, "capacity": "32MiB", "segment": "1MiB"}]))
+one = [{"path": root, "capacity": "32MiB", "segment": "1MiB"}]
+depot = Depot.open(config(root, roots=one, eviction_grace_ms=0))
 namespace = depot.register_namespace(MANIFEST)
 cache = Cache(256, 3)
 cache.lend_to(depot)

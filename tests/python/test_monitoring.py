@@ -76,7 +76,10 @@ def connector_histograms():
 
 
 def connector_gauges():
-    return [name for name, _ in connector_constants()["GAUGES"].values()]
+    """Name -> series, as (root,) or ()."""
+    known = connector_constants()
+    plain = {name: ([], [()]) for name, _ in known["GAUGES"].values()}
+    return plain | {name: (["root"], [("00000001",)]) for name, _ in known["ROOT_GAUGES"].values()}
 
 
 def program(name):
@@ -111,9 +114,10 @@ class BusyEngine:
             family = CounterMetricFamily(name, name, labels=["model_name", "engine"])
             family.add_metric([self.model, "0"], n)
             yield family
-        for name in connector_gauges():
-            family = GaugeMetricFamily(name, name, labels=["model_name", "engine"])
-            family.add_metric([self.model, "0"], n)
+        for name, (labels, series) in connector_gauges().items():
+            family = GaugeMetricFamily(name, name, labels=["model_name", "engine", *labels])
+            for values in series:
+                family.add_metric([self.model, "0", *values], n)
             yield family
         for name in (*VLLM_HISTOGRAMS, *connector_histograms()):
             family = HistogramMetricFamily(name, name, labels=["model_name", "engine"])

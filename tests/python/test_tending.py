@@ -63,7 +63,7 @@ def test_a_pinned_prompt_outlives_stores_that_fill_the_root_many_times(memory_ro
     run_json(*pin)
     assert [r["bytes"] for r in rules(memory_root, "pin")] == [sum(e["bytes"] for e in tokendepot.list_extents(str(memory_root)))]
 
-    depot = Depot.open(config(memory_root))
+    depot = Depot.open(config(memory_root, eviction_grace_ms=0))
     cache = Cache(32 * BLOCKS_PER_CHUNK, seed=3)
     cache.lend_to(depot)
     for number in range(1, 30):

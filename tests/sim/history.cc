@@ -8,6 +8,7 @@
 #include <memory>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/bytes.h"
@@ -16,6 +17,7 @@
 #include "format/extent.h"
 #include "report.h"
 #include "scheduler.h"
+#include "store/journal_file.h"
 #include "tokendepot/depot.h"
 
 namespace tokendepot::sim {
@@ -32,6 +34,7 @@ constexpr uint32_t kChunksPerPrompt = 4;
 constexpr uint32_t kSlots = 16;  // chunks that a process's cache has blocks for
 constexpr uint64_t kPlaneBytes = uint64_t{kBlockTokens} * kHeads * kRowBytes;
 constexpr uint64_t kSegmentBytes = 64 << 10;
+constexpr uint64_t kHeardWithin = 1100 * kMs;  // of a condemn record, by every process
 constexpr uint64_t kPatience = 600 * kSecond;  // of a job or of an open, in virtual time
 constexpr char kDiskRoot[] = "/simulated/disk";
 constexpr char kMemoryRoot[] = "/simulated/memory";
@@ -105,6 +108,9 @@ class Process {
   void store(size_t prompt, size_t first, size_t last);
   /// The stored prefix of a prompt. `all`: every acknowledged chunk must be in it and load.
   void load(size_t prompt, bool hold);
+  /// Promises whatever is stored, and loads it when almost the whole grace of what was evicted meanwhile has
+  /// passed.
+  void load_late();
   std::vector<uint8_t> stored(size_t prompt);
   /// Loads every chunk that is there, each for itself.
   void load_all(std::set<Key>& loaded);
@@ -113,7 +119,8 @@ class Process {
 
  private:
   Completion wait_for(uint64_t job);
-  void check(const LoadPlan& plan, const Completion& ended, size_t first_chunk, const std::vector<Key>& keys);
+  void check(const LoadPlan& plan, const Completion& ended, size_t first_chunk, const std::vector<Key>& keys,
+             uint64_t promised_ns);
 
   World& world_;
   const ProcessId id_;
@@ -129,6 +136,9 @@ struct World {
   Scenario scenario;
   bool faults_on = false;
   bool flawless = true;  // nothing has happened that could excuse a bad extent
+  // Others have filled the disk, now or earlier: files went without a grace, perhaps without a record, for
+  // which there was no room.
+  bool crowded = false;
   uint64_t disk_capacity = 0;
   uint64_t memory_capacity = 0;
   NamespaceDigest ns;
@@ -146,6 +156,8 @@ struct World {
   }
   ProcessId start(uint32_t rounds);
   Faults faults() const;
+  /// Whether what was looked up then must still load, though another process may have evicted it.
+  bool promise_holds(uint64_t promised_ns) const;
   void check_end();
   void check_owed(const std::set<Key>& loaded) const;
 };
@@ -164,8 +176,10 @@ World::World(uint64_t seed, const Scenario& what)
 Options World::options(ProcessId /*process*/) const {
   Options options;
   if (scenario.memory) {
-    options.roots.push_back(
-        {.path = kMemoryRoot, .capacity_bytes = memory_capacity, .segment_bytes = kSegmentBytes});
+    options.roots.push_back({.path = kMemoryRoot,
+                             .capacity_bytes = memory_capacity,
+                             .segment_bytes = kSegmentBytes,
+                             .write_through = scenario.write_through});
   }
   options.roots.push_back({.path = kDiskRoot,
                            .capacity_bytes = disk_capacity,
@@ -176,7 +190,13 @@ Options World::options(ProcessId /*process*/) const {
   options.io_depth = 2;
   options.device_threads = 1;
   options.free_space_reserve = 0;
+  options.eviction_grace_ms = scenario.grace_ms;
   return options;
+}
+
+bool World::promise_holds(uint64_t promised_ns) const {
+  const bool excused = scenario.kind != Scenario::Kind::kills || crowded;
+  return !excused && now_ns() + kHeardWithin < promised_ns + scenario.grace_ms * kMs;
 }
 
 ProcessId World::start(uint32_t rounds) {
@@ -255,6 +275,7 @@ void Process::run() {
         break;
       case 1:
         depot_->refresh();
+        if (world_.scenario.pressure) load_late();
         break;
       case 2:
         if (random.chance(0.3)) {
@@ -334,7 +355,7 @@ void Process::store(size_t prompt, size_t first, size_t last) {
 }
 
 void Process::check(const LoadPlan& plan, const Completion& ended, size_t first_slot,
-                    const std::vector<Key>& keys) {
+                    const std::vector<Key>& keys, uint64_t promised_ns) {
   std::map<uint32_t, ItemFailure::Reason> failed;
   for (const ItemFailure& failure : ended.failures) failed[failure.chunk] = failure.reason;
   for (const LoadItem& item : plan.items) {
@@ -355,6 +376,15 @@ void Process::check(const LoadPlan& plan, const Completion& ended, size_t first_
       violated(Verdict::lost, std::string("an extent that the journal promises is ") + name(failure->second) +
                                   " although nothing harmed it");
     }
+    const bool gone =
+        failure->second == ItemFailure::Reason::absent || failure->second == ItemFailure::Reason::mismatch;
+    if (gone && world_.promise_holds(promised_ns)) {
+      disk().explain(item.key);
+      violated(Verdict::lost,
+               fmt::format("what was promised {} ms ago, within the grace of {} ms, is {}: {} at {}",
+                           (now_ns() - promised_ns) / kMs, world_.scenario.grace_ms, name(failure->second),
+                           segment_name(item.where.segment), item.where.offset));
+    }
     depot_->forget(keys[item.chunk], 0);
     forgotten_.insert(keys[item.chunk]);
   }
@@ -363,6 +393,7 @@ void Process::check(const LoadPlan& plan, const Completion& ended, size_t first_
 void Process::load(size_t prompt, bool hold) {
   const std::vector<Key>& keys = world_.prompts[prompt];
   const GroupWant wanted = want();
+  const uint64_t promised_ns = now_ns();
   const size_t chunks = depot_->longest_prefix(keys, std::span(&wanted, 1));
   if (chunks == 0) return;
   constexpr size_t kFirstSlot = kSlots / 2;
@@ -381,21 +412,48 @@ void Process::load(size_t prompt, bool hold) {
   if (!queued) violated(Verdict::broken, "a load is refused: " + queued.error().message);
   if (!hold && chance().chance(0.05)) depot_->cancel(job);
   Completion ended = wait_for(job);
-  if (!hold) return check(wanted_items, ended, kFirstSlot, keys);
+  if (!hold) return check(wanted_items, ended, kFirstSlot, keys, promised_ns);
 
   LoadPlan held = wanted_items;
   std::erase_if(held.items, [&](const LoadItem& item) {
     return std::ranges::any_of(ended.failures,
                                [&](const auto& failure) { return failure.chunk == item.chunk; });
   });
-  check({ns_, 0, {}}, ended, kFirstSlot, keys);
+  check({ns_, 0, {}}, ended, kFirstSlot, keys, promised_ns);
   if (held.items.empty()) return;
   std::vector<Depot::HeldBlocks> places;
   for (const LoadItem& item : held.items) places.push_back({item.chunk, item.group, item.blocks});
   const uint64_t place = next_job_++;
   if (auto placed = depot_->place(place, job, places); !placed)
     violated(Verdict::broken, "what is held cannot be placed: " + placed.error().message);
-  check(held, wait_for(place), kFirstSlot, keys);
+  check(held, wait_for(place), kFirstSlot, keys, promised_ns);
+}
+
+void Process::load_late() {
+  const uint64_t grace_ns = world_.scenario.grace_ms * kMs;
+  if (grace_ns < 2 * kHeardWithin) return;
+  constexpr size_t kFirstSlot = kSlots / 2;
+  const GroupWant wanted = want();
+  const uint64_t promised_ns = now_ns();
+  std::vector<std::pair<size_t, LoadPlan>> promises;
+  for (size_t prompt = 0; prompt < world_.prompts.size(); ++prompt) {
+    const std::vector<Key>& keys = world_.prompts[prompt];
+    const size_t chunks = depot_->longest_prefix(keys, std::span(&wanted, 1));
+    if (chunks == 0) continue;
+    std::vector<int32_t> blocks;
+    for (size_t i = 0; i < chunks * kBlocksPerChunk; ++i)
+      blocks.push_back(static_cast<int32_t>(kFirstSlot * kBlocksPerChunk + i));
+    const Depot::LoadGroup group{wanted, 0, kBlocksPerChunk, blocks};
+    auto plan = depot_->plan_load(ns_, std::span(keys).first(chunks), std::span(&group, 1), {});
+    if (plan) promises.emplace_back(prompt, std::move(*plan));
+  }
+  sleep_ns(chance().between(100 * kMs, grace_ns - kHeardWithin));
+  for (auto& [prompt, plan] : promises) {
+    const uint64_t job = next_job_++;
+    if (auto queued = depot_->submit_load(job, plan); !queued)
+      violated(Verdict::broken, "a load is refused: " + queued.error().message);
+    check(plan, wait_for(job), kFirstSlot, world_.prompts[prompt], promised_ns);
+  }
 }
 
 void Process::load_all(std::set<Key>& loaded) {
@@ -409,6 +467,7 @@ void Process::load_all(std::set<Key>& loaded) {
         blocks.push_back(static_cast<int32_t>(chunk * kBlocksPerChunk + b));
       cache_->spoil(chunk);
       const Depot::LoadGroup group{want(), chunk, kBlocksPerChunk, blocks};
+      const uint64_t promised_ns = now_ns();
       auto plan = depot_->plan_load(ns_, keys, std::span(&group, 1), {});
       if (!plan) continue;
       const LoadPlan wanted = *plan;
@@ -416,7 +475,7 @@ void Process::load_all(std::set<Key>& loaded) {
       if (auto queued = depot_->submit_load(job, std::move(*plan)); !queued)
         violated(Verdict::broken, "a load is refused: " + queued.error().message);
       const Completion ended = wait_for(job);
-      check(wanted, ended, 0, keys);
+      check(wanted, ended, 0, keys, promised_ns);
       if (ended.failures.empty()) loaded.insert(keys[chunk]);
     }
   }
@@ -528,6 +587,8 @@ Scenario scenario_of(uint64_t seed) {
   scenario.memory = scenario.kind != Scenario::Kind::power && random.chance(0.4);
   scenario.direct = random.chance(0.5);
   scenario.processes = static_cast<int>(random.between(1, 3));
+  if (random.chance(0.7)) scenario.grace_ms = static_cast<uint32_t>(random.between(2500, 8000));
+  scenario.write_through = scenario.memory && random.chance(0.3);
   return scenario;
 }
 
@@ -577,9 +638,11 @@ void run_history(uint64_t seed) {
           world.flawless = false;
           for (uint64_t flips = random.between(1, 6); flips > 0; --flips) disk().rot(world.damaged);
         }
-        if (scenario.pressure)
-          disk().set_foreign_bytes(kDiskRoot,
-                                   random.chance(0.5) ? 0 : (8 << 20) + random.below(world.disk_capacity));
+        if (scenario.pressure) {
+          const uint64_t foreign = random.chance(0.5) ? 0 : (8 << 20) + random.below(world.disk_capacity);
+          world.crowded |= foreign > 0;
+          disk().set_foreign_bytes(kDiskRoot, foreign);
+        }
         break;
       default:
         if (power && random.chance(0.5)) {

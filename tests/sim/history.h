@@ -20,6 +20,8 @@ struct Scenario {
   bool memory = false;    // a memory root comes first
   bool direct = false;    // O_DIRECT on the disk root
   int processes = 1;
+  uint32_t grace_ms = 0;       // of evicted segments
+  bool write_through = false;  // from the memory root to the disk
 };
 Scenario scenario_of(uint64_t seed);
 

@@ -78,10 +78,14 @@ tokendepot_plant(forget_to_seal 30 "(broken|hang)" store/root_writer.cc
       records[count++].type = RecordType::touch;
     }]])
 
-tokendepot_plant(exceed_capacity 30 "capacity" store/root_writer.cc
+tokendepot_plant(exceed_capacity 30 "capacity" store/eviction.cc
   [[const bool capacity_is_short = bytes > root_.capacity() || *used > root_.capacity() - bytes;]]
   [[const bool capacity_is_short = bytes > root_.capacity();]])
 
 tokendepot_plant(reuse_a_segment_id 30 "(hang|acknowledged lost)" store/root_writer.cc
   [[return {journal_.writer(), next_sequence_++};]]
   [[return {journal_.writer(), next_sequence_++ % 4};]])
+
+tokendepot_plant(remove_before_the_grace 400 "acknowledged lost" store/condemned_files.cc
+  [[if (!at_once && now - at->second.since_ns < grace_ns_) continue;]]
+  [[]])

@@ -193,7 +193,9 @@ TEST_P(DepotOn, ARootThatVanishesWhileServingIsMissesAndStoresStopQuietly) {
 }
 
 TEST_P(DepotOn, TheColdestSegmentsGoAndTheCapacityHolds) {
-  auto depot = open(options(4 << 20));
+  Options at_once = options(4 << 20);
+  at_once.eviction_grace_ms = 0;
+  auto depot = open(at_once);
   ASSERT_TRUE(depot->attach(cache_.paged()));
   cache_.fill(6);
   const auto want = want_of(small_shape());

@@ -34,6 +34,7 @@ class FullMedium : public ::testing::TestWithParam<Way> {
                       .io = GetParam().io}};
     options.slab_bytes = 8 << 20;
     options.free_space_reserve = 0;
+    options.eviction_grace_ms = 0;
     options.poll_ms = 20;
     return options;
   }

@@ -331,6 +331,7 @@ TEST_F(GdsDepot, ADepotThatClosesWaitsForCuFilesReadsAndFailures) {
 
 TEST_F(GdsDepot, SegmentsThatAreClosedAndOpenedAgainAreRegisteredAnew) {
   options_.roots[0].capacity_bytes = 4 << 20;  // the fourth segment recycles the first
+  options_.eviction_grace_ms = 0;
   open();
   cache_.fill(1);
   for (uint64_t prompt = 1; prompt <= 60; ++prompt) {

@@ -71,9 +71,33 @@ TEST(ParseOptions, RequireGdsIsForRootsOnCuFile) {
               HasSubstr("true or false"));
 }
 
+TEST(ParseOptions, WhatIsSaidOfTheNextRootWantsOne) {
+  const auto options = parse_options(
+      R"({"roots":["/r?capacity=1GiB&read_only=true","/a?capacity=1GiB&write_through=true&demotion_lag=64MiB","/b?capacity=1GiB"]})");
+  ASSERT_TRUE(options) << options.error().message;
+  EXPECT_TRUE(options->roots[1].write_through);
+  EXPECT_EQ(options->roots[1].demotion_lag_bytes, 64ull << 20);
+  EXPECT_EQ(to_json(*parse_options(to_json(*options))), to_json(*options));
+  const auto refused = [](const char* roots) {
+    return refusal_of(std::string(R"({"roots":)") + roots + "}");
+  };
+  const char* const allowed = "only on the first root that is not read_only, with another such root after it";
+  for (const char* roots :
+       {R"(["/a?capacity=1GiB&write_through=true"])", R"(["/a?capacity=1GiB&demotion_lag=64MiB"])",
+        R"(["/a?capacity=1GiB&write_through=true","/b?capacity=1GiB&read_only=true"])",
+        R"(["/a?capacity=1GiB&write_through=true&read_only=true","/b?capacity=1GiB"])",
+        R"(["/a?capacity=1GiB","/b?capacity=1GiB&write_through=true","/c?capacity=1GiB"])",
+        R"(["/a?capacity=1GiB",{"path":"/b","capacity":"1GiB","demotion_lag":"64MiB"}])"}) {
+    EXPECT_THAT(refused(roots), HasSubstr(allowed)) << roots;
+  }
+  EXPECT_THAT(refusal_of_root(R"("/a?capacity=1GiB&write_through=1")"), HasSubstr("true or false"));
+  EXPECT_THAT(refusal_of_root(R"("/a?capacity=1GiB&demotion_lag=1MiB")"), HasSubstr("from three segments"));
+  EXPECT_THAT(refusal_of_root(R"("/a?capacity=1GiB&demotion_lag=2GiB")"), HasSubstr("to the capacity"));
+}
+
 TEST(ParseOptions, EveryKeyReachesItsOption) {
   const auto options = parse_options(with_root(
-      R"("slab":"128MiB","device_threads":3,"io_depth":7,"store_queue":"1GB","free_space_reserve":0,"poll_ms":250,"rewrite_percent":7,"device":"cuda:3","device_slab":"1GiB")"));
+      R"("slab":"128MiB","device_threads":3,"io_depth":7,"store_queue":"1GB","free_space_reserve":0,"poll_ms":250,"rewrite_percent":7,"eviction_grace_ms":1500,"device":"cuda:3","device_slab":"1GiB")"));
   ASSERT_TRUE(options) << options.error().message;
   EXPECT_EQ(options->slab_bytes, 128ull << 20);
   EXPECT_EQ(options->device_threads, 3u);
@@ -82,6 +106,7 @@ TEST(ParseOptions, EveryKeyReachesItsOption) {
   EXPECT_EQ(options->free_space_reserve, 0u);
   EXPECT_EQ(options->poll_ms, 250u);
   EXPECT_EQ(options->rewrite_percent, 7u);
+  EXPECT_EQ(options->eviction_grace_ms, 1500u);
   EXPECT_EQ(options->device, "cuda:3");
   EXPECT_EQ(options->device_slab_bytes, 1ull << 30);
 }
@@ -226,6 +251,7 @@ TEST(ParseOptions, CountsHaveBounds) {
   EXPECT_THAT(refusal_of(with_root(R"("io_depth":129)")), HasSubstr("from 1 to 128"));
   EXPECT_THAT(refusal_of(with_root(R"("poll_ms":60001)")), HasSubstr("from 1 to 60000"));
   EXPECT_THAT(refusal_of(with_root(R"("rewrite_percent":11)")), HasSubstr("from 0 to 10"));
+  EXPECT_THAT(refusal_of(with_root(R"("eviction_grace_ms":60001)")), HasSubstr("from 0 to 60000"));
 }
 
 TEST(ParseOptions, ADeviceIsTheHostOrAGpuByNumber) {

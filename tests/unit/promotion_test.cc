@@ -28,6 +28,7 @@ class PromotionTest : public ::testing::Test {
     options.poll_ms = 20;
     options.free_space_reserve = 0;
     options.scrub_bytes_per_second = 0;  // it would find the damage before the copying does
+    options.eviction_grace_ms = 0;
     return options;
   }
   std::unique_ptr<Depot> open(const Options& with) {

@@ -19,6 +19,7 @@ class RewritingTest : public ::testing::Test {
     options.roots = {
         {.path = directory_.path() + "/root", .capacity_bytes = 8 * kMiB, .segment_bytes = kMiB}};
     options.free_space_reserve = 0;
+    options.eviction_grace_ms = 0;
     options.rewrite_percent = percent;
     options.poll_ms = 20;
     auto depot = Depot::open(options);

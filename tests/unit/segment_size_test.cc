@@ -24,6 +24,7 @@ class SegmentSize : public ::testing::Test {
     options.roots = {
         {.path = directory_.path() + "/root", .capacity_bytes = 16 * kMiB, .segment_bytes = segment}};
     options.free_space_reserve = 0;
+    options.eviction_grace_ms = 0;
     auto depot = Depot::open(options);
     if (!depot) ADD_FAILURE() << depot.error().message;
     ns_ = *(*depot)->register_namespace(R"({"model":"m"})");

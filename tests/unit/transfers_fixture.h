@@ -27,6 +27,7 @@ class TransfersOn : public ::testing::TestWithParam<std::string> {
     options.slab_bytes = 8 << 20;
     options.poll_ms = 20;
     options.free_space_reserve = 0;
+    options.eviction_grace_ms = 0;
     return options;
   }
   std::unique_ptr<Depot> open() { return open(options()); }

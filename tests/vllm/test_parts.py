@@ -469,12 +469,12 @@ def engine_stats(load: int = 0, corrupt: int = 0, gds_errors: int = 0) -> dict:
     nothing = dict(bytes=0, tokens=0)
     roots = [
         dict(id=f"{n}" * 32, loaded=nothing, stored=nothing, journal_lag=quiet, evicted_bytes=evictions(0))
-        | dict.fromkeys(("gds_errors", "written_bytes", "timed_out_loads", "scrubbed_bytes", "scrub_errors"), 0)
+        | dict.fromkeys(("gds_errors", "written_bytes", "timed_out_loads", "scrubbed_bytes", "scrub_errors", "demotion_lag_bytes", "demotion_lag_ns"), 0)
         for n in range(6)
     ]
     roots[0] |= dict(gds_errors=gds_errors, loaded=dict(bytes=load * 100, tokens=load * 256.0))
     roots[4]["evicted_bytes"] = roots[5]["evicted_bytes"] = {**evictions(0), "capacity": load}
-    drops = dict(no_root=0, queue_full=load, no_space=0, late=0)
+    drops = dict(no_root=0, queue_full=load, no_space=0, late=0, next_root=0)
     return dict(load=way, store=idle, roots=roots, drops=drops, device=dict(mapped_bytes=10 - load, registered_bytes=0))
 
 
@@ -483,7 +483,8 @@ def test_metrics_are_deltas_and_counters_go_on_in_a_second_engine() -> None:
     carried = {"bytes_by:load:direct": 2, "bytes_by:load:gds_p2p": 198}
     first = counters.delta(engine_stats(2))
     of_roots = {key for key, value in first.items() if not value}
-    assert len(of_roots) == 5 * 10 - 3 and all(key.startswith("root:") for key in of_roots), "they begin with 0"
+    of_a_root = ("root:", "root_gauge:")
+    assert len(of_roots) == 5 * 12 - 3 and all(key.startswith(of_a_root) for key in of_roots), "they begin with 0"
     assert {key: value for key, value in first.items() if value} == {
         **dict(load_extents=2, load_bytes=200, load_seconds=2.0),
         **carried,
@@ -499,6 +500,11 @@ def test_metrics_are_deltas_and_counters_go_on_in_a_second_engine() -> None:
     assert counters.delta(engine_stats(2, 1, 3)) == {"failures:load:corrupt": 1, "gds_errors": 3}
     assert counters.delta(engine_stats(2, 1, 3)) == {}
     assert counters.delta(engine_stats(3, 1, 3))["gauge:mapped_bytes"] == -1
+    lagging = engine_stats(3, 1, 3)
+    lagging["roots"][0] |= dict(demotion_lag_bytes=7, demotion_lag_ns=5 * 10**8)
+    late = {"root_gauge:demotion_lag_bytes:00000000": 7, "root_gauge:demotion_lag_seconds:00000000": 0.5}
+    assert counters.delta(lagging) == late
+    assert counters.delta(engine_stats(3, 1, 3)) == {key: -value for key, value in late.items()}
     merged = DepotStats(data={"load_bytes": 200, "load_seconds": 1e-6}).aggregate(
         DepotStats(data={"load_bytes": 1})
     )
@@ -525,7 +531,7 @@ def test_an_engine_has_at_most_200_series_and_histograms_add_up() -> None:
     bounds = [bound * 1e9 for bound in BOUNDS_S]
     depot = engine_stats(2)
     depot["roots"] = [
-        {**root, "id": f"{n:032x}"[::-1], "written_bytes": 1, "evicted_bytes": evictions(1)}
+        {**root, "id": f"{n:032x}"[::-1], "written_bytes": 1, "evicted_bytes": evictions(1), "demotion_lag_ns": 1}
         | {way: {"bytes": 1, "tokens": 1} for way in ("loaded", "stored")}
         for n, root in enumerate([depot["roots"][0]] * 8)
     ]

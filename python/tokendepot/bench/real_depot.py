@@ -90,7 +90,9 @@ class RealDepot:
         self._job = 0
         self._depot = None
         try:
-            self._depot = _core.Depot.open(json.dumps({"roots": described, "slab": staging, "store_queue": staging}))
+            # The models know neither time nor other processes, so no grace for what others were promised.
+            config = {"roots": described, "slab": staging, "store_queue": staging, "eviction_grace_ms": 0}
+            self._depot = _core.Depot.open(json.dumps(config))
             manifest = {"model": "replay of a trace", "geometry": vars(geometry)}
             self._namespace = self._depot.register_namespace(json.dumps(manifest))
             part = (0, geometry.layers, 0, geometry.heads)

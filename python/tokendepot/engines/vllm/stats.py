@@ -13,12 +13,13 @@ REASONS = ("absent", "mismatch", "corrupt", "io_error", "timed_out", "cancelled"
 FAILURE = "failures:"  # prefix of "failures:<load|store>:<reason>" in the data
 PATHS = ("mapped", "direct", "buffered", "gds_p2p", "gds_compat")
 CARRIED = "bytes_by:"  # prefix of "bytes_by:<load|store>:<path>" in the data
-DROPS = ("no_root", "queue_full", "no_space", "late")
+DROPS = ("no_root", "queue_full", "no_space", "late", "next_root")
 DROPPED = "drops:"  # prefix of "drops:<reason>" in the data
 CAUSES = ("absent", "evicted", "corrupt", "other_namespace", "timed_out", "failed", "not_worth_loading")
 MISSED = "missed:"  # prefix of "missed:<cause>" in the data
 EVICTIONS = ("capacity", "quota", "ttl", "corrupt")  # causes; "manual" is nobody's here: every process counts it
 ROOT = "root:"  # prefix of "root:<what>:<root>[:<more>]" in the data
+ROOT_GAUGE = "root_gauge:"  # prefix of "root_gauge:<name>:<root>": a change, not a value
 ROOT_DIGITS = 8  # of a root's id in labels, as the exporter has them
 NAMED_ROOTS = 4  # with labels of their own; so that all series of an engine stay below 200
 OTHER_ROOTS = "other"
@@ -119,6 +120,16 @@ ROOT_METRICS = {
         (),
     ),
 }
+ROOT_GAUGES = {
+    "demotion_lag_bytes": (
+        "tokendepot_demotion_lag_bytes",
+        "Of extents in a root that the next one does not have yet; lost with the first.",
+    ),
+    "demotion_lag_seconds": (
+        "tokendepot_demotion_lag_seconds",
+        "How long the oldest of them has been waiting at most, in the worker of rank 0.",
+    ),
+}
 # Name of "bucket:<name>:..." -> (metric name, help).
 HISTOGRAMS = {
     "load_latency": ("tokendepot_load_latency_seconds", "Of one loaded extent, from submission to its end."),
@@ -151,7 +162,7 @@ class DepotStats(KVConnectorStats):
         """The periodic log line: totals of the interval, and the rates that follow from them."""
         line: dict[str, int | float] = {}
         for key, value in sorted(self.data.items()):
-            if key.startswith((ROOT, BUCKETS, GAUGE)):
+            if key.startswith((ROOT, ROOT_GAUGE, BUCKETS, GAUGE)):
                 continue
             line[f"tokendepot_{key}"] = round(value, 4) if isinstance(value, float) else value
         for way in ("load", "store"):
@@ -196,12 +207,15 @@ class EngineCounters:
         change = {key: value - self._before.get(key, 0) for key, value in now.items()}
         # Series of roots begin with the first message: with 0, or Prometheus would take what follows for their beginning.
         first, self._before = not self._before, now
-        return {key: value for key, value in change.items() if value or (first and key.startswith(ROOT))}
+        return {key: value for key, value in change.items() if value or (first and key.startswith((ROOT, ROOT_GAUGE)))}
 
     def _of_root(self, label: str, root: dict[str, Any]) -> dict[str, float]:
         found = {f"{ROOT}evicted_bytes:{label}:{cause}": root["evicted_bytes"][cause] for cause in EVICTIONS}
         found[f"{ROOT}written_bytes:{label}"] = root["written_bytes"]
         found[f"{ROOT}timed_out_loads:{label}"] = root["timed_out_loads"]
+        found[f"{ROOT_GAUGE}demotion_lag_bytes:{label}"] = root["demotion_lag_bytes"]
+        if self._rank == 0:  # ages have no sum
+            found[f"{ROOT_GAUGE}demotion_lag_seconds:{label}"] = root["demotion_lag_ns"] / 1e9
         for way, traffic in (("load", root["loaded"]), ("store", root["stored"])):
             found[f"{ROOT}moved_bytes:{label}:{way}"] = traffic["bytes"]
             if self._rank == 0:  # each rank has a part of the same tokens
@@ -278,6 +292,10 @@ class DepotPromMetrics(KVConnectorPromMetrics):
             what: self._metric(self._counter_cls, Counter, name, text, [*labelnames, "root", *labels])
             for what, (name, text, labels) in ROOT_METRICS.items()
         }
+        self._root_gauges = {
+            name: self._metric(self._gauge_cls, Gauge, *about, [*labelnames, "root"], multiprocess_mode="livesum")
+            for name, about in ROOT_GAUGES.items()
+        }
         self._gauges = {
             name: self._metric(self._gauge_cls, Gauge, *about, labelnames, multiprocess_mode="livesum")
             for name, about in GAUGES.items()
@@ -305,6 +323,8 @@ class DepotPromMetrics(KVConnectorPromMetrics):
             name, *more = rest.split(":")
             if kind + ":" == GAUGE and name in self._gauges:
                 self._gauges[name].labels(*values).inc(value)
+            elif kind + ":" == ROOT_GAUGE and name in self._root_gauges:
+                self._root_gauges[name].labels(*values, *more).inc(value)
             elif kind + ":" == BUCKETS and name in self._histograms:
                 _add_to_bucket(self._histograms[name].labels(*values), more[0], value)
             elif kind + ":" == ROOT and name in self._of_roots:

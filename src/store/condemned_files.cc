@@ -1,0 +1,92 @@
+#include "store/condemned_files.h"
+
+#include <utility>
+
+#include "store/journal_file.h"
+
+namespace tokendepot {
+
+uint64_t CondemnedFiles::see(std::span<const DirectoryEntry> entries, const SegmentTable& segments,
+                             RootIndex root) {
+  const uint64_t now = clock_.steady_ns();
+  uint64_t total = 0;
+  std::lock_guard lock(mutex_);
+  std::map<SegmentId, Seen> seen;
+  std::map<SegmentId, Condemned> condemned;
+  // What is there at the first look may be of any age.
+  const uint64_t fresh_since = std::exchange(listed_, true) ? now : 0;
+  for (const DirectoryEntry& entry : entries) {
+    total += entry.bytes;
+    const auto id = segment_of_name(entry.name);
+    if (!id || !entry.regular) continue;
+    const auto before = seen_.find(*id);
+    seen[*id] = {entry.bytes, before == seen_.end() ? fresh_since : before->second.since_ns};
+    const auto slot = segments.find(*id);
+    if (!slot || !segments.condemned(*slot, root)) continue;
+    auto known = condemned_.extract(*id);
+    if (known) {
+      known.mapped().bytes = entry.bytes;
+      condemned.insert(std::move(known));
+    } else {
+      condemned[*id] = {entry.bytes, now, {}};
+    }
+  }
+  seen_ = std::move(seen);
+  condemned_ = std::move(condemned);
+  return total;
+}
+
+void CondemnedFiles::add(const SegmentId& id, uint64_t bytes, SegmentMapping mapping) {
+  std::lock_guard lock(mutex_);
+  condemned_[id] = {bytes, clock_.steady_ns(), std::move(mapping)};
+}
+
+std::optional<CondemnedFiles::Leaving> CondemnedFiles::take(
+    uint64_t wanted_bytes, bool at_once, const std::function<bool(const SegmentId&)>& in_use) {
+  const uint64_t now = clock_.steady_ns();
+  std::lock_guard lock(mutex_);
+  auto best = condemned_.end();
+  for (auto at = condemned_.begin(); at != condemned_.end(); ++at) {
+    if (!at_once && now - at->second.since_ns < grace_ns_) continue;
+    if (in_use(at->first)) continue;
+    const auto rank = [&](const auto& entry) {
+      return std::pair(entry.second.bytes != wanted_bytes, entry.second.since_ns);
+    };
+    if (best == condemned_.end() || rank(*at) < rank(*best)) best = at;
+  }
+  if (best == condemned_.end()) return std::nullopt;
+  Leaving leaving{best->first, best->second.bytes, std::move(best->second.mapping)};
+  condemned_.erase(best);
+  return leaving;
+}
+
+bool CondemnedFiles::may_go(const SegmentId& id) const {
+  const uint64_t now = clock_.steady_ns();
+  std::lock_guard lock(mutex_);
+  const auto found = condemned_.find(id);
+  return found != condemned_.end() && now - found->second.since_ns >= grace_ns_;
+}
+
+bool CondemnedFiles::contains(const SegmentId& id) const {
+  std::lock_guard lock(mutex_);
+  return condemned_.contains(id);
+}
+
+uint64_t CondemnedFiles::bytes() const {
+  std::lock_guard lock(mutex_);
+  uint64_t total = 0;
+  for (const auto& [id, file] : condemned_) total += file.bytes;
+  return total;
+}
+
+uint64_t CondemnedFiles::begun_bytes() const {
+  const uint64_t now = clock_.steady_ns();
+  std::lock_guard lock(mutex_);
+  uint64_t total = 0;
+  for (const auto& [id, file] : seen_) {
+    if (file.since_ns != 0 && now - file.since_ns < grace_ns_) total += file.bytes;
+  }
+  return total;
+}
+
+}  // namespace tokendepot

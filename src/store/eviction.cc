@@ -1,0 +1,154 @@
+// Where the file of the next segment comes from: free room, or the coldest segments, which are condemned
+// first and give their files when their grace is over.
+#include <algorithm>
+#include <utility>
+
+#include "base/errors.h"
+#include "store/root_writer.h"
+
+namespace tokendepot {
+
+Result<uint64_t> RootWriter::bytes_on_medium() {
+  const auto entries = list_directory(root_.segments_dir());
+  if (!entries) return std::unexpected(entries.error());
+  return condemned_files_.see(*entries, segments_, root_.index());
+}
+
+Status RootWriter::evict_coldest(KeeperLock& keeper, const std::function<void(uint32_t)>& before_eviction) {
+  RootPolicies& policies = replay_.policies();
+  bool pinned = false;
+  const auto candidates =
+      policies.victims(segments_.present_segments(root_.index()), clock_.wall_ns(), &pinned);
+  pinned_ = pinned;
+  for (const auto& [slot, segment] : candidates) {
+    if (!segment.roots[root_.index()].sealed || segment.in_use > 0) continue;
+    keeper.renew();
+    if (before_eviction) before_eviction(slot);
+    if (auto still = still_keeper(keeper); !still) return still;
+    const SegmentTable::Segment now = segments_.get(slot);
+    if (now.in_use > 0 || now.roots[root_.index()].condemned) continue;
+    // Before the record, which makes this process close the file.
+    SegmentMapping mapping = root_.files().take_mapping(segment.id);
+    Record record;
+    record.type = RecordType::condemn_segment;
+    record.where.segment = segment.id;
+    set_cause(record, policies.is_over_quota(slot) ? Cause::quota : Cause::capacity);
+    auto written = append(record);
+    if (!written && written.error().kind == ErrorKind::no_space) {
+      // The file system is so full that not even the record fits: then the file goes first.
+      if (auto gone = remove_file(root_.files().path_of(segment.id));
+          !gone && gone.error().kind != ErrorKind::not_found)
+        return gone;
+      written = append(record);
+      mapping = {};
+    }
+    if (!written) return written;
+    condemned_files_.add(segment.id, segment.roots[root_.index()].file_bytes, std::move(mapping));
+    ++evicted_;
+    return {};
+  }
+  return fail(ErrorKind::no_space, "root \"{}\": nothing can be evicted", root_.path());
+}
+
+uint64_t RootWriter::bytes_to_condemn(uint64_t wanted) const {
+  if (condemned_files_.grace_ns() == 0) return wanted;
+  return std::max(wanted, std::min(2 * condemned_files_.begun_bytes(), root_.capacity() / 4));
+}
+
+void RootWriter::condemn_ahead(KeeperLock& keeper, uint64_t used, uint64_t bytes,
+                               const std::function<void(uint32_t)>& before_eviction) {
+  if (condemned_files_.grace_ns() == 0) return;
+  const uint64_t wanted = bytes_to_condemn(bytes);
+  const uint64_t room = root_.capacity() - std::min(root_.capacity(), used);
+  const auto can_go = [this](const auto& entry) { return entry.second.roots[root_.index()].sealed; };
+  while (room + condemned_files_.bytes() < wanted) {
+    // The last one that can go is served until its space is really wanted.
+    if (std::ranges::count_if(segments_.present_segments(root_.index()), can_go) < 2) return;
+    if (!evict_coldest(keeper, before_eviction)) return;
+  }
+}
+
+std::optional<CondemnedFiles::Leaving> RootWriter::take_condemned(uint64_t wanted_bytes, bool at_once) {
+  return condemned_files_.take(wanted_bytes, at_once, [this](const SegmentId& id) {
+    const auto slot = segments_.find(id);
+    return slot && segments_.get(*slot).in_use > 0;
+  });
+}
+
+Result<File> RootWriter::make_file(KeeperLock& keeper, const std::string& path, uint64_t bytes,
+                                   const std::function<void(uint32_t)>& before_eviction,
+                                   SegmentMapping* kept) {
+  // Each round condemns or removes one segment, so the number of segments bounds the rounds.
+  while (true) {
+    keeper.renew();
+    const auto used = bytes_on_medium();
+    if (!used) return std::unexpected(used.error());
+    const auto system = file_system_of(root_.path());
+    if (!system) return std::unexpected(system.error());
+    const bool capacity_is_short = bytes > root_.capacity() || *used > root_.capacity() - bytes;
+    bool medium_is_short =
+        bytes > system->available_bytes || free_space_reserve_ > system->available_bytes - bytes;
+    if (!capacity_is_short && !medium_is_short) {
+      auto file =
+          File::open(path, {.write = true, .create = true, .exclusive = true, .direct = root_.direct()});
+      if (!file) return file;
+      const auto allocated = file->preallocate(bytes);
+      if (allocated) {
+        condemn_ahead(keeper, *used + bytes, bytes, before_eviction);
+        return file;
+      }
+      if (auto removed = remove_file(path); !removed) return std::unexpected(removed.error());
+      if (allocated.error().kind != ErrorKind::no_space) return std::unexpected(allocated.error());
+      medium_is_short = true;
+    }
+    // Others have filled the medium: that waits for no grace.
+    auto leaving = take_condemned(bytes, medium_is_short);
+    if (!leaving) {
+      const uint64_t waiting = condemned_files_.bytes();
+      if (waiting < bytes_to_condemn(bytes)) {
+        auto evicted = evict_coldest(keeper, before_eviction);
+        if (evicted) continue;
+        if (evicted.error().kind != ErrorKind::no_space) return std::unexpected(evicted.error());
+      }
+      if (waiting > 0)
+        return fail(ErrorKind::busy,
+                    "root \"{}\": the segments that go are kept for a moment: what was promised of "
+                    "them is still to be loaded",
+                    root_.path());
+      return fail(
+          ErrorKind::no_space,
+          "root \"{}\": nothing can be evicted and a new segment of {} bytes would exceed capacity={} or "
+          "leave less than free_space_reserve={} on its file system",
+          root_.path(), bytes, root_.capacity(), free_space_reserve_);
+    }
+    const std::string old_path = root_.files().path_of(leaving->id);
+    const bool fits = leaving->bytes == bytes;
+    auto gone = fits ? rename_file(old_path, path) : remove_file(old_path);
+    if (!gone && gone.error().kind != ErrorKind::not_found) return std::unexpected(gone.error());
+    // A listing of a network file system may go on showing what another process has taken.
+    if (!gone && capacity_is_short)
+      return fail(ErrorKind::busy, "root \"{}\": another process was faster", root_.path());
+    if (!gone || !fits) {
+      if (capacity_is_short) continue;
+      // Whoever has the file open or mapped keeps its space for a while; to go on would evict the whole root.
+      const auto now = file_system_of(root_.path());
+      if (now && now->available_bytes <= system->available_bytes) {
+        return fail(ErrorKind::busy, "root \"{}\": the space of an evicted segment is not free yet",
+                    root_.path());
+      }
+      continue;
+    }
+    auto file = File::open(path, {.write = true, .direct = root_.direct()});
+    if (!file) return file;
+    const auto size = file->size();
+    if (size && *size == bytes) {
+      if (kept != nullptr) *kept = std::move(leaving->mapping);
+      condemn_ahead(keeper, *used, bytes, before_eviction);
+      return file;
+    }
+    if (auto removed = remove_file(path); !removed)
+      return std::unexpected(removed.error());  // truncated by somebody
+  }
+}
+
+}  // namespace tokendepot

@@ -275,10 +275,15 @@ bool Keeper::demote(size_t tier, uint32_t slot) {
     moved = (*source)->file.read_at(bytes, at);
     if (moved) moved = copy->write_at(bytes, at);
   }
+  // Another process that evicted it meanwhile may have filled the same file anew.
+  tiers_[tier].replay->poll();
+  if (moved && segments_.condemned(slot, tiers_[tier].root->index()))
+    moved = fail(ErrorKind::busy, "{}: evicted while it was copied", (*source)->file.path());
   if (moved) moved = target.publish_copy(segment.id, *copy, used);
   if (!moved) {
-    log(LogLevel::warning, "segment {} was not demoted to \"{}\": {}", segment_name(segment.id),
-        target.root().path(), moved.error().message);
+    if (moved.error().kind != ErrorKind::busy)
+      log(LogLevel::warning, "segment {} was not demoted to \"{}\": {}", segment_name(segment.id),
+          target.root().path(), moved.error().message);
     if (auto removed = remove_file(copy->path()); !removed)
       log(LogLevel::debug, "{}", removed.error().message);
     return false;

@@ -83,9 +83,10 @@ class RootWriter {
   /// Rewrites the journal without what is gone, when it is large and mostly stale.
   void compact_journal();
   /// A file for a copy of another root's sealed segment: created or recycled, locked name, right size.
+  /// `busy`: another process copies it, or has copied it.
   Result<File> open_copy(const SegmentId& id, uint64_t bytes,
                          const std::function<void(uint32_t)>& before_eviction);
-  /// Publishes the finished copy under its name and journals its content.
+  /// Publishes the finished copy under its name and journals its content. `busy`: another process was first.
   Status publish_copy(const SegmentId& id, const File& copy, uint64_t used_bytes);
   /// Publishes a copy that is still empty under its name. Who holds its lock may extend it.
   Status begin_copy(const SegmentId& id, const File& copy);
@@ -143,6 +144,10 @@ class RootWriter {
   /// Whether nobody has held a writer's journal for so long that it counts as dead.
   bool is_abandoned(uint64_t writer);
   /// Gives a copy its name, and journals what is known of it.
+  /// `busy`: a copy of this segment has been published here. The keeper's lock is held. Its source may have
+  /// been evicted for that since, and its file recycled: whoever copies it still must not replace the good
+  /// copy.
+  Status is_not_there(const SegmentId& id);
   Status name_copy(const SegmentId& id, const File& copy, std::span<Record> records);
   /// Writes those extents of `source` into `copy` that it lacks. `puts` receives the records of all.
   Status add_missing(const File& copy, const File& source, const SegmentId& id, std::vector<Record>& puts);

@@ -20,6 +20,7 @@ Result<File> RootWriter::open_copy(const SegmentId& id, uint64_t bytes,
   const std::string path = root_.segments_dir() + "/.tmp-" + segment_name(id);
   auto keeper = lock_keeper();
   if (!keeper) return std::unexpected(keeper.error());
+  if (auto wanted = is_not_there(id); !wanted) return std::unexpected(wanted.error());
   if (const auto other = File::open(path, {.write = true})) {
     const auto idle = other->try_lock_exclusive();
     if (!idle) return std::unexpected(idle.error());
@@ -53,6 +54,15 @@ Status RootWriter::publish_copy(const SegmentId& id, const File& copy, uint64_t 
   return {};
 }
 
+Status RootWriter::is_not_there(const SegmentId& id) {
+  replay_.poll();
+  const auto slot = segments_.find(id);
+  if (!slot || (segments_.present_in(*slot) >> root_.index() & 1u) == 0) return {};
+  const std::string path = root_.files().path_of(id);
+  if (!File::open(path, {})) return {};
+  return fail(ErrorKind::busy, "{}: another process has copied it", path);
+}
+
 Status RootWriter::name_copy(const SegmentId& id, const File& copy, std::span<Record> records) {
   for (Record& record : records) {
     if (record.time_ns == 0) record.time_ns = clock_.wall_ns();
@@ -64,6 +74,7 @@ Status RootWriter::name_copy(const SegmentId& id, const File& copy, std::span<Re
   // Whoever was passed over as keeper may find that its copy was taken for a leftover and begun anew.
   if (!copy.is_at_its_path())
     return fail(ErrorKind::busy, "{}: another process copies this segment now", copy.path());
+  if (auto wanted = is_not_there(id); !wanted) return wanted;
   if (auto renamed = rename_file(copy.path(), path); !renamed) return renamed;
   {
     std::lock_guard lock(mutex_);

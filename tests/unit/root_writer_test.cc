@@ -288,6 +288,37 @@ TEST_F(RootWriterTest, TwoCopiesOfOneSegmentDoNotMeet) {
   EXPECT_TRUE(b.writer->open_copy(id, kSegment, nullptr)) << "and a dead one is replaced";
 }
 
+TEST_F(RootWriterTest, ACopyThatIsThereIsNotReplacedByAnother) {
+  Process first(options(8 * kSegment));
+  Process second(options(8 * kSegment));
+  const SegmentId id{0x77, 1};
+  // Both mean to copy a segment; the first is done, and its source evicted, before the second begins to.
+  auto copy = first.writer->open_copy(id, kSegment, nullptr);
+  ASSERT_TRUE(copy) << copy.error().message;
+  ASSERT_TRUE(first.writer->publish_copy(id, *copy, 4096));
+  const auto late = second.writer->open_copy(id, kSegment, nullptr);
+  ASSERT_FALSE(late);
+  EXPECT_EQ(late.error().kind, ErrorKind::busy);
+  EXPECT_TRUE(copy->is_at_its_path()) << "the first copy, still under its name";
+}
+
+TEST_F(RootWriterTest, ACopyThatWasFirstIsNotReplacedByOneInTheMaking) {
+  Process first(options(8 * kSegment));
+  Process second(options(8 * kSegment));
+  const SegmentId id{0x77, 1};
+  auto late = second.writer->open_copy(id, kSegment, nullptr);
+  ASSERT_TRUE(late) << late.error().message;
+  const std::string made = late->path();
+  std::filesystem::rename(made, made + ".kept");  // passed over as keeper, its copy was begun anew
+  auto copy = first.writer->open_copy(id, kSegment, nullptr);
+  ASSERT_TRUE(copy) << copy.error().message;
+  ASSERT_TRUE(first.writer->publish_copy(id, *copy, 4096));
+  std::filesystem::rename(made + ".kept", made);
+  const auto published = second.writer->publish_copy(id, *late, 4096);
+  ASSERT_FALSE(published);
+  EXPECT_EQ(published.error().kind, ErrorKind::busy);
+}
+
 TEST_F(RootWriterTest, AJournalThatCannotBeReadToItsEndIsNotCutOff) {
   Process process(options());
   EXPECT_FALSE(process.replay->catch_up(0xdead)) << "unknown";

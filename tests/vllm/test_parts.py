@@ -469,7 +469,8 @@ def engine_stats(load: int = 0, corrupt: int = 0, gds_errors: int = 0) -> dict:
     nothing = dict(bytes=0, tokens=0)
     roots = [
         dict(id=f"{n}" * 32, loaded=nothing, stored=nothing, journal_lag=quiet, evicted_bytes=evictions(0))
-        | dict.fromkeys(("gds_errors", "written_bytes", "timed_out_loads", "scrubbed_bytes", "scrub_errors", "demotion_lag_bytes", "demotion_lag_ns"), 0)
+        | dict.fromkeys(("gds_errors", "written_bytes", "timed_out_loads", "scrubbed_bytes", "scrub_errors"), 0)
+        | dict(demotion_lag_bytes=0, demotion_lag_ns=0)
         for n in range(6)
     ]
     roots[0] |= dict(gds_errors=gds_errors, loaded=dict(bytes=load * 100, tokens=load * 256.0))

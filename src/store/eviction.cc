@@ -7,6 +7,11 @@
 #include "store/root_writer.h"
 
 namespace tokendepot {
+namespace {
+
+constexpr int kMostBusy = 4;  // candidates that may not go yet, each asked for with patience
+
+}  // namespace
 
 Result<uint64_t> RootWriter::bytes_on_medium() {
   const auto entries = list_directory(root_.segments_dir());
@@ -14,16 +19,21 @@ Result<uint64_t> RootWriter::bytes_on_medium() {
   return condemned_files_.see(*entries, segments_, root_.index());
 }
 
-Status RootWriter::evict_coldest(KeeperLock& keeper, const std::function<void(uint32_t)>& before_eviction) {
+Status RootWriter::evict_coldest(KeeperLock& keeper, const BeforeEviction& before_eviction) {
   RootPolicies& policies = replay_.policies();
   bool pinned = false;
   const auto candidates =
       policies.victims(segments_.present_segments(root_.index()), clock_.wall_ns(), &pinned);
   pinned_ = pinned;
+  int busy = 0;
   for (const auto& [slot, segment] : candidates) {
     if (!segment.roots[root_.index()].sealed || segment.in_use > 0) continue;
     keeper.renew();
-    if (before_eviction) before_eviction(slot);
+    if (before_eviction) {
+      auto may_go = before_eviction(slot);
+      if (!may_go && (may_go.error().kind == ErrorKind::closed || ++busy == kMostBusy)) return may_go;
+      if (!may_go) continue;
+    }
     if (auto still = still_keeper(keeper); !still) return still;
     const SegmentTable::Segment now = segments_.get(slot);
     if (now.in_use > 0 || now.roots[root_.index()].condemned) continue;
@@ -47,6 +57,9 @@ Status RootWriter::evict_coldest(KeeperLock& keeper, const std::function<void(ui
     ++evicted_;
     return {};
   }
+  if (busy > 0)
+    return fail(ErrorKind::busy, "root \"{}\": what could be evicted is being copied to the next root",
+                root_.path());
   return fail(ErrorKind::no_space, "root \"{}\": nothing can be evicted", root_.path());
 }
 
@@ -56,7 +69,7 @@ uint64_t RootWriter::bytes_to_condemn(uint64_t wanted) const {
 }
 
 void RootWriter::condemn_ahead(KeeperLock& keeper, uint64_t used, uint64_t bytes,
-                               const std::function<void(uint32_t)>& before_eviction) {
+                               const BeforeEviction& before_eviction) {
   if (condemned_files_.grace_ns() == 0) return;
   const uint64_t wanted = bytes_to_condemn(bytes);
   const uint64_t room = root_.capacity() - std::min(root_.capacity(), used);
@@ -76,8 +89,7 @@ std::optional<CondemnedFiles::Leaving> RootWriter::take_condemned(uint64_t wante
 }
 
 Result<File> RootWriter::make_file(KeeperLock& keeper, const std::string& path, uint64_t bytes,
-                                   const std::function<void(uint32_t)>& before_eviction,
-                                   SegmentMapping* kept) {
+                                   const BeforeEviction& before_eviction, SegmentMapping* kept) {
   // Each round condemns or removes one segment, so the number of segments bounds the rounds.
   while (true) {
     keeper.renew();

@@ -47,7 +47,7 @@ Keeper::Keeper(std::vector<Tier> tiers, SegmentTable& segments, Catalog* catalog
     if (const auto below = tier_below(top)) {
       write_through_ =
           std::make_unique<WriteThrough>(target->root(), *tiers_[*below].writer, segments_, system_clock(),
-                                         [this, below = *below](uint32_t slot) { save(below, slot); });
+                                         [this, below = *below](uint32_t slot) { return save(below, slot); });
     }
   }
   (void)make_space_ready();  // before the first store, which would have to wait for it
@@ -153,7 +153,7 @@ bool Keeper::make_space_ready() {
     wake_slow_.notify_one();
     return false;
   }
-  const auto ready = target->prepare_spare([this, tier](uint32_t slot) { save(tier, slot); });
+  const auto ready = target->prepare_spare([this, tier](uint32_t slot) { return save(tier, slot); });
   if (ready) {
     last_complaint_.reset();
     if (space_ready_) space_ready_();
@@ -226,75 +226,83 @@ bool Keeper::is_wanted_below(const SegmentTable::Segment& segment, size_t tier, 
   return !there.present || !there.sealed || there.extents < above.extents;
 }
 
-bool Keeper::complete_copy(size_t tier, uint32_t slot, size_t below) {
+Status Keeper::complete_copy(size_t tier, uint32_t slot, size_t below) {
   // Asked for before an eviction, and once a second.
   std::lock_guard one_at_a_time(completing_);
   const SegmentTable::Segment segment = segments_.get(slot);
   // In use: stores may be passing through to it.
-  if (segment.in_use > 0 || completed_.contains({tiers_[below].root->index(), slot})) return false;
+  if (segment.in_use > 0 || completed_.contains({tiers_[below].root->index(), slot})) return {};
   const auto source = tiers_[tier].root->files().open(segment.id);
-  if (!source) return false;
+  if (!source) return std::unexpected(source.error());
   const SegmentInUse in_use(segments_, slot);
   if (write_through_) write_through_->release(segment.id);
   const SegmentTable::PerRoot& state = segment.roots[tiers_[tier].root->index()];
   const bool whole = segment.roots[tiers_[below].root->index()].extents >= state.extents;
   RootWriter& target = *tiers_[below].writer;
   if (auto completed = target.complete_copy(segment.id, whole ? nullptr : &(*source)->file, state.used_bytes);
-      !completed) {
-    if (completed.error().kind != ErrorKind::busy)
-      log(LogLevel::warning, "the copy of segment {} in \"{}\" was not completed: {}",
-          segment_name(segment.id), target.root().path(), completed.error().message);
-    return false;
-  }
+      !completed)
+    return completed;
   completed_.insert({tiers_[below].root->index(), slot});
   ++demoted_[tiers_[tier].root->index()];
-  return true;
+  return {};
 }
 
-bool Keeper::demote(size_t tier, uint32_t slot) {
-  size_t below = 0;
-  const SegmentTable::Segment segment = segments_.get(slot);
-  const SegmentTable::PerRoot& state = segment.roots[tiers_[tier].root->index()];
-  if (!state.sealed || state.extents == 0 || !is_wanted_below(segment, tier, &below)) return false;
-  if (segment.roots[tiers_[below].root->index()].present) return complete_copy(tier, slot, below);
-  auto source = tiers_[tier].root->files().open(segment.id);
-  if (!source) return false;
-  const SegmentInUse in_use(segments_, slot);
+Status Keeper::copy_down(const File& source, const SegmentTable::Segment& segment, uint64_t used,
+                         size_t below) {
   RootWriter& target = *tiers_[below].writer;
-  auto copy =
-      target.open_copy(segment.id, (*source)->bytes, [this, below](uint32_t next) { save(below, next); });
-  if (!copy) return false;
+  const auto size = source.size();
+  if (!size) return std::unexpected(size.error());
+  auto copy = target.open_copy(segment.id, *size, [this, below](uint32_t next) { return save(below, next); });
+  if (!copy) return std::unexpected(copy.error());
   const std::unique_ptr<std::byte, void (*)(void*)> piece(
       static_cast<std::byte*>(std::aligned_alloc(kPageBytes, kCopyPiece)), &std::free);
-  const uint64_t used = std::min(align_up(state.used_bytes), (*source)->bytes);
+  used = std::min(align_up(used), *size);
   Status moved;
   for (uint64_t at = 0; at < used && moved; at += kCopyPiece) {
     if (stop_) moved = fail(ErrorKind::closed, "the depot is closing");
     if (!moved) break;
     const std::span<std::byte> bytes(piece.get(), std::min(kCopyPiece, used - at));
-    moved = (*source)->file.read_at(bytes, at);
+    moved = source.read_at(bytes, at);
     if (moved) moved = copy->write_at(bytes, at);
   }
-  // Another process that evicted it meanwhile may have filled the same file anew.
-  tiers_[tier].replay->poll();
-  if (moved && segments_.condemned(slot, tiers_[tier].root->index()))
-    moved = fail(ErrorKind::busy, "{}: evicted while it was copied", (*source)->file.path());
+  // Somebody who evicted it meanwhile may have filled the same file anew, under another name.
+  if (moved && !source.is_at_its_path())
+    moved = fail(ErrorKind::busy, "{}: evicted while it was copied", source.path());
   if (moved) moved = target.publish_copy(segment.id, *copy, used);
-  if (!moved) {
-    if (moved.error().kind != ErrorKind::busy)
-      log(LogLevel::warning, "segment {} was not demoted to \"{}\": {}", segment_name(segment.id),
-          target.root().path(), moved.error().message);
-    if (auto removed = remove_file(copy->path()); !removed)
-      log(LogLevel::debug, "{}", removed.error().message);
-    return false;
-  }
-  ++demoted_[tiers_[tier].root->index()];
-  return true;
+  if (moved) return {};
+  if (auto removed = remove_file(copy->path()); !removed) log(LogLevel::debug, "{}", removed.error().message);
+  return moved;
 }
 
-void Keeper::save(size_t tier, uint32_t slot) {
-  demote(tier, slot);
+Status Keeper::demote(size_t tier, uint32_t slot) {
+  size_t below = 0;
+  const SegmentTable::Segment segment = segments_.get(slot);
+  const SegmentTable::PerRoot& state = segment.roots[tiers_[tier].root->index()];
+  if (!state.sealed || state.extents == 0 || !is_wanted_below(segment, tier, &below)) return {};
+  Status moved;
+  if (segment.roots[tiers_[below].root->index()].present) {
+    moved = complete_copy(tier, slot, below);
+  } else {
+    auto source = tiers_[tier].root->files().open(segment.id);
+    if (!source) return std::unexpected(source.error());
+    const SegmentInUse in_use(segments_, slot);
+    moved = copy_down((*source)->file, segment, state.used_bytes, below);
+    if (moved) ++demoted_[tiers_[tier].root->index()];
+  }
+  if (moved || !is_wanted_below(segments_.get(slot), tier, &below)) return {};  // somebody else was faster
+  if (moved.error().kind != ErrorKind::busy && moved.error().kind != ErrorKind::closed)
+    log(LogLevel::warning, "segment {} was not demoted to \"{}\": {}", segment_name(segment.id),
+        tiers_[below].root->path(), moved.error().message);
+  return moved;
+}
+
+Status Keeper::save(size_t tier, uint32_t slot) {
+  auto moved = demote(tier, slot);
+  // What the root below has no room for, or cannot take, goes all the same.
+  if (!moved && (moved.error().kind == ErrorKind::busy || moved.error().kind == ErrorKind::closed))
+    return moved;
   rewriting_.carry_on(tiers_[tier], slot, *store_target(), stop_);
+  return {};
 }
 
 Keeper::Lag Keeper::demotion_lag(RootIndex root) const {
@@ -328,7 +336,7 @@ void Keeper::demote_all() {
   for (size_t tier = 0; tier + 1 < tiers_.size(); ++tier) {
     for (const auto& [slot, segment] : segments_.present_segments(tiers_[tier].root->index())) {
       if (stop_) return;
-      demote(tier, slot);
+      (void)demote(tier, slot);
     }
   }
 }
@@ -338,7 +346,7 @@ void Keeper::promote() {
   if (target == nullptr) return;
   const auto top = static_cast<size_t>(
       std::ranges::find(tiers_, target, [](const Tier& tier) { return tier.writer; }) - tiers_.begin());
-  promotion_.run_round([this, top](uint32_t slot) { save(top, slot); }, stop_);
+  promotion_.run_round([this, top](uint32_t slot) { return save(top, slot); }, stop_);
 }
 
 void Keeper::tidy_up() {

@@ -70,14 +70,18 @@ class Keeper {
   void poll_journals(const Tier& tier);
   void run_slow();
   void end_thread();
-  /// Copies a sealed segment to the next writable tier below unless it is there. False: could not.
-  bool demote(size_t tier, uint32_t slot);
+  /// Copies a sealed segment to the next writable tier below unless it is there. `busy`: somebody else is
+  /// about to, or there is no room there at this moment; `closed`: the depot is closing.
+  Status demote(size_t tier, uint32_t slot);
+  /// The copying itself: a whole segment of which `used` bytes are in use.
+  Status copy_down(const File& source, const SegmentTable::Segment& segment, uint64_t used, size_t below);
   /// Brings a copy that stores have passed through to, and perhaps not all of them, to its end.
-  bool complete_copy(size_t tier, uint32_t slot, size_t below);
+  Status complete_copy(size_t tier, uint32_t slot, size_t below);
   bool is_wanted_below(const SegmentTable::Segment& segment, size_t tier, size_t* below) const;
   std::optional<size_t> tier_below(size_t tier) const;
-  /// Before a segment goes: to the root below, or what is hot of it to where stores go.
-  void save(size_t tier, uint32_t slot);
+  /// Before a segment goes: to the root below, or what is hot of it to where stores go. An error: it must not
+  /// go now.
+  Status save(size_t tier, uint32_t slot);
   void demote_all();
   void promote();
   void tidy_up();

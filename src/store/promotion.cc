@@ -75,8 +75,7 @@ bool Promotion::wait_for_rest(const std::atomic<bool>& stop, uint32_t own) const
   return !stop && segments_.in_motion() <= own;
 }
 
-void Promotion::run_round(const std::function<void(uint32_t)>& before_eviction,
-                          const std::atomic<bool>& stop) {
+void Promotion::run_round(const BeforeEviction& before_eviction, const std::atomic<bool>& stop) {
   if (top_ == tiers_.size()) return;
   const uint64_t end = clock_.steady_ns() + kRoundNs;
   while (!stop && segments_.in_motion() == 0 && clock_.steady_ns() < end) {
@@ -90,7 +89,7 @@ void Promotion::run_round(const std::function<void(uint32_t)>& before_eviction,
   }
 }
 
-void Promotion::promote(const Candidate& candidate, const std::function<void(uint32_t)>& before_eviction,
+void Promotion::promote(const Candidate& candidate, const BeforeEviction& before_eviction,
                         const std::atomic<bool>& stop) {
   using Steady = std::chrono::steady_clock;
   const Tier& from = tiers_[candidate.tier];

@@ -38,7 +38,7 @@ class Promotion {
   /// Copies what is worth it while nothing else is in motion in this process; what has waited for longer
   /// than 10 s is left. Each piece is followed by a rest of the time it took, so that no more than half of
   /// what is spare is used. `before_eviction` as for RootWriter. One thread at a time.
-  void run_round(const std::function<void(uint32_t slot)>& before_eviction, const std::atomic<bool>& stop);
+  void run_round(const BeforeEviction& before_eviction, const std::atomic<bool>& stop);
 
   const ExtentUse& use() const { return use_; }
   uint64_t extents() const { return extents_; }
@@ -57,7 +57,7 @@ class Promotion {
   bool has_copy(const Candidate& candidate);
   /// Waits until nothing but `own` is in motion. False: not for long, or not any more.
   bool wait_for_rest(const std::atomic<bool>& stop, uint32_t own) const;
-  void promote(const Candidate& candidate, const std::function<void(uint32_t)>& before_eviction,
+  void promote(const Candidate& candidate, const BeforeEviction& before_eviction,
                const std::atomic<bool>& stop);
 
   const std::vector<Tier> tiers_;

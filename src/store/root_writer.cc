@@ -206,8 +206,7 @@ Result<RootWriter::Place> RootWriter::reserve_beside(uint64_t bytes) {
   return cut_locked(*current_, bytes);
 }
 
-Result<RootWriter::Place> RootWriter::reserve_copy(uint64_t bytes,
-                                                   const std::function<void(uint32_t)>& before_eviction) {
+Result<RootWriter::Place> RootWriter::reserve_copy(uint64_t bytes, const BeforeEviction& before_eviction) {
   SegmentId id;
   {
     std::lock_guard lock(mutex_);
@@ -302,7 +301,7 @@ Status RootWriter::still_keeper(const KeeperLock& keeper) const {
 }
 
 Result<SegmentLease> RootWriter::make_segment(const SegmentId& id, uint64_t bytes,
-                                              const std::function<void(uint32_t)>& before_eviction) {
+                                              const BeforeEviction& before_eviction) {
   const std::string path = root_.files().path_of(id);
   SegmentMapping kept;
   bool populated = false;
@@ -329,7 +328,7 @@ Status RootWriter::still_ours_locked(const SegmentId& id) {
   return fail(ErrorKind::busy, "root \"{}\": the journal changed its name", root_.path());
 }
 
-Status RootWriter::prepare_spare(const std::function<void(uint32_t)>& before_eviction) {
+Status RootWriter::prepare_spare(const BeforeEviction& before_eviction) {
   if (cramped_) {
     // Others have filled the file system, and without a journal no segment is worth anything: one goes for
     // it.

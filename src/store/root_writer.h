@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -20,6 +21,10 @@
 #include "store/root.h"
 
 namespace tokendepot {
+
+/// Asked for a segment before it is evicted: saves what is to be saved of it. `busy`: it stays for now,
+/// another one may go; `closed`: none may. May be empty.
+using BeforeEviction = std::function<Status(uint32_t slot)>;
 
 class RootWriter {
  public:
@@ -48,7 +53,7 @@ class RootWriter {
   /// space that stores wait for. `busy` when it is full.
   Result<Place> reserve_beside(uint64_t bytes);
   /// Space in the segment of copies. May wait, and evict: the keeper's slow thread only.
-  Result<Place> reserve_copy(uint64_t bytes, const std::function<void(uint32_t slot)>& before_eviction);
+  Result<Place> reserve_copy(uint64_t bytes, const BeforeEviction& before_eviction);
 
   /// Makes a written extent known: the store is acknowledged when this returns success. `put.time_ns`: when
   /// it was stored first, 0 = now. `closed`: another process has taken the place over since it was reserved.
@@ -59,9 +64,9 @@ class RootWriter {
   void touch(uint32_t slot);
 
   // --- the keeper's threads only ---
-  /// Has the next segment ready: creates one within the capacity, or recycles the coldest. `evict_first`,
+  /// Has the next segment ready: creates one within the capacity, or recycles the coldest. `before_eviction`,
   /// when given, is asked to save a segment before it goes (demotion).
-  Status prepare_spare(const std::function<void(uint32_t slot)>& before_eviction);
+  Status prepare_spare(const BeforeEviction& before_eviction);
   bool wants_spare() const;
   /// No next segment for now: stores that want one are to be dropped, not to wait.
   void refuse_more() { no_space_ = true; }
@@ -84,8 +89,7 @@ class RootWriter {
   void compact_journal();
   /// A file for a copy of another root's sealed segment: created or recycled, locked name, right size.
   /// `busy`: another process copies it, or has copied it.
-  Result<File> open_copy(const SegmentId& id, uint64_t bytes,
-                         const std::function<void(uint32_t)>& before_eviction);
+  Result<File> open_copy(const SegmentId& id, uint64_t bytes, const BeforeEviction& before_eviction);
   /// Publishes the finished copy under its name and journals its content. `busy`: another process was first.
   Status publish_copy(const SegmentId& id, const File& copy, uint64_t used_bytes);
   /// Publishes a copy that is still empty under its name. Who holds its lock may extend it.
@@ -132,7 +136,7 @@ class RootWriter {
   Record seal_of(const Current& segment) const;
   /// A segment file of this id that nothing speaks of yet, open and mapped.
   Result<SegmentLease> make_segment(const SegmentId& id, uint64_t bytes,
-                                    const std::function<void(uint32_t)>& before_eviction);
+                                    const BeforeEviction& before_eviction);
   /// `busy`, and the file removed, when the journal got another id since this one was given.
   Status still_ours_locked(const SegmentId& id);
   SegmentId next_id_locked();
@@ -159,8 +163,7 @@ class RootWriter {
   /// over. `busy` until there is one. The caller holds the keeper's lock.
   /// `kept`, when given, receives this process's mapping of a recycled file: its pages need no faults again.
   Result<File> make_file(KeeperLock& keeper, const std::string& path, uint64_t bytes,
-                         const std::function<void(uint32_t)>& before_eviction,
-                         SegmentMapping* kept = nullptr);
+                         const BeforeEviction& before_eviction, SegmentMapping* kept = nullptr);
   Result<uint64_t> bytes_on_medium();
   /// Condemns a segment, whose file goes after the grace. The caller holds the keeper's lock. False: it
   /// stays.
@@ -171,13 +174,13 @@ class RootWriter {
   /// `busy` when another process has taken over as keeper: whoever was stopped for long goes no further.
   Status still_keeper(const KeeperLock& keeper) const;
   /// Condemns the coldest segment. Its file stays for the grace.
-  Status evict_coldest(KeeperLock& keeper, const std::function<void(uint32_t)>& before_eviction);
+  Status evict_coldest(KeeperLock& keeper, const BeforeEviction& before_eviction);
   /// As much as is to be condemned at a time, so that a file is past its grace when the next segment is
   /// wanted.
   uint64_t bytes_to_condemn(uint64_t wanted) const;
   /// Condemns what the next segments will need. `used`: bytes of all files, the newest included.
   void condemn_ahead(KeeperLock& keeper, uint64_t used, uint64_t bytes,
-                     const std::function<void(uint32_t)>& before_eviction);
+                     const BeforeEviction& before_eviction);
   std::optional<CondemnedFiles::Leaving> take_condemned(uint64_t wanted_bytes, bool at_once);
 
   Root& root_;

@@ -16,7 +16,7 @@ constexpr uint64_t kCopyPiece = 1 << 20;
 }  // namespace
 
 Result<File> RootWriter::open_copy(const SegmentId& id, uint64_t bytes,
-                                   const std::function<void(uint32_t)>& before_eviction) {
+                                   const BeforeEviction& before_eviction) {
   const std::string path = root_.segments_dir() + "/.tmp-" + segment_name(id);
   auto keeper = lock_keeper();
   if (!keeper) return std::unexpected(keeper.error());

@@ -19,7 +19,7 @@ constexpr size_t kMostCopies = 4;
 }  // namespace
 
 WriteThrough::WriteThrough(Root& from, RootWriter& to, SegmentTable& segments, const Clock& clock,
-                           std::function<void(uint32_t slot)> before_eviction)
+                           BeforeEviction before_eviction)
     : from_(from),
       to_(to),
       segments_(segments),

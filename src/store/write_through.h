@@ -29,7 +29,7 @@ class WriteThrough {
 
   /// From `from`'s root to `to`'s; both outlive it. `before_eviction` as for RootWriter, of `to`.
   WriteThrough(Root& from, RootWriter& to, SegmentTable& segments, const Clock& clock,
-               std::function<void(uint32_t slot)> before_eviction);
+               BeforeEviction before_eviction);
   /// Waits for the thread, however long.
   ~WriteThrough();
   /// Fails what waits and ends the thread. False: it is still in the kernel after `patience`.
@@ -59,7 +59,7 @@ class WriteThrough {
   RootWriter& to_;
   SegmentTable& segments_;
   const Clock& clock_;
-  const std::function<void(uint32_t)> before_eviction_;
+  const BeforeEviction before_eviction_;
   std::unique_ptr<std::byte, void (*)(void*)> piece_;
 
   std::mutex mutex_;  // all below

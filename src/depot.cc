@@ -14,6 +14,7 @@
 #include "format/manifest.h"
 #include "open_depot.h"
 #include "store/catalog.h"
+#include "store/first_replay.h"
 #include "store/keeper.h"
 #include "store/replay.h"
 #include "store/root.h"
@@ -100,6 +101,9 @@ class OpenDepot final : public Depot {
   std::vector<Transfers::ObjectItem> find_objects(std::span<const Object> objects, bool touch);
 
   Status open_cufile(const Options& options, const std::string& library);
+  /// Of a depot that writes they have been read: a writer must know its root. False: they are being read
+  /// still.
+  Result<bool> read_journals(const Options& options);
 
   const pid_t pid_ = getpid();
   std::unique_ptr<SegmentTable> segments_ = std::make_unique<SegmentTable>();
@@ -107,6 +111,7 @@ class OpenDepot final : public Depot {
   std::unique_ptr<Device> device_;  // before the roots: they give their mappings back to it
   std::unique_ptr<CuFile> cufile_;  // before the roots: their files are registered with it
   std::vector<Tier> tiers_;
+  std::unique_ptr<FirstReplay> first_replay_;
   std::unique_ptr<Promotion> promotion_;
   std::unique_ptr<Rewriting> rewriting_;
   std::unique_ptr<Transfers> transfers_;
@@ -145,6 +150,17 @@ Status OpenDepot::open_cufile(const Options& options, const std::string& library
   return {};
 }
 
+Result<bool> OpenDepot::read_journals(const Options& options) {
+  if (options.writer) {
+    if (catalog_) catalog_->sweep();
+    return true;
+  }
+  std::vector<Replay*> replays;
+  for (const Tier& tier : tiers_) replays.push_back(tier.replay.get());
+  first_replay_ = std::make_unique<FirstReplay>(std::move(replays), catalog_.get(), system_clock());
+  return first_replay_->wait(std::chrono::milliseconds(options.open_wait_ms));
+}
+
 Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::unique_ptr<Device> device,
                                                const std::string& cufile_library) {
   if (options.roots.empty() || options.roots.size() > kMaxRoots) {
@@ -181,8 +197,9 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::uniq
     if (!root) return std::unexpected(root.error());
     tier.root = std::move(*root);
     tier.replay = std::make_unique<Replay>(*tier.root, *depot->segments_, depot->catalog_.get());
+    if (!options.writer) continue;
     if (auto read = tier.replay->first(); !read) return std::unexpected(read.error());
-    if (!options.writer || !tier.root->writable()) continue;
+    if (!tier.root->writable()) continue;
     auto writer = RootWriter::open(*tier.root, *tier.replay, *depot->segments_, system_clock(),
                                    options.free_space_reserve, options.eviction_grace_ms * kNsPerMs);
     if (!writer) return std::unexpected(writer.error());
@@ -203,7 +220,8 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::uniq
   }
   if (std::ranges::none_of(depot->tiers_, [](const Tier& tier) { return tier.root->has_gds(); }))
     depot->cufile_.reset();  // nobody wants it: the device has its whole slab again
-  if (depot->catalog_) depot->catalog_->sweep();
+  const auto whole = depot->read_journals(options);
+  if (!whole) return std::unexpected(whole.error());
   std::vector<Transfers::Tier> transfer_tiers;
   std::vector<Keeper::Tier> keeper_tiers;
   for (const Tier& tier : depot->tiers_) {
@@ -234,9 +252,10 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::uniq
   const DepotStats found = depot->stats();
   uint64_t segments = 0;
   for (const RootStats& root : found.roots) segments += root.segments;
-  log(LogLevel::info, "ready after {:.3f} s: {}{} segments, {} journal records read",
+  log(LogLevel::info, "ready after {:.3f} s: {}{} segments, {} journal records read{}",
       static_cast<double>(found.open_nanoseconds) * 1e-9,
-      options.catalog ? fmt::format("{} extents in ", found.entries) : "", segments, found.journal_records);
+      options.catalog ? fmt::format("{} extents in ", found.entries) : "", segments, found.journal_records,
+      *whole ? "" : "; the rest is being read, until then it is missed");
   return depot;
 }
 
@@ -253,9 +272,10 @@ OpenDepot::~OpenDepot() {
     if (!settled) return std::chrono::nanoseconds(0);
     return until - std::chrono::steady_clock::now();
   };
+  const bool read = !first_replay_ || first_replay_->stop(left());
   const bool scrubbed = !scrubber_ || scrubber_->stop(left());
   const bool ended = !keeper_ || keeper_->stop(left());
-  if (settled && scrubbed && ended) {
+  if (settled && read && scrubbed && ended) {
     scrubber_.reset();
     keeper_.reset();
     transfers_.reset();
@@ -268,13 +288,14 @@ OpenDepot::~OpenDepot() {
 }
 
 void OpenDepot::leak() {
-  scrubber_.release();   // NOLINT(bugprone-unused-return-value)
-  keeper_.release();     // NOLINT(bugprone-unused-return-value)
-  transfers_.release();  // NOLINT(bugprone-unused-return-value)
-  rewriting_.release();  // NOLINT(bugprone-unused-return-value)
-  promotion_.release();  // NOLINT(bugprone-unused-return-value)
-  device_.release();     // NOLINT(bugprone-unused-return-value)
-  cufile_.release();     // NOLINT(bugprone-unused-return-value)
+  first_replay_.release();  // NOLINT(bugprone-unused-return-value)
+  scrubber_.release();      // NOLINT(bugprone-unused-return-value)
+  keeper_.release();        // NOLINT(bugprone-unused-return-value)
+  transfers_.release();     // NOLINT(bugprone-unused-return-value)
+  rewriting_.release();     // NOLINT(bugprone-unused-return-value)
+  promotion_.release();     // NOLINT(bugprone-unused-return-value)
+  device_.release();        // NOLINT(bugprone-unused-return-value)
+  cufile_.release();        // NOLINT(bugprone-unused-return-value)
   for (Tier& tier : tiers_) {
     tier.writer.release();  // NOLINT(bugprone-unused-return-value)
     tier.replay.release();  // NOLINT(bugprone-unused-return-value)

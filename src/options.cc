@@ -31,6 +31,7 @@ constexpr size_t kMaxConfigBytes = 1 << 20;
 constexpr uint32_t kCudaDeviceThreads = 8;
 constexpr uint32_t kMostRewritePercent = 10;
 constexpr uint32_t kMostGraceMs = 60'000;
+constexpr uint32_t kMostOpenWaitMs = 600'000;
 constexpr uint64_t kLeastSegmentBytes = 1 << 20;
 constexpr uint64_t kMaxSize = std::numeric_limits<int64_t>::max();
 
@@ -38,10 +39,11 @@ constexpr std::string_view kSizeAllowed =
     "a size greater than 0 in bytes or with one of the units KiB MiB GiB TiB (by 1024) or KB MB GB TB (by "
     "1000)";
 
-constexpr std::array<std::string_view, 12> kTopKeys{
+constexpr std::array<std::string_view, 13> kTopKeys{
     "roots",          "device",          "device_slab", "slab",
     "device_threads", "io_depth",        "store_queue", "free_space_reserve",
-    "poll_ms",        "rewrite_percent", "scrub_rate",  "eviction_grace_ms"};
+    "poll_ms",        "rewrite_percent", "scrub_rate",  "eviction_grace_ms",
+    "open_wait_ms"};
 constexpr std::array<std::string_view, 9> kRootKeys{
     "path",      "capacity",    "segment",       "transport",   "io",
     "read_only", "require_gds", "write_through", "demotion_lag"};
@@ -472,7 +474,8 @@ Result<Options> parse_options(std::string_view json) {
        {Count{"device_threads", 64, &options.device_threads}, Count{"io_depth", 128, &options.io_depth},
         Count{"poll_ms", 60'000, &options.poll_ms},
         Count{"rewrite_percent", kMostRewritePercent, &options.rewrite_percent, 0},
-        Count{"eviction_grace_ms", kMostGraceMs, &options.eviction_grace_ms, 0}}) {
+        Count{"eviction_grace_ms", kMostGraceMs, &options.eviction_grace_ms, 0},
+        Count{"open_wait_ms", kMostOpenWaitMs, &options.open_wait_ms, 0}}) {
     if (!config.contains(count.key)) continue;
     const auto number = count_of(count.key, config[count.key], count.least, count.most);
     if (!number) return std::unexpected(number.error());
@@ -507,7 +510,8 @@ std::string to_json(const Options& options) {
                     {"rewrite_percent", options.rewrite_percent},
                     {"scrub_rate", options.scrub_bytes_per_second},
 
-                    {"eviction_grace_ms", options.eviction_grace_ms}};
+                    {"eviction_grace_ms", options.eviction_grace_ms},
+                    {"open_wait_ms", options.open_wait_ms}};
   return config.dump(-1, ' ', false, Json::error_handler_t::replace);
 }
 

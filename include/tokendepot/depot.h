@@ -61,6 +61,9 @@ struct Options {
   uint64_t scrub_bytes_per_second = 16ull << 20;  // background re-verification of each root; 0 = none
   // How long an evicted segment's file stays for who was promised something of it; at most 60,000.
   uint32_t eviction_grace_ms = 3000;
+  // A depot that takes no stores (writer = false) is open after this time at the latest, whatever it has read
+  // of the journals by then.
+  uint32_t open_wait_ms = 10'000;
 };
 
 /// Reads the JSON object that users write, e.g. {"roots":["/dev/shm/depot?capacity=8GiB"],"slab":"256MiB"}.

@@ -73,7 +73,7 @@ Result<JournalReader> JournalReader::open(const std::string& path, uint64_t writ
 }
 
 Result<uint64_t> JournalReader::read_new(const std::function<void(const Record&)>& visit,
-                                         uint64_t listed_bytes) {
+                                         uint64_t listed_bytes, const std::stop_token& stop) {
   if (!file_.is_open()) {
     auto file = File::open(path_, {});
     if (!file) return std::unexpected(file.error());
@@ -91,6 +91,7 @@ Result<uint64_t> JournalReader::read_new(const std::function<void(const Record&)
   uint64_t pending_bad = 0;
   std::vector<std::byte> buffer;
   while (index < slots && pending_bad < kMostDamagedInARow) {
+    if (stop.stop_requested()) return good;
     const uint64_t count = std::min(slots - index, kReadBytes / kRecordBytes);
     buffer.resize(count * kRecordBytes);
     if (auto read = file_.read_at(buffer, index * kRecordBytes); !read) {

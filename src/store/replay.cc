@@ -82,7 +82,7 @@ Status Replay::read(JournalReader& reader, uint64_t listed_bytes) {
         apply(batch_);
         batch_.clear();
       },
-      listed_bytes);
+      listed_bytes, stop_.get_token());
   apply(batch_);
   batch_.clear();
   if (!was_open && reader.is_open()) {

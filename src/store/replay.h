@@ -10,6 +10,7 @@
 #include <optional>
 #include <set>
 #include <span>
+#include <stop_token>
 #include <vector>
 
 #include "base/clock.h"
@@ -31,6 +32,8 @@ class Replay {
 
   /// Reads everything, then drops what the journals speak of but the directory does not hold.
   Status first();
+  /// Ends first() and poll() early, from another thread, and for good: the depot closes.
+  void stop() { stop_.request_stop(); }
   /// Reads what was appended since. False: some journal could not be read to its end now; the next poll tries
   /// again, and until then nobody may conclude that no journal speaks of something.
   bool poll();
@@ -87,6 +90,7 @@ class Replay {
   Root& root_;
   SegmentTable& segments_;
   Catalog* catalog_;
+  std::stop_source stop_;
   mutable std::mutex read_mutex_;  // journals_, own_journal_
   std::map<uint64_t, JournalReader> journals_;
   std::deque<uint64_t> open_journals_;  // in the order of opening

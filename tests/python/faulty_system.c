@@ -29,6 +29,7 @@ struct control {  // faulty_system.py knows the order
   volatile int64_t network;       // the file system says that it is NFS
   volatile int64_t wall_offset_s;
   volatile int64_t opens;         // counted: of segments
+  volatile int64_t hold_journals; // reads of them
 };
 
 enum { most_files = 4096 };
@@ -38,6 +39,7 @@ static struct control* control = &none;
 static const char* below = "//";
 static char is_ours[most_files];
 static char is_segment[most_files];
+static char is_journal[most_files];
 
 __attribute__((constructor)) static void begin(void) {
   const char* const path = getenv("FAULTY_SYSTEM_CONTROL");
@@ -88,12 +90,14 @@ int open(const char* path, int flags, ...) {
   if (fd >= 0 && fd < most_files) {
     is_ours[fd] = (char)mine;
     is_segment[fd] = (char)segment;
+    is_journal[fd] = (char)(mine && strstr(path, "/journals/") != NULL);
   }
   return fd;
 }
 
 ssize_t pread(int fd, void* out, size_t bytes, off_t offset) {
   REAL(pread);
+  if (in(is_journal, fd)) hold_while(&control->hold_journals);
   if (in(is_segment, fd)) {
     hold_while(&control->hold_reads);
     if (fails_with(control->read_error)) return -1;

@@ -23,6 +23,7 @@ FIELDS = (
     "network",
     "wall_offset_s",
     "opens",
+    "hold_journals",
 )
 
 

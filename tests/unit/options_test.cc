@@ -97,7 +97,7 @@ TEST(ParseOptions, WhatIsSaidOfTheNextRootWantsOne) {
 
 TEST(ParseOptions, EveryKeyReachesItsOption) {
   const auto options = parse_options(with_root(
-      R"("slab":"128MiB","device_threads":3,"io_depth":7,"store_queue":"1GB","free_space_reserve":0,"poll_ms":250,"rewrite_percent":7,"eviction_grace_ms":1500,"device":"cuda:3","device_slab":"1GiB")"));
+      R"("slab":"128MiB","device_threads":3,"io_depth":7,"store_queue":"1GB","free_space_reserve":0,"poll_ms":250,"rewrite_percent":7,"eviction_grace_ms":1500,"open_wait_ms":0,"device":"cuda:3","device_slab":"1GiB")"));
   ASSERT_TRUE(options) << options.error().message;
   EXPECT_EQ(options->slab_bytes, 128ull << 20);
   EXPECT_EQ(options->device_threads, 3u);
@@ -107,6 +107,7 @@ TEST(ParseOptions, EveryKeyReachesItsOption) {
   EXPECT_EQ(options->poll_ms, 250u);
   EXPECT_EQ(options->rewrite_percent, 7u);
   EXPECT_EQ(options->eviction_grace_ms, 1500u);
+  EXPECT_EQ(options->open_wait_ms, 0u);
   EXPECT_EQ(options->device, "cuda:3");
   EXPECT_EQ(options->device_slab_bytes, 1ull << 30);
 }
@@ -252,6 +253,7 @@ TEST(ParseOptions, CountsHaveBounds) {
   EXPECT_THAT(refusal_of(with_root(R"("poll_ms":60001)")), HasSubstr("from 1 to 60000"));
   EXPECT_THAT(refusal_of(with_root(R"("rewrite_percent":11)")), HasSubstr("from 0 to 10"));
   EXPECT_THAT(refusal_of(with_root(R"("eviction_grace_ms":60001)")), HasSubstr("from 0 to 60000"));
+  EXPECT_THAT(refusal_of(with_root(R"("open_wait_ms":600001)")), HasSubstr("from 0 to 600000"));
 }
 
 TEST(ParseOptions, ADeviceIsTheHostOrAGpuByNumber) {

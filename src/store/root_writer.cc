@@ -177,6 +177,7 @@ Result<RootWriter::Place> RootWriter::reserve(uint64_t bytes) {
     if (current_) records[count++] = seal_of(*current_);
     records[count].type = RecordType::open_segment;
     records[count++].where = {spare_->id, 0, spare_->bytes};
+    known_spare_bytes_ = 0;  // counted as a segment from here on
     for (size_t i = 0; i < count; ++i) records[i].time_ns = clock_.wall_ns();
     if (auto written = append_locked(std::span(records, count)); !written)
       return std::unexpected(written.error());

@@ -59,7 +59,11 @@ def connector_counters():
     """Name -> series, as (operation, reason or path) or ()."""
     known = connector_constants()
     counters = {name: ([], [()]) for name, _ in known["COUNTERS"].values()}
-    for metric, label, choices in (("FAILURE_METRIC", "reason", "REASONS"), ("CARRIED_METRIC", "path", "PATHS")):
+    for metric, label, choices in (
+        ("FAILURE_METRIC", "reason", "REASONS"),
+        ("CARRIED_METRIC", "path", "PATHS"),
+        ("CARRIED_TOKENS_METRIC", "path", "PATHS"),
+    ):
         series = [(way, choice) for way in ("load", "store") for choice in known[choices]]
         counters[known[metric][0]] = (["operation", label], series)
     for metric, label, choices in (("DROPPED_METRIC", "reason", "DROPS"), ("MISSED_METRIC", "cause", "CAUSES")):

@@ -6,7 +6,18 @@ import json
 import re
 
 import pytest
-from test_docs import OPERATIONS, TREE, VLLM, literal, metrics, metrics_of_roots, other_metrics, rows, section
+from test_docs import (
+    OPERATIONS,
+    TREE,
+    VLLM,
+    literal,
+    metrics,
+    metrics_of_events,
+    metrics_of_roots,
+    other_metrics,
+    rows,
+    section,
+)
 
 RULES = (TREE / "deploy/prometheus/tokendepot-alerts.yml").read_text(encoding="utf-8")
 PANELS = json.loads((TREE / "deploy/grafana/tokendepot.json").read_text(encoding="utf-8"))["panels"]
@@ -24,12 +35,13 @@ AMOUNTS = {
     *(f"tokendepot_root_{what}" for what in ("capacity_bytes", "used_bytes", "live_bytes", "extents")),
     *(f"tokendepot_root_{what}" for what in ("namespaces", "namespace_bytes", "namespace_extents")),
     "tokendepot_root_journal_records",
+    *(f"tokendepot_events_{what}_total" for what in ("published", "batches", "replays")),
     "tokendepot_root_filesystem_size_bytes",
 }
 
 
 def all_metrics() -> set[str]:
-    return {f"{name}_total" for name in metrics()} | other_metrics() | metrics_of_roots()
+    return {f"{name}_total" for name in metrics()} | other_metrics() | metrics_of_roots() | metrics_of_events()
 
 
 def failure_rows() -> list[list[str]]:

@@ -32,7 +32,7 @@ class JournalReader {
 
   /// Calls `visit` for every good record behind the last call's end, in order. Returns how many.
   /// `listed_bytes`: the file's size as its directory says, which on network file systems may be newer than
-  /// the open file's.
+  /// the open file's. `unsupported` where a record of another format version has a digest that is right.
   Result<uint64_t> read_new(const std::function<void(const Record&)>& visit, uint64_t listed_bytes = 0);
   /// A file of this size has nothing that read_new() has not seen.
   bool has_read(uint64_t listed_bytes) const { return listed_bytes == size_seen_ && !has_tail_; }

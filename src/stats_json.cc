@@ -13,7 +13,8 @@ Json json_of(const FailureCounts& f) {
           {"dropped", f.dropped},   {"pinned", f.pinned}};
 }
 
-Json json_of(const PathBytes& p) {
+template <typename Amount>
+Json json_of(const ByPath<Amount>& p) {
   return {{"mapped", p.mapped},
           {"direct", p.direct},
           {"buffered", p.buffered},
@@ -42,6 +43,7 @@ Json json_of(const TransferStats& t) {
           {"bytes", t.bytes},
           {"nanoseconds", t.nanoseconds},
           {"by_path", json_of(t.by_path)},
+          {"tokens_by_path", json_of(t.tokens_by_path)},
           {"failures", json_of(t.failures)},
           {"latency", json_of(t.latency)},
           {"queue", json_of(t.queue)}};

@@ -20,14 +20,17 @@ struct FailureCounts {
   uint64_t pinned = 0;     // no space, and what could be evicted is pinned
 };
 
-/// Bytes by the way that really carried them between a medium and where they are used.
-struct PathBytes {
-  uint64_t mapped = 0;      // out of, or into, mapped memory
-  uint64_t direct = 0;      // O_DIRECT and the host's slab; headers on the gds ways, too
-  uint64_t buffered = 0;    // page cache and the host's slab
-  uint64_t gds_p2p = 0;     // cuFile, past the host
-  uint64_t gds_compat = 0;  // cuFile, through host memory of its own
+/// An amount by the way that really carried it between a medium and where it is used.
+template <typename Amount>
+struct ByPath {
+  Amount mapped{};      // out of, or into, mapped memory
+  Amount direct{};      // O_DIRECT and the host's slab; bytes of headers on the gds ways, too
+  Amount buffered{};    // page cache and the host's slab
+  Amount gds_p2p{};     // cuFile, past the host
+  Amount gds_compat{};  // cuFile, through host memory of its own
 };
+using PathBytes = ByPath<uint64_t>;
+using PathTokens = ByPath<double>;
 
 /// Durations, counted by size: a histogram as Prometheus has it, but for the sums over smaller buckets.
 struct LatencyCounts {
@@ -63,9 +66,10 @@ struct RootTraffic {
 
 struct TransferStats {
   uint64_t extents = 0;
-  uint64_t bytes = 0;        // payload and header bytes moved
-  uint64_t nanoseconds = 0;  // sum over extents, submit to done
-  PathBytes by_path;         // of `bytes`; what is placed after a hold came only once
+  uint64_t bytes = 0;         // payload and header bytes moved
+  uint64_t nanoseconds = 0;   // sum over extents, submit to done
+  PathBytes by_path;          // of `bytes`; what is placed after a hold came only once
+  PathTokens tokens_by_path;  // by the way of the payload; tokens as in RootTraffic
   FailureCounts failures;
   LatencyCounts latency;  // of extents that moved: submit to done
   LatencyCounts queue;    // of extents that began: submit to the first byte asked for

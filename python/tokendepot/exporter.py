@@ -43,7 +43,7 @@ METRICS = {
     "tokendepot_root_journal_records": ((), "Records in all journals."),
     "tokendepot_root_journal_bad_records": ((), "Records that cannot be read."),
     "tokendepot_root_journal_bytes": ((), "Size of all journals."),
-    "tokendepot_root_damaged_files": ((), "Journals and manifests that are damaged."),
+    "tokendepot_root_damaged_files": ((), "Journals and manifests that are damaged, and the rules."),
     "tokendepot_root_namespaces": ((), "Namespaces, named in labels or not."),
     "tokendepot_root_namespace_bytes": (("namespace",), "Bytes of extents of the largest namespaces; other = of all others."),
     "tokendepot_root_namespace_extents": (("namespace",), "Extents of the same namespaces."),
@@ -90,12 +90,15 @@ def named_namespaces(roots: int) -> int:
     return max(0, min(NAMED_NAMESPACES, left // SERIES_OF_A_NAMESPACE - 1))
 
 
-def samples_of(root: dict[str, Any], journal_bytes: int, disk: os.statvfs_result, named: int) -> list[Sample]:
-    """root: of inspect_root(); the `named` largest namespaces are told apart."""
+def samples_of(
+    root: dict[str, Any], tending: dict[str, Any], journal_bytes: int, disk: os.statvfs_result, named: int
+) -> list[Sample]:
+    """root: of inspect_root(); tending: of inspect_policies(); the `named` largest namespaces are told apart."""
     sealed = [segment for segment in root["segments"] if segment["sealed"]]
     journals, namespaces = root["journals"], root["namespaces"]
     in_use = sum(journal["in_use"] for journal in journals)
     damaged = sum(journal["damaged"] for journal in journals) + sum(n["damaged"] for n in namespaces)
+    damaged += bool(tending["damage"])
     plain = {
         "used_bytes": root["file_bytes"],
         "live_bytes": root["live_bytes"],
@@ -106,6 +109,8 @@ def samples_of(root: dict[str, Any], journal_bytes: int, disk: os.statvfs_result
         "journal_bytes": journal_bytes,
         "damaged_files": damaged,
         "namespaces": len(namespaces),
+        "pinned_bytes": tending["pinned_bytes"],
+        "scrub_finished_timestamp_seconds": tending["scrub_finished"],
         "filesystem_size_bytes": disk.f_blocks * disk.f_frsize,
         "filesystem_free_bytes": disk.f_bavail * disk.f_frsize,
     }
@@ -191,11 +196,9 @@ class WatchedRoot:
             root = _core.inspect_root(self.path)
             inspection.root_id = root["root_id"]
             tending = _core.inspect_policies(self.path)
-            found = samples_of(root, self._journal_bytes(root["journals"]), os.statvfs(self.path), self._named)
+            found = samples_of(root, tending, self._journal_bytes(root["journals"]), os.statvfs(self.path), self._named)
             if self._capacity is not None:
                 found.append(Sample("tokendepot_root_capacity_bytes", self._capacity))
-            found.append(Sample("tokendepot_root_pinned_bytes", tending["pinned_bytes"]))
-            found.append(Sample("tokendepot_root_scrub_finished_timestamp_seconds", tending["scrub_finished"]))
             inspection.seconds = time.monotonic() - inspection.began
             found.append(Sample("tokendepot_root_up", 1))
             found.append(Sample("tokendepot_root_inspected_timestamp_seconds", time.time()))

@@ -37,6 +37,10 @@ class Holdings:
     def root_ids(self) -> list[str]:
         return [watch.root_id for _, watch in self._watches if watch]
 
+    def lost_roots(self) -> int:
+        """How many cannot be read, as of the last poll. The only function that any thread may call."""
+        return sum(watch is None for _, watch in self._watches)
+
     def poll(self) -> list[Change]:
         """What changed since the last call, at first everything; what is too much for one call comes with the next."""
         found: list[Change] = []

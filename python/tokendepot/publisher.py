@@ -9,8 +9,9 @@ same is sent again when somebody asks for batches that are not kept any more.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -24,6 +25,7 @@ HIGH_WATER = 100_000
 POLL_MS = 100
 FRESH_START_EVERY_S = 10.0
 END = (-1).to_bytes(8, "big", signed=True)
+SUBSCRIPTION = {b"\x01": 1, b"\x00": -1}  # first byte of what subscribers send -> change
 
 
 class EventBatch(msgspec.Struct, array_like=True, omit_defaults=True):
@@ -76,17 +78,31 @@ def hash_of(key: bytes, *, number: bool) -> bytes | int:
     return int.from_bytes(key[-8:], "big") if number else key
 
 
+@dataclass
+class Sent:
+    """What a Publisher did. All but `subscriptions` only grow."""
+
+    events: Counter[str] = field(default_factory=Counter)  # by name: BlockStored, BlockRemoved, AllBlocksCleared
+    batches: int = 0
+    dropped_batches: int = 0  # a subscriber at least had HIGH_WATER batches waiting and did not get them
+    replays: int = 0
+    fresh_starts: int = 0
+    subscriptions: int = 0
+
+
 class Publisher:
-    """Owns two sockets. Not thread-safe."""
+    """Owns two sockets. Not thread-safe; `sent` may be read by any thread."""
 
     def __init__(self, endpoint: str, replay_endpoint: str | None, topic: str, wire: Wire) -> None:
         """Raises zmq.ZMQError where an endpoint cannot be bound."""
         self._topic, self._wire = topic.encode(), wire
+        self.sent = Sent()
         self._context = zmq.Context()
-        self._publish = self._context.socket(zmq.PUB)
+        self._publish = self._context.socket(zmq.XPUB)  # a PUB that says who subscribes
         self._replay = self._context.socket(zmq.ROUTER)
         try:
             self._publish.set_hwm(HIGH_WATER)
+            self._publish.setsockopt(zmq.XPUB_VERBOSER, 1)  # each subscriber counts, also of the same topic
             self._publish.bind(endpoint)
             if replay_endpoint is not None:
                 self._replay.bind(replay_endpoint)
@@ -103,20 +119,39 @@ class Publisher:
         return [text.rstrip("\x00") for text in bound if text.rstrip("\x00")]
 
     def send(self, events: list[Any]) -> None:
+        self.sent.events.update(type(event).__name__ for event in events)
         for first in range(0, len(events), BATCH_EVENTS):
             payload = self._wire.encode(events[first : first + BATCH_EVENTS])
-            self._publish.send_multipart((self._topic, self._next.to_bytes(8, "big"), payload))
+            self._send_batch((self._topic, self._next.to_bytes(8, "big"), payload))
             self._kept.append((self._next, payload))
             self._next += 1
 
+    def _send_batch(self, message: tuple[bytes, ...]) -> None:
+        """Never waits. A subscriber whose queue is full goes without, as with PUB, but it is counted: with NODROP
+        ZeroMQ refuses, and then sends to all others without."""
+        self.sent.batches += 1
+        self._publish.setsockopt(zmq.XPUB_NODROP, 1)
+        try:
+            self._publish.send_multipart(message, zmq.DONTWAIT)
+        except zmq.Again:
+            self.sent.dropped_batches += 1
+            self._publish.setsockopt(zmq.XPUB_NODROP, 0)
+            self._publish.send_multipart(message)
+
+    def _count_subscriptions(self) -> None:
+        while self._publish.poll(0):
+            self.sent.subscriptions += SUBSCRIPTION.get(self._publish.recv()[:1], 0)
+
     def answer_replays(self, timeout_ms: int) -> bool:
         """Waits so long for requests and answers those that are there. True: somebody asked for what is not kept."""
+        self._count_subscriptions()
         lacking = False
         while self._replay.poll(timeout_ms):
             timeout_ms = 0
             frames = self._replay.recv_multipart()
             if len(frames) != 3 or len(frames[2]) != 8:
                 continue  # not of this protocol
+            self.sent.replays += 1
             who, start = frames[0], int.from_bytes(frames[2], "big")
             lacking |= bool(self._kept) and start < self._kept[0][0]
             for number, payload in self._kept:
@@ -142,6 +177,7 @@ def follow(holdings: Holdings, publisher: Publisher, wire: Wire, stopped: Callab
         lacking |= publisher.answer_replays(0 if changes else POLL_MS)
         if lacking and time.monotonic() >= fresh_start_due:
             lacking, fresh_start_due = False, time.monotonic() + FRESH_START_EVERY_S
+            publisher.sent.fresh_starts += 1
             publisher.send(list(_all(holdings, wire)))
 
 

@@ -103,6 +103,9 @@ Result<uint64_t> JournalReader::read_new(const std::function<void(const Record&)
           std::span<const std::byte, kRecordBytes>(buffer.data() + i * kRecordBytes, kRecordBytes);
       const auto record = decode_record(slot, writer_, index);
       if (!record) {
+        // Not damage: what a later program wrote must neither be cut off nor have its segments removed.
+        if (record.error().kind == ErrorKind::unsupported)
+          return fail(ErrorKind::unsupported, "{}: {}", path_, record.error().message);
         ++pending_bad;
         continue;
       }

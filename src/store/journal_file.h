@@ -33,7 +33,8 @@ class JournalReader {
 
   /// Calls `visit` for every good record behind the last call's end, in order. Returns how many.
   /// `listed_bytes`: the file's size as its directory says, which on network file systems may be newer than
-  /// the open file's. Ends early when `stop` is requested.
+  /// the open file's. Ends early when `stop` is requested. `unsupported` where a record of another format
+  /// version has a digest that is right.
   Result<uint64_t> read_new(const std::function<void(const Record&)>& visit, uint64_t listed_bytes = 0,
                             const std::stop_token& stop = {});
   /// A file of this size has nothing that read_new() has not seen.

@@ -119,8 +119,9 @@ Status Replay::first() {
     first_ = true;
   }
   for (auto& [writer, reader] : journals_) {
-    if (auto whole = read(reader); !whole)
-      log(LogLevel::warning, "root \"{}\": {}", root_.path(), whole.error().message);
+    auto whole = read(reader);
+    if (!whole && whole.error().kind == ErrorKind::unsupported) return whole;
+    if (!whole) log(LogLevel::warning, "root \"{}\": {}", root_.path(), whole.error().message);
   }
   {
     std::lock_guard applying(apply_mutex_);

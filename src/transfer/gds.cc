@@ -104,15 +104,20 @@ void Transfers::give_store_memory(StoreTask& task) {
   if (lane != nullptr) lane_store_bytes_ -= task.bytes - task.header_bytes;
 }
 
-void Transfers::count_path(PathBytes& paths, const Root& root, const GdsLane* lane, uint64_t header,
-                           uint64_t payload) {
+void Transfers::count_path(TransferStats& stats, const Root& root, const GdsLane* lane, uint64_t header,
+                           uint64_t payload, double tokens) {
+  PathBytes& bytes = stats.by_path;
+  PathTokens& carried = stats.tokens_by_path;
   if (root.mapped()) {
-    paths.mapped += header + payload;
+    bytes.mapped += header + payload;
+    carried.mapped += tokens;
   } else if (lane != nullptr) {
-    paths.direct += header;
-    (lane->p2p() ? paths.gds_p2p : paths.gds_compat) += payload;
+    bytes.direct += header;
+    (lane->p2p() ? bytes.gds_p2p : bytes.gds_compat) += payload;
+    (lane->p2p() ? carried.gds_p2p : carried.gds_compat) += tokens;
   } else {
-    (root.direct() ? paths.direct : paths.buffered) += header + payload;
+    (root.direct() ? bytes.direct : bytes.buffered) += header + payload;
+    (root.direct() ? carried.direct : carried.buffered) += tokens;
   }
 }
 

@@ -466,10 +466,11 @@ void Transfers::resolve_load_locked(LoadTask& task, std::optional<Reason> failur
   if (failure == Reason::timed_out) ++traffic_[tiers_[task.tier].root->index()].timed_out_loads;
   if (!failure && !std::exchange(task.counted_path, true)) {
     const Root& root = *tiers_[task.tier].root;
-    count_path(load_stats_.by_path, root, task.lane, task.header_bytes, task.run_bytes);
+    const double tokens = tokens_locked(*task.cache, task.item.part);
+    count_path(load_stats_, root, task.lane, task.header_bytes, task.run_bytes, tokens);
     RootTraffic& loaded = traffic_[root.index()].loaded;
     loaded.bytes += task.header_bytes + task.run_bytes;
-    loaded.tokens += tokens_locked(*task.cache, task.item.part);
+    loaded.tokens += tokens;
   }
   resolve_locked(job, task.item_index, task.item.chunk, task.item.group, failure,
                  task.header_bytes + task.run_bytes);

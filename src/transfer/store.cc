@@ -248,11 +248,12 @@ void Transfers::finish_store(StoreTask& task, bool stored, Reason reason) {
   if (task.counted_ungathered) --ungathered_;
   store_bytes_ -= task.bytes;
   if (stored) {
-    count_path(store_stats_.by_path, task.writer->root(), lane, task.header_bytes,
-               task.bytes - task.header_bytes);
+    const double tokens = tokens_locked(*task.cache, task.cache->shape.part);
+    count_path(store_stats_, task.writer->root(), lane, task.header_bytes, task.bytes - task.header_bytes,
+               tokens);
     RootTraffic& root = traffic_[task.writer->root().index()].stored;
     root.bytes += task.bytes;
-    root.tokens += tokens_locked(*task.cache, task.cache->shape.part);
+    root.tokens += tokens;
   }
   Job& job = jobs_.at(task.job);
   resolve_locked(job, task.item_index, task.item.chunk, task.item.group,

@@ -154,8 +154,8 @@ class Transfers {
   void retry_without_gds(LoadTask& task, std::string what);
   bool take_store_memory(StoreTask& task, GdsLane* lane);
   void give_store_memory(StoreTask& task);
-  static void count_path(PathBytes& paths, const Root& root, const GdsLane* lane, uint64_t header,
-                         uint64_t payload);
+  static void count_path(TransferStats& stats, const Root& root, const GdsLane* lane, uint64_t header,
+                         uint64_t payload, double tokens);
   // store.cc
   enum class Start : uint8_t { started, later, over };
   void queue_store_locked(Job& job, uint32_t index, StoreItem item, const NamespaceDigest& ns,

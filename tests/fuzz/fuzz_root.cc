@@ -98,7 +98,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   SegmentTable segments;
   Catalog catalog(segments);
   Replay replay(root, segments, &catalog);
-  TD_CHECK(replay.first().has_value());
+  if (const Status read = replay.first(); !read) {
+    TD_CHECK(read.error().kind == ErrorKind::unsupported);  // a record of another version, with its digest
+    return 0;
+  }
   catalog.sweep();
   TD_CHECK(catalog.entries() <= half / kRecordBytes);
   for (const auto& [slot, segment] : segments.present_segments(root.index()))

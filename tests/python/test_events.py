@@ -5,14 +5,17 @@ import re
 import subprocess
 import sys
 import time
+import urllib.request
 
 import msgspec
 import pytest
 import zmq
 from paged import MANIFEST, Cache, config, filled_root, keys_of, split, store
+from prometheus_client.parser import text_string_to_metric_families
 
 import tokendepot
-from tokendepot import Depot, publisher
+from tokendepot import Depot, publisher, publisher_metrics
+from tokendepot.holdings import Change
 
 COMMAND = [sys.executable, "-c", "from tokendepot.cli import main; main()", "events"]
 WAIT_S = 20.0
@@ -245,6 +248,71 @@ def test_who_asks_for_batches_that_are_not_kept_is_told_everything_anew(memory_r
     one.close()
 
 
+def test_what_is_published_is_counted_for_prometheus(memory_root):
+    other = memory_root.with_name("other")  # of the same medium, with a chunk that both have
+    filled_root(memory_root, chunks=8)
+    filled_root(other, chunks=1)
+    with publishing(memory_root, other, "--metrics", "127.0.0.1:0") as (process, endpoint, replay):
+        url = re.search(r"http://\S+", process.stdout.readline())[0]
+
+        def until(**expected):
+            end = time.monotonic() + WAIT_S
+            while not (found := counted(url)).items() >= expected.items() and time.monotonic() < end:
+                time.sleep(0.05)
+            assert found.items() >= expected.items()
+
+        routers = [Router(endpoint, replay), Router(endpoint, replay)]
+        routers[0].catch_up()
+        until(subscriptions=2, replays_total=1, lost_roots=0, BlockStored=8, BlockRemoved=0, AllBlocksCleared=1)
+        routers.pop().close()
+        until(subscriptions=1)
+        other.rename(other.with_name("aside"))
+        until(lost_roots=1)
+        some = tokendepot.list_extents(str(memory_root))[:3]
+        assert tokendepot.remove_extents(str(memory_root), some) == 3
+        routers[0].until_equal(held(memory_root))
+        until(BlockRemoved=3, dropped_batches_total=0, fresh_starts_total=0)
+        told = counted(url)
+        assert told["BlockStored"] - told["BlockRemoved"] == len(routers[0].blocks) and told["batches_total"] == routers[0].next
+        routers[0].close()
+
+
+def counted(url):
+    """Metric without its prefix, or name of the event, -> value."""
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    assert {family.name for family in families} == {
+        publisher_metrics.PREFIX + name for name in (*publisher_metrics.COUNTERS, *publisher_metrics.GAUGES)
+    }
+    samples = [sample for family in families for sample in family.samples if not sample.name.endswith("_created")]
+    return {sample.labels.get("event", sample.name.removeprefix(publisher_metrics.PREFIX)): sample.value for sample in samples}
+
+
+def test_batches_that_a_slow_subscriber_does_not_get_are_counted_and_the_others_get_them(monkeypatch):
+    monkeypatch.setattr(publisher, "HIGH_WATER", 4)
+    wire = publisher.Wire(arrays=False, number_hashes=False)
+    one = publisher.Publisher("tcp://127.0.0.1:0", None, "", wire)
+    context = zmq.Context()
+    slow, quick = context.socket(zmq.SUB), context.socket(zmq.SUB)
+    slow.set_hwm(1)
+    for reader in (slow, quick):
+        reader.connect(one.endpoints[0])
+        reader.subscribe("")
+    end = time.monotonic() + WAIT_S
+    while one.sent.subscriptions < 2 and time.monotonic() < end:
+        one.answer_replays(10)
+    large = wire.event(Change(True, bytes(32), "", 0, 1, "x" * (1 << 20)))
+    sent = 0
+    while not one.sent.dropped_batches and time.monotonic() < end:
+        one.send([large])
+        sent += 1
+        assert quick.poll(10_000), "who keeps up gets every batch"
+        assert int.from_bytes(quick.recv_multipart()[1], "big") == sent - 1
+    assert one.sent.dropped_batches == 1 and one.sent.batches == sent > 4
+    context.destroy(linger=0)
+    one.close()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "complaint"),
     [
@@ -252,6 +320,9 @@ def test_who_asks_for_batches_that_are_not_kept_is_told_everything_anew(memory_r
         (["ROOT", "--endpoint", "5557"], 2, "--endpoint is '5557', expected tcp://ADDRESS:PORT or ipc://PATH"),
         (["ROOT", "--endpoint", "tcp://nowhere.invalid:1"], 3, "cannot publish on tcp://nowhere.invalid:1"),
         (["ROOT", "--form", "list"], 2, "list"),
+        (["ROOT", "--metrics", "9478"], 2, "--metrics is '9478', expected ADDRESS:PORT"),
+        (["ROOT", "--metrics", "127.0.0.1:70000"], 2, "--metrics is '127.0.0.1:70000'"),
+        (["ROOT", "--metrics", "192.0.2.1:9478"], 3, "cannot serve metrics on 192.0.2.1:9478"),
         ([], 2, "ROOT"),
     ],
 )

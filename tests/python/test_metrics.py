@@ -149,6 +149,8 @@ def test_damage_counts(memory_root):
     manifest = next((memory_root / "manifests").iterdir())
     manifest.write_bytes(manifest.read_bytes()[:-1])
     assert values(once(memory_root), root=label_of(memory_root))["damaged_files"] == 1
+    (memory_root / "policies").write_bytes(b"no rules")
+    assert values(once(memory_root), root=label_of(memory_root))["damaged_files"] == 2
 
 
 def test_salts_paths_and_models_are_in_no_label(memory_root):

@@ -23,7 +23,7 @@ from paged import MANIFEST, Cache, config, keys_of, store
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
-from tokendepot import Depot, exporter
+from tokendepot import Depot, exporter, publisher_metrics
 
 TREE = pathlib.Path(__file__).resolve().parents[2]
 DASHBOARD_FILE = TREE / "deploy/grafana/tokendepot.json"
@@ -59,7 +59,11 @@ def connector_counters():
     """Name -> series, as (operation, reason or path) or ()."""
     known = connector_constants()
     counters = {name: ([], [()]) for name, _ in known["COUNTERS"].values()}
-    for metric, label, choices in (("FAILURE_METRIC", "reason", "REASONS"), ("CARRIED_METRIC", "path", "PATHS")):
+    for metric, label, choices in (
+        ("FAILURE_METRIC", "reason", "REASONS"),
+        ("CARRIED_METRIC", "path", "PATHS"),
+        ("CARRIED_TOKENS_METRIC", "path", "PATHS"),
+    ):
         series = [(way, choice) for way in ("load", "store") for choice in known[choices]]
         counters[known[metric][0]] = (["operation", label], series)
     for metric, label, choices in (("DROPPED_METRIC", "reason", "DROPS"), ("MISSED_METRIC", "cause", "CAUSES")):
@@ -139,9 +143,10 @@ def prometheus():
         assert store(depot, namespace, keys_of(namespace, 40))["items_ok"] == 40
 
         engine_ports = [_serve(stack, model, names) for model, names in MODELS.items()]
-        command = [sys.executable, "-c", "from tokendepot.cli import main; main()", "metrics", "--port", "0"]
-        shown = _started(stack, [*command, f"{root}?capacity=16MiB"], stdout=subprocess.PIPE, text=True)
-        exporter_port = next(found[1] for line in shown.stdout if (found := re.search(r":(\d+)/metrics", line)))
+        exporter_port = _command(stack, "metrics", "--port", "0", f"{root}?capacity=16MiB")
+        events_port = _command(
+            stack, "events", "--endpoint", "tcp://127.0.0.1:0", "--metrics", "127.0.0.1:0", str(root)
+        )
 
         def job(name, *ports):
             return {"job_name": name, "static_configs": [{"targets": [f"127.0.0.1:{port}" for port in ports]}]}
@@ -149,7 +154,7 @@ def prometheus():
         settings = {
             "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
             "rule_files": [str(RULES)],
-            "scrape_configs": [job("vllm", *engine_ports), job("roots", exporter_port)],
+            "scrape_configs": [job("vllm", *engine_ports), job("roots", exporter_port), job("events", events_port)],
         }
         (directory / "prometheus.yml").write_text(json.dumps(settings))  # JSON is YAML
         with socket.socket() as free:
@@ -180,6 +185,13 @@ def _serve(stack, model, accept):
     stack.callback(server.server_close)
     stack.callback(server.shutdown)
     return server.server_port
+
+
+def _command(stack, *arguments):
+    """Port on which a command of ours serves metrics."""
+    command = [sys.executable, "-c", "from tokendepot.cli import main; main()", *arguments]
+    shown = _started(stack, command, stdout=subprocess.PIPE, text=True)
+    return next(found[1] for line in shown.stdout if (found := re.search(r":(\d+)/metrics", line)))
 
 
 def _started(stack, command, **more):
@@ -238,6 +250,8 @@ def test_metrics_that_are_named_exist(file):
     known = set(exporter.METRICS) | {f"{name}_total" for name in connector_counters()}
     known |= {f"{name}_total" for name in VLLM_COUNTERS}
     known |= set(connector_gauges())
+    known |= {f"{publisher_metrics.PREFIX}{name}_total" for name in publisher_metrics.COUNTERS}
+    known |= {publisher_metrics.PREFIX + name for name in publisher_metrics.GAUGES}
     known |= {f"{name}_{part}" for name in (*VLLM_HISTOGRAMS, *connector_histograms()) for part in ("bucket", "sum", "count")}
     named = set(re.findall(r"\b(?:tokendepot_|vllm\[:_\])\w+", text))
     named = {name.replace("[:_]", ":") for name in named}

@@ -111,6 +111,7 @@ TEST(DepotStats, TellRootsLatenciesAndWhyStoresWereDropped) {
     EXPECT_EQ(total(way->latency), 3u);
     EXPECT_EQ(total(way->queue), 3u);
     EXPECT_LE(way->queue.nanoseconds, way->latency.nanoseconds);
+    EXPECT_DOUBLE_EQ(way->tokens_by_path.mapped, 3.0 * kChunkTokens);
   }
   ASSERT_EQ(stats.roots.size(), 1u);
   const RootStats& root = stats.roots[0];

@@ -114,6 +114,9 @@ TEST_F(GdsDepot, StoresAndLoadsGoPastTheHostAndAreCountedSo) {
   EXPECT_EQ(stats.load.by_path.gds_p2p, kChunks * payload_);
   EXPECT_EQ(stats.load.by_path.direct, kChunks * header_);
   EXPECT_EQ(stats.load.by_path.gds_compat, 0u);
+  EXPECT_DOUBLE_EQ(stats.store.tokens_by_path.gds_p2p, kChunks * kChunkTokens);
+  EXPECT_DOUBLE_EQ(stats.load.tokens_by_path.gds_p2p, kChunks * kChunkTokens);
+  EXPECT_DOUBLE_EQ(stats.load.tokens_by_path.direct, 0) << "headers carry no tokens";
   EXPECT_EQ(errors(), 0u);
   EXPECT_GE(fake_.read_bytes, kChunks * payload_);
 }
@@ -188,6 +191,8 @@ TEST_F(GdsDepot, AReadThatCuFileFailsIsDoneTheOrdinaryWay) {
   const DepotStats stats = depot_->stats();
   EXPECT_EQ(stats.load.by_path.gds_p2p, (kChunks - 1) * payload_);
   EXPECT_EQ(stats.load.by_path.direct, kChunks * header_ + payload_);
+  EXPECT_DOUBLE_EQ(stats.load.tokens_by_path.gds_p2p, (kChunks - 1) * kChunkTokens);
+  EXPECT_DOUBLE_EQ(stats.load.tokens_by_path.direct, kChunkTokens);
 }
 
 TEST_F(GdsDepot, ARootThatFailsAgainAndAgainGoesOnWithoutCuFile) {

@@ -226,6 +226,10 @@ def refusals_name_key_value_and_what_is_allowed(lab: Lab) -> None:
     occupied = lab.root.parent / f"{lab.root.name}-occupied"
     occupied.mkdir()
     (occupied / "thesis.txt").write_text("not the depot's")
+    future = lab.root.parent / f"{lab.root.name}-future"
+    future.mkdir()
+    marker = b"TDDEPOT\n" + (2).to_bytes(4, "little") + bytes(4084)
+    (future / "DEPOT").write_bytes(marker)
     system = os.statvfs(lab.root.parent)
     too_large = system.f_blocks * system.f_frsize + (1 << 40)
     refused = (
@@ -237,6 +241,7 @@ def refusals_name_key_value_and_what_is_allowed(lab: Lab) -> None:
             {"roots": [f"{occupied}?capacity=64MiB"]},
             (str(occupied), "thesis.txt", "holds something else", "expected an empty"),
         ),
+        ({"roots": [f"{future}?capacity=64MiB"]}, (str(future), "version 2", "version 1")),
         ({"chunk_token": 64}, ("chunk_token", "chunk_tokens")),
         ({"chunk_tokens": 72}, ("chunk_tokens is 72", "block size 16")),
         ({"chunk_tokens": True}, ("chunk_tokens", "true", "whole number")),
@@ -262,6 +267,7 @@ def refusals_name_key_value_and_what_is_allowed(lab: Lab) -> None:
         else:
             raise AssertionError(f"{extra} was accepted")
     assert [path.name for path in occupied.iterdir()] == ["thesis.txt"], "what is there is not touched"
+    assert [path.name for path in future.iterdir()] == ["DEPOT"] and (future / "DEPOT").read_bytes() == marker
     same(engine.run(PROMPTS, LENGTH), lab.expected())
     try:
         lab.engine(extra={"on_error": "ignore"})

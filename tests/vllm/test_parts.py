@@ -464,13 +464,15 @@ def engine_stats(load: int = 0, corrupt: int = 0, gds_errors: int = 0) -> dict:
         nanoseconds=load * 10**9,
         failures={**failures, "corrupt": corrupt},
         by_path={**paths, "direct": load, "gds_p2p": load * 99},
+        tokens_by_path={**paths, "gds_p2p": load * 256.0},
     )
-    idle = dict(extents=0, bytes=0, nanoseconds=0, failures=failures, by_path=paths, latency=quiet, queue=quiet)
+    idle = dict(extents=0, bytes=0, nanoseconds=0, failures=failures, latency=quiet, queue=quiet)
+    idle |= dict(by_path=paths, tokens_by_path=paths)
     nothing = dict(bytes=0, tokens=0)
     roots = [
         dict(id=f"{n}" * 32, loaded=nothing, stored=nothing, journal_lag=quiet, evicted_bytes=evictions(0))
         | dict.fromkeys(("gds_errors", "written_bytes", "timed_out_loads", "scrubbed_bytes", "scrub_errors"), 0)
-        | dict(demotion_lag_bytes=0, demotion_lag_ns=0)
+        | dict(demotion_lag_bytes=0, demotion_lag_ns=0, suspended=bool(load))
         for n in range(6)
     ]
     roots[0] |= dict(gds_errors=gds_errors, loaded=dict(bytes=load * 100, tokens=load * 256.0))
@@ -481,7 +483,7 @@ def engine_stats(load: int = 0, corrupt: int = 0, gds_errors: int = 0) -> dict:
 
 def test_metrics_are_deltas_and_counters_go_on_in_a_second_engine() -> None:
     counters = EngineCounters(rank=0)
-    carried = {"bytes_by:load:direct": 2, "bytes_by:load:gds_p2p": 198}
+    carried = {"bytes_by:load:direct": 2, "bytes_by:load:gds_p2p": 198, "tokens_by:load:gds_p2p": 512}
     first = counters.delta(engine_stats(2))
     of_roots = {key for key, value in first.items() if not value}
     of_a_root = ("root:", "root_gauge:")
@@ -491,13 +493,15 @@ def test_metrics_are_deltas_and_counters_go_on_in_a_second_engine() -> None:
         **carried,
         "drops:queue_full": 2,
         "gauge:mapped_bytes": 8,
+        "gauge:suspended_roots": 6,
         "bucket:load_latency:1": 2,
         "bucket:load_latency:sum": 0.002,
         "root:moved_bytes:00000000:load": 200,
         "root:moved_tokens:00000000:load": 512,
         "root:evicted_bytes:other:capacity": 4,
     }
-    assert "root:moved_tokens:00000000:load" not in EngineCounters(rank=1).delta(engine_stats(2))
+    of_another_rank = EngineCounters(rank=1).delta(engine_stats(2))
+    assert not {"root:moved_tokens:00000000:load", "tokens_by:load:gds_p2p"} & of_another_rank.keys()
     assert counters.delta(engine_stats(2, 1, 3)) == {"failures:load:corrupt": 1, "gds_errors": 3}
     assert counters.delta(engine_stats(2, 1, 3)) == {}
     assert counters.delta(engine_stats(3, 1, 3))["gauge:mapped_bytes"] == -1

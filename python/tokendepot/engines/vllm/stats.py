@@ -13,6 +13,7 @@ REASONS = ("absent", "mismatch", "corrupt", "io_error", "timed_out", "cancelled"
 FAILURE = "failures:"  # prefix of "failures:<load|store>:<reason>" in the data
 PATHS = ("mapped", "direct", "buffered", "gds_p2p", "gds_compat")
 CARRIED = "bytes_by:"  # prefix of "bytes_by:<load|store>:<path>" in the data
+CARRIED_TOKENS = "tokens_by:"  # prefix of "tokens_by:<load|store>:<path>" in the data
 DROPS = ("no_root", "queue_full", "no_space", "late", "next_root")
 DROPPED = "drops:"  # prefix of "drops:<reason>" in the data
 CAUSES = ("absent", "evicted", "corrupt", "other_namespace", "timed_out", "failed", "not_worth_loading")
@@ -98,6 +99,10 @@ CARRIED_METRIC = (
     "tokendepot_carried_bytes",
     "Bytes by operation and by the path that really carried them.",
 )
+CARRIED_TOKENS_METRIC = (
+    "tokendepot_carried_tokens",
+    "Tokens by operation and by the path that really carried them, as rank 0 sees the first group.",
+)
 DROPPED_METRIC = ("tokendepot_dropped_stores", "Extents that were not stored because a bound was reached, by bound.")
 MISSED_METRIC = ("tokendepot_missed_tokens", "Tokens of whole chunks of prompts that were not loaded, by cause.")
 # What of "root:<what>:..." -> (metric name, help, labels besides root).
@@ -144,6 +149,10 @@ HISTOGRAMS = {
 GAUGES = {
     "mapped_bytes": ("tokendepot_mapped_bytes", "Of segments, mapped into the workers."),
     "registered_bytes": ("tokendepot_registered_bytes", "Of them, what the device reaches without a copy."),
+    "suspended_roots": (
+        "tokendepot_suspended_roots",
+        "Roots that have no room for stores at the moment and are tried again, summed over workers.",
+    ),
 }
 
 
@@ -186,7 +195,7 @@ class EngineCounters:
     def delta(self, stats: dict[str, Any]) -> dict[str, float]:
         now: dict[str, float] = {}
         now |= {f"{DROPPED}{reason}": stats["drops"][reason] for reason in DROPS}
-        now |= {f"{GAUGE}{name}": stats["device"][name] for name in GAUGES}
+        now |= {f"{GAUGE}{name}": value for name, value in _gauges(stats).items()}
         for number, root in enumerate(stats["roots"]):
             label = root["id"][:ROOT_DIGITS] if number < NAMED_ROOTS else OTHER_ROOTS
             for key, value in self._of_root(label, root).items():
@@ -202,6 +211,8 @@ class EngineCounters:
                 now[f"{FAILURE}{way}:{reason}"] = counts["failures"][reason]
             for path in PATHS:
                 now[f"{CARRIED}{way}:{path}"] = counts["by_path"][path]
+                if self._rank == 0:  # each rank has a part of the same tokens
+                    now[f"{CARRIED_TOKENS}{way}:{path}"] = counts["tokens_by_path"][path]
         for name in ("gds_errors", "scrubbed_bytes", "scrub_errors"):
             now[name] = sum(root[name] for root in stats["roots"])
         change = {key: value - self._before.get(key, 0) for key, value in now.items()}
@@ -218,9 +229,18 @@ class EngineCounters:
             found[f"{ROOT_GAUGE}demotion_lag_seconds:{label}"] = root["demotion_lag_ns"] / 1e9
         for way, traffic in (("load", root["loaded"]), ("store", root["stored"])):
             found[f"{ROOT}moved_bytes:{label}:{way}"] = traffic["bytes"]
-            if self._rank == 0:  # each rank has a part of the same tokens
+            if self._rank == 0:
                 found[f"{ROOT}moved_tokens:{label}:{way}"] = traffic["tokens"]
         return found
+
+
+def _gauges(stats: dict[str, Any]) -> dict[str, float]:
+    """The keys of GAUGES."""
+    return {
+        "mapped_bytes": stats["device"]["mapped_bytes"],
+        "registered_bytes": stats["device"]["registered_bytes"],
+        "suspended_roots": sum(root["suspended"] for root in stats["roots"]),
+    }
 
 
 class JournalLag:
@@ -270,6 +290,7 @@ class DepotPromMetrics(KVConnectorPromMetrics):
         for (name, text), label, choices, prefix in (
             (FAILURE_METRIC, "reason", REASONS, FAILURE),
             (CARRIED_METRIC, "path", PATHS, CARRIED),
+            (CARRIED_TOKENS_METRIC, "path", PATHS, CARRIED_TOKENS),
         ):
             metric = self._metric(self._counter_cls, Counter, name, text, [*labelnames, "operation", label])
             for way in ("load", "store"):

@@ -6,6 +6,7 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -181,6 +182,10 @@ Result<FileSystemInfo> file_system_of(const std::string& path) {
   info.total_bytes = found.f_blocks * unit;
   info.available_bytes = found.f_bavail * unit;
   info.memory = magic == TMPFS_MAGIC || magic == RAMFS_MAGIC || magic == HUGETLBFS_MAGIC;
+  // hugetlbfs has a limit of its own.
+  if (magic == TMPFS_MAGIC || magic == RAMFS_MAGIC) info.memory_limit = memory_limit();
+  if (info.memory_limit)
+    info.available_bytes = std::min(info.available_bytes, info.memory_limit->unused_bytes);
   info.read_only = (static_cast<uint64_t>(found.f_flags) & ST_RDONLY) != 0;
   return info;
 }

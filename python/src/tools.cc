@@ -8,6 +8,7 @@
 
 #include "convert.h"
 #include "extents.h"
+#include "io/memory_limit.h"
 #include "unlocked.h"
 
 namespace tokendepot::py {
@@ -167,6 +168,15 @@ Watch* watch_root(const std::string& path) {
   return new Watch(unwrap(RootWatch::open(path)));  // the module owns it
 }
 
+nb::object limit_of_memory() {
+  const auto limit = [] {
+    nb::gil_scoped_release unlocked;
+    return memory_limit();
+  }();
+  if (!limit) return nb::none();
+  return nb::make_tuple(limit->bytes, limit->file);
+}
+
 }  // namespace
 
 void bind_tools(nb::module_& module) {
@@ -176,6 +186,7 @@ void bind_tools(nb::module_& module) {
       .def_prop_ro("root_id", &Watch::root_id)
       .def_prop_ro("in_memory", &Watch::in_memory);
   module.def("watch_root", &watch_root, nb::arg("path"), nb::rv_policy::take_ownership);
+  module.def("memory_limit", &limit_of_memory);
   module.def("inspect_root", &inspect, nb::arg("path"));
   module.def("list_extents", &list, nb::arg("path"));
   module.def("verify_extents", &verify, nb::arg("path"), nb::arg("extents"));

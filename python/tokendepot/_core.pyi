@@ -115,6 +115,9 @@ def describe_plan(plan: bytes) -> dict[str, Any]:
     """A decoded load or store plan as plain dicts; raises DepotError(corrupt | unsupported)."""
 
 # --- tools: read a root without opening it as an engine (safe while engines run) ---
+def memory_limit() -> tuple[int, str] | None:
+    """Bytes that the control groups of this process allow, where that is less than the machine has, and the file that says so."""
+
 def inspect_root(path: str) -> dict[str, Any]:
     """path, root_id, format_version, created, file_system, available_bytes, transport, extents, live_bytes, file_bytes,
     namespaces (digest, manifest, damaged, extents, bytes), segments (segment, file, file_bytes, live_bytes, extents,

@@ -6,6 +6,7 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -13,6 +14,7 @@
 
 #include "base/errors.h"
 #include "io/file.h"
+#include "io/mount_table.h"
 #include "io/scratch_file.h"
 
 namespace tokendepot {
@@ -172,15 +174,23 @@ Result<FileSystemInfo> file_system_of(const std::string& path) {
   const auto magic = static_cast<uint32_t>(found.f_type);
   const uint64_t unit = static_cast<uint64_t>(found.f_frsize != 0 ? found.f_frsize : found.f_bsize);
   FileSystemInfo info;
-  info.type = fmt::format("0x{:x}", magic);
   for (const KnownFileSystem& known : kFileSystems) {
     if (known.magic != magic) continue;
     info.type = known.type;
     info.network = known.network;
   }
+  if (info.type.empty()) {
+    info.type = mounted_type_of(path);
+    info.network = is_shared_type(info.type);
+  }
+  if (info.type.empty()) info.type = fmt::format("0x{:x}", magic);
   info.total_bytes = found.f_blocks * unit;
   info.available_bytes = found.f_bavail * unit;
   info.memory = magic == TMPFS_MAGIC || magic == RAMFS_MAGIC || magic == HUGETLBFS_MAGIC;
+  // hugetlbfs has a limit of its own.
+  if (magic == TMPFS_MAGIC || magic == RAMFS_MAGIC) info.memory_limit = memory_limit();
+  if (info.memory_limit)
+    info.available_bytes = std::min(info.available_bytes, info.memory_limit->unused_bytes);
   info.read_only = (static_cast<uint64_t>(found.f_flags) & ST_RDONLY) != 0;
   return info;
 }

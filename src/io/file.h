@@ -3,10 +3,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "io/memory_limit.h"
 #include "tokendepot/error.h"
 
 namespace tokendepot {
@@ -86,10 +88,11 @@ Result<std::vector<std::byte>> read_file(const std::string& path, uint64_t limit
 struct FileSystemInfo {
   std::string type;  // "tmpfs", "ext4", "overlay", ... or "0x<magic>"
   uint64_t total_bytes = 0;
-  uint64_t available_bytes = 0;
-  bool memory = false;   // tmpfs, ramfs, hugetlbfs
+  uint64_t available_bytes = 0;  // within `memory_limit`
+  bool memory = false;           // tmpfs, ramfs, hugetlbfs
   bool network = false;  // other hosts may change it: what is cached here may be old, locks may be lost
   bool read_only = false;
+  std::optional<MemoryLimit> memory_limit;  // where its files count in one: tmpfs, ramfs
 };
 Result<FileSystemInfo> file_system_of(const std::string& path);
 

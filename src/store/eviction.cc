@@ -130,7 +130,9 @@ Result<File> RootWriter::make_file(KeeperLock& keeper, const std::string& path, 
       return fail(
           ErrorKind::no_space,
           "root \"{}\": nothing can be evicted and a new segment of {} bytes would exceed capacity={} or "
-          "leave less than free_space_reserve={} on its file system",
+          "leave less than free_space_reserve={} on its file system, or of the process's memory limit where "
+          "that "
+          "is memory",
           root_.path(), bytes, root_.capacity(), free_space_reserve_);
     }
     const std::string old_path = root_.files().path_of(leaving->id);

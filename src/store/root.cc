@@ -17,6 +17,9 @@ namespace {
 constexpr uint64_t kMiB = 1ull << 20;
 constexpr uint64_t kLargestSegment = 256 * kMiB;
 constexpr uint64_t kSmallestSegment = 1 * kMiB;
+// Of what a control group may use, for its files in memory; the rest is for the engine itself.
+constexpr uint64_t kMemoryShare = 3;
+constexpr uint64_t kMemoryShareOf = 4;
 constexpr uint64_t kGdsCheckBytes = 1 * kMiB;
 constexpr uint64_t kGdsMeasureBytes = 32 * kMiB;
 // Transfers past the host spare its memory and one copy: a rate that is nearly the same is a win.
@@ -188,6 +191,18 @@ Status Root::choose_gds(CuFile* cufile, uint32_t io_depth) {
   return {};
 }
 
+void Root::cap_to(const MemoryLimit& limit, const std::string& file_system) {
+  const uint64_t allowed = limit.bytes / kMemoryShareOf * kMemoryShare;
+  if (options_.capacity_bytes <= allowed) return;
+  log(LogLevel::warning,
+      "root \"{}\": capacity={} is more than {}/{} of the {} bytes of memory that {} allows this process, "
+      "and "
+      "files on {} are memory: using capacity={}; lower the capacity, or raise that limit",
+      path(), options_.capacity_bytes, kMemoryShare, kMemoryShareOf, limit.bytes, limit.file, file_system,
+      allowed);
+  options_.capacity_bytes = allowed;
+}
+
 Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex index, const Options& depot,
                                          Device* device, CuFile* cufile) {
   std::unique_ptr<Root> root(new Root);
@@ -218,14 +233,17 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
                 "root \"{}\": capacity={} is larger than its file system ({} bytes of {})", options.path,
                 options.capacity_bytes, system->total_bytes, system->type);
   }
+  if (root->writable_ && system->memory_limit) root->cap_to(*system->memory_limit, system->type);
+  const uint64_t capacity = root->capacity();
   const uint64_t wanted =
-      options.segment_bytes != 0 ? options.segment_bytes : default_segment_bytes(options.capacity_bytes);
+      options.segment_bytes != 0 ? options.segment_bytes : default_segment_bytes(capacity);
   // Compared before anything is added or multiplied: no size may wrap around.
-  if (root->writable_ &&
-      (wanted > options.capacity_bytes / 3 || align_up(wanted) > options.capacity_bytes / 3)) {
-    return fail(ErrorKind::invalid_argument,
-                "root \"{}\": capacity={} holds fewer than 3 segments of {} bytes; give room for 3 at least",
-                options.path, options.capacity_bytes, wanted);
+  if (root->writable_ && (wanted > capacity / 3 || align_up(wanted) > capacity / 3)) {
+    return fail(
+        ErrorKind::invalid_argument,
+        "root \"{}\": capacity={}{} holds fewer than 3 segments of {} bytes; give room for 3 at least",
+        options.path, capacity,
+        capacity < options.capacity_bytes ? ", all that the memory limit allows," : "", wanted);
   }
   root->segment_bytes_ = align_up(wanted);
   root->base_segment_bytes_ = root->segment_bytes_;
@@ -238,7 +256,7 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
   root->files_ = std::make_unique<SegmentFiles>(root->segments_dir(), root->mapped_, root->direct_,
                                                 files_kept_open(), device, map_writable, root->gds_.get());
   log(LogLevel::info, "root \"{}\": {} ({}), capacity {} MiB, segments of {} MiB{}", options.path,
-      root->transport_, root->reason_, options.capacity_bytes / kMiB, root->segment_bytes() / kMiB,
+      root->transport_, root->reason_, capacity / kMiB, root->segment_bytes() / kMiB,
       root->writable_ ? "" : ", read-only");
   return root;
 }

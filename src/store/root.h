@@ -38,6 +38,7 @@ class Root {
   const std::string& path() const { return options_.path; }
   /// Of the marker, 32 hex digits.
   std::string id() const;
+  /// As asked for, or the share of the process's memory limit that a root in memory may have.
   uint64_t capacity() const { return options_.capacity_bytes; }
   bool writable() const { return writable_; }
   bool write_through() const { return options_.write_through; }
@@ -87,6 +88,7 @@ class Root {
  private:
   Root() = default;
   Status open_marker();
+  void cap_to(const MemoryLimit& limit, const std::string& file_system);
   Status choose_transport(const FileSystemInfo& system, uint32_t io_depth);
   Status choose_gds(CuFile* cufile, uint32_t io_depth);
 

@@ -255,9 +255,21 @@ Status RootWriter::acknowledge(const Place& place, Record put) {
 }
 
 void RootWriter::condemn_extent(Record record, Cause cause) {
+  tell_condemned(condemn_here(record, cause));
+}
+
+Record RootWriter::condemn_here(Record record, Cause cause) {
   record.type = RecordType::condemn_extent;
   set_cause(record, cause);
-  if (auto written = append(record); !written) {
+  record.time_ns = clock_.wall_ns();
+  record.journal = writer_id_;  // evictions are counted by whose they are
+  replay_.apply(record);
+  return record;
+}
+
+void RootWriter::tell_condemned(Record record) {
+  std::lock_guard lock(mutex_);
+  if (auto written = append_locked(std::span(&record, 1)); !written) {
     log(LogLevel::warning, "root \"{}\": {}", root_.path(), written.error().message);
   }
 }

@@ -60,6 +60,10 @@ class RootWriter {
   Status acknowledge(const Place& place, Record put);
   /// Tells everybody that an extent is not to be served any more, by default because it is bad.
   void condemn_extent(Record record, Cause cause = Cause::corrupt);
+  /// The two halves of it, for threads that must not wait for the root's file system: this process forgets
+  /// the extent at once; the record that comes back is for tell_condemned(), which writes the journal.
+  Record condemn_here(Record record, Cause cause = Cause::corrupt);
+  void tell_condemned(Record record);
   /// Tells everybody that a segment was used.
   void touch(uint32_t slot);
 

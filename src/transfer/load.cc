@@ -418,9 +418,13 @@ void Transfers::leave_place(LoadTask& task) {
 }
 
 void Transfers::condemn_missing(LoadTask& task) {
-  for (const Tier& tier : tiers_) {
-    if (tier.writer != nullptr && !tier.root->network() && (task.missing_in >> tier.root->index() & 1u) != 0)
-      tier.writer->condemn_extent(record_of(task.item));
+  for (size_t i = 0; i < tiers_.size(); ++i) {
+    const Tier& tier = tiers_[i];
+    if (tier.writer == nullptr || tier.root->network() || (task.missing_in >> tier.root->index() & 1u) == 0)
+      continue;
+    const Record condemned = tier.writer->condemn_here(record_of(task.item));
+    std::lock_guard lock(mutex_);
+    sources_[i]->condemned.push_back(condemned);
   }
 }
 
@@ -428,11 +432,13 @@ void Transfers::fail_load(LoadTask& task, Reason reason, bool bad_on_medium) {
   const bool had_place = static_cast<bool>(task.segment);
   // Another host may have journaled what has not arrived here yet. A condemnation is for ever, so none is
   // written for it: the engine forgets the chunk and stores it again.
+  std::optional<Record> condemned;
   if (had_place && bad_on_medium && tiers_[task.tier].writer != nullptr && !tiers_[task.tier].root->network())
-    tiers_[task.tier].writer->condemn_extent(record_of(task.item));
+    condemned = tiers_[task.tier].writer->condemn_here(record_of(task.item));
   let_go(task);
   task.suspect = nullptr;  // the medium's fault, or nobody's
   std::lock_guard lock(mutex_);
+  if (condemned) sources_[task.tier]->condemned.push_back(*condemned);
   if (!task.resolved && had_place) {
     note_failure_locked(
         task.job, fmt::format("chunk {} of group {} in \"{}\" {} at {}: {}", task.item.chunk, task.item.group,

@@ -116,7 +116,9 @@ bool Transfers::close() {
 void Transfers::wake_dispatchers_locked() {
   for (const auto& source : sources_) {
     source->work = true;
-    if (!source->queued.empty() || !source->touched.empty() || !warnings_.empty()) source->wake.notify_one();
+    if (!source->queued.empty() || !source->touched.empty() || !source->condemned.empty() ||
+        !warnings_.empty())
+      source->wake.notify_one();
   }
   if (queued_stores_.empty()) return;
   store_work_ = true;
@@ -373,8 +375,9 @@ void Transfers::run_loads(Source& source) {
     start_loads(source, lock);
     source.first = false;
     if (!queued_stores_.empty()) wake_stores_.notify_one();
-    journal_touches(source, lock);
+    write_journal(source, lock);
   }
+  write_journal(source, lock);
   --dispatching_;
   settled_.notify_all();
 }
@@ -404,10 +407,12 @@ void Transfers::start_loads(Source& source, std::unique_lock<std::mutex>& lock) 
   }
 }
 
-void Transfers::journal_touches(Source& source, std::unique_lock<std::mutex>& lock) {
-  if (source.touched.empty()) return;
+void Transfers::write_journal(Source& source, std::unique_lock<std::mutex>& lock) {
+  if (source.touched.empty() && source.condemned.empty()) return;
   const std::vector<uint32_t> slots = std::exchange(source.touched, {});
+  const std::vector<Record> condemned = std::exchange(source.condemned, {});
   lock.unlock();
+  for (const Record& record : condemned) source.writer->tell_condemned(record);
   for (const uint32_t slot : slots) source.writer->touch(slot);
   lock.lock();
 }

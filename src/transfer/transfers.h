@@ -94,6 +94,7 @@ class Transfers {
     uint64_t most_staged_bytes = UINT64_MAX;
     std::multimap<uint64_t, LoadTask*> queued;  // by deadline
     std::vector<uint32_t> touched;              // slots whose use is to be journaled
+    std::vector<Record> condemned;              // to be journaled, too; one a load in motion at most
     uint32_t in_motion = 0;
     std::atomic<uint64_t> staged_bytes = 0;  // of the slab; added to by the dispatcher only
     bool first = false;                      // some wait to be started, and stores for them
@@ -104,7 +105,8 @@ class Transfers {
 
   void run_loads(Source& source);
   void start_loads(Source& source, std::unique_lock<std::mutex>& lock);
-  void journal_touches(Source& source, std::unique_lock<std::mutex>& lock);
+  /// Writes what other threads have left for it: the journal may be on a file system that does not answer.
+  void write_journal(Source& source, std::unique_lock<std::mutex>& lock);
   bool loads_first_locked() const;
   Result<Job*> begin_job_locked(uint64_t id, JobKind kind, uint64_t deadline_ns = 0);
   /// Sees to it that extents of this size can be kept: slab and segments are large enough, or may become it.

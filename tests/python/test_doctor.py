@@ -36,7 +36,6 @@ class MadeUpHost(Host):
         self.files = {
             "/proc/meminfo": "MemTotal:       67108864 kB",
             "/proc/self/status": "Name:\tx\nSeccomp:\t0\nSeccomp_filters:\t0",
-            "/proc/self/cgroup": "0::/a/b",
             "/proc/self/mountinfo": "1 0 0:1 / / rw - ext4 /dev/sda rw\n2 1 0:2 / /dev/shm rw - tmpfs tmpfs rw",
             SETTINGS: "0",
             HUGE_PAGES: "always [madvise] never",
@@ -67,6 +66,9 @@ class MadeUpHost(Host):
 
     def locked_memory(self):
         return self._answer("memlock", 8 << 20)
+
+    def memory_limit(self):
+        return self._answer("memory_limit", None)
 
     def space(self, path):
         return self._answer("space", file_system_of(32 * GIB))
@@ -158,31 +160,15 @@ def test_a_small_or_missing_shared_memory_names_the_option_that_enlarges_it(spac
     assert found.state == FALLBACK and "--shm-size" in found.fix
 
 
-@pytest.mark.parametrize(
-    ("files", "limit"),
-    [
-        ({"/sys/fs/cgroup/a/b/memory.max": "max", "/sys/fs/cgroup/a/memory.max": str(16 * GIB)}, "16.0 GiB"),
-        ({"/sys/fs/cgroup/a/b/memory.max": str(8 * GIB), "/sys/fs/cgroup/a/memory.max": str(16 * GIB)}, "8.0 GiB"),
-        ({"/sys/fs/cgroup/memory.max": str(4 * GIB)}, "4.0 GiB"),
-        ({"/proc/self/cgroup": "5:cpu:/x\n4:memory:/x\n0::/", "/sys/fs/cgroup/memory/x/memory.limit_in_bytes": str(2 * GIB)}, "2.0 GiB"),
-    ],
-)
-def test_the_smallest_memory_limit_on_the_way_up_counts_in_both_versions_of_control_groups(files, limit):
-    found = on("memory", files=files)
-    assert found.state == FALLBACK and limit in found.value and "/dev/shm" in found.value
+def test_a_memory_limit_below_the_shared_memory_is_told_with_the_file_that_states_it():
+    found = on("memory", memory_limit=(16 * GIB, "/sys/fs/cgroup/memory.max"))
+    assert found.state == FALLBACK and "3/4" in found.fix
+    assert "16.0 GiB of 64.0 GiB by /sys/fs/cgroup/memory.max" in found.value and "/dev/shm" in found.value
+    assert on("memory", memory_limit=(48 * GIB, "/sys/fs/cgroup/memory.max")).state == OK, "/dev/shm is the smaller one"
 
 
-@pytest.mark.parametrize(
-    "files",
-    [
-        {"/sys/fs/cgroup/a/b/memory.max": "max"},
-        {"/proc/self/cgroup": "4:memory:/x", "/sys/fs/cgroup/memory/x/memory.limit_in_bytes": "9223372036854771712"},
-        {"/proc/self/cgroup": ""},
-    ],
-)
-def test_no_memory_limit_is_told_as_none(files):
-    assert on("memory", files=files).state == OK
-    assert machine.control_group_limit(MadeUpHost(files=files)) is None
+def test_no_memory_limit_is_told_as_none():
+    assert on("memory").state == OK and "no smaller limit" in on("memory").value
 
 
 @pytest.mark.parametrize(("text", "state"), [("[always] madvise never", OK), ("always madvise [never]", FALLBACK), (None, FALLBACK)])
@@ -528,9 +514,9 @@ def test_a_container_s_own_layer_is_told(tmp_path, kind):
 
 def test_a_memory_root_under_a_smaller_memory_limit_is_told(memory_root):
     memory_root.mkdir()
-    host = MadeUpHost(files={"/sys/fs/cgroup/memory.max": str(GIB), "/proc/self/mountinfo": "1 0 0:1 / / rw - tmpfs t rw"})
+    host = MadeUpHost(memory_limit=(1 << 20, "file"), files={"/proc/self/mountinfo": "1 0 0:1 / / rw - tmpfs t rw"})
     found = in_directory(memory_root, host)["transport"]
-    assert found.state == FALLBACK and "1.0 GiB" in found.value
+    assert found.state == FALLBACK and "limited to 1.0 MiB" in found.value
 
 
 def as_another_user(path):

@@ -1,10 +1,12 @@
 """A root whose file system has stopped answering: its own loads end at their deadline, and nothing else waits for it."""
 
 import json
+import os
 import time
 
 import pytest
-from paged import BLOCKS_PER_CHUNK, MANIFEST, WANT, Cache, filled_root, keys_of, range_of, store
+from command_line import flip_byte
+from paged import BLOCKS_PER_CHUNK, MANIFEST, WANT, Cache, config, filled_root, keys_of, range_of, store
 
 from tokendepot import Depot
 
@@ -13,10 +15,10 @@ FIRST_HERE = 1_000_000  # token
 LONGEST_S = 20.0
 
 
-def two_roots(first, second):
+def two_roots(first, second, **more):
     size = {"capacity": "32MiB", "segment": "1MiB"}
     roots = [{"path": str(first), **size}, {"path": str(second), **size, "io": "threads"}]
-    return json.dumps({"roots": roots, "slab": "2MiB", "free_space_reserve": 0, "poll_ms": 20})
+    return json.dumps({"roots": roots, "slab": "2MiB", "free_space_reserve": 0, "poll_ms": 20, **more})
 
 
 def ended(depot, *jobs):
@@ -33,10 +35,10 @@ def ended(depot, *jobs):
 class Engine:
     """Has 80 chunks in the shared root, which may hang, and 8 in the root before it."""
 
-    def __init__(self, faults, shared, first):
-        faults.network = 1
+    def __init__(self, faults, shared, first, network=1, **more):
+        faults.network = network
         self.namespace, self.there, stored = filled_root(shared, chunks=THERE)
-        self.depot = Depot.open(two_roots(first, shared))
+        self.depot = Depot.open(two_roots(first, shared, **more))
         self.depot.register_namespace(MANIFEST)
         self.cache = Cache((THERE + HERE) * BLOCKS_PER_CHUNK)
         self.first_block = THERE * BLOCKS_PER_CHUNK
@@ -106,6 +108,30 @@ def load_while_writes_hang(faults, shared, first):
     engine.depot.close()
 
 
+def find_bad_bytes_while_writes_hang(faults, shared, first):
+    """On a local file system: what is bad there is condemned in the journal, which is written there."""
+    engine = Engine(faults, shared, first, network=0, device_threads=1)
+    segments = os.path.join(shared, "segments")
+    for name in os.listdir(segments):
+        flip_byte(os.path.join(segments, name), 8192)  # in the payload of the first extent
+    faults.hold_writes = 1
+    engine.begin(100, deadline_s=LONGEST_S)
+    for job in range(10):
+        assert ended(engine.depot, engine.load_here(job))[job]["items_ok"] == HERE and engine.right_here()
+        time.sleep(0.05)
+    assert engine.depot.longest_prefix(engine.there, [WANT]) == 0, "forgotten here before others are told"
+    faults.hold_writes = 0
+    corrupt = [reason for *_, reason in ended(engine.depot, 100)[100]["failures"]]
+    assert corrupt and set(corrupt) == {"corrupt"}
+    engine.depot.close()
+
+    depot = Depot.open(config(shared))
+    depot.register_namespace(MANIFEST)
+    stored = depot.stored(engine.there, WANT)
+    assert stored.count(0) == len(corrupt) and stored[0] == 0, "the next process knows"
+    depot.close()
+
+
 @pytest.mark.parametrize("hold", ["hold_opens", "hold_reads"])
 def test_loads_from_other_roots_go_on_while_one_hangs(root, tmp_path, faulty_system, hold):
     faulty_system.run(load_while_reads_hang, tmp_path / "shared", root, hold)
@@ -113,3 +139,7 @@ def test_loads_from_other_roots_go_on_while_one_hangs(root, tmp_path, faulty_sys
 
 def test_a_journal_that_cannot_be_written_holds_up_no_load(memory_root, tmp_path, faulty_system):
     faulty_system.run(load_while_writes_hang, tmp_path / "shared", memory_root)
+
+
+def test_bad_bytes_on_a_root_whose_journal_cannot_be_written_hold_up_no_other_root(root, tmp_path, faulty_system):
+    faulty_system.run(find_bad_bytes_while_writes_hang, tmp_path / "local", root)

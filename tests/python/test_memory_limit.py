@@ -39,6 +39,31 @@ print(json.dumps([acknowledged, depot.stats()["roots"][0]["evicted_segments"]]))
 depot.close()
 """
 
+# Far more than the group allows is asked for, and stored.
+GREEDY = """
+import os, sys
+with open(sys.argv[1], "w") as group:
+    group.write(str(os.getpid()))
+import json
+from paged import MANIFEST, WANT, Cache, config, keys_of, load, store
+from tokendepot import Depot
+
+root = sys.argv[2]
+asked = {"path": root, "capacity": "200MiB", "segment": sys.argv[3]}
+depot = Depot.open(config(root, roots=[asked], free_space_reserve="16MiB"))
+capacity = depot.stats()["roots"][0]["capacity_bytes"]
+namespace = depot.register_namespace(MANIFEST)
+cache = Cache(256, 3)
+cache.lend_to(depot)
+ballast = b"x" * int(sys.argv[4])
+for prompt in range(50):
+    keys = keys_of(namespace, 64, prompt * 100_000)
+    store(depot, namespace, keys, job=prompt + 1)
+root = depot.stats()["roots"][0]
+print(json.dumps([capacity, root["used_bytes"], root["evicted_segments"], depot.longest_prefix(keys, [WANT])]))
+depot.close()
+"""
+
 DOCTOR = """
 import os, sys
 with open(sys.argv[1], "w") as group:
@@ -74,10 +99,10 @@ def group():
     group.rmdir()
 
 
-def run(code, group, root):
+def run(code, group, root, *arguments):
     path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
     environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200"}
-    command = [sys.executable, "-c", code, str(group), str(root)]
+    command = [sys.executable, "-c", code, str(group), str(root), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
 
 
@@ -89,10 +114,45 @@ def test_a_memory_root_below_the_limit_evicts_and_lives(memory_root, group):
     assert evicted > 0
 
 
-def test_the_doctor_names_the_limit_that_a_memory_root_must_stay_below(memory_root, group):
+def needs_room_in_shared_memory(more_than):
     shm = os.statvfs("/dev/shm")
-    if shm.f_blocks * shm.f_frsize <= LIMIT:
+    if shm.f_blocks * shm.f_frsize <= more_than:
         pytest.skip("/dev/shm is the smaller limit here")
+
+
+def test_a_memory_root_above_the_limit_is_capped_to_three_quarters_and_the_process_lives(memory_root, group):
+    needs_room_in_shared_memory(200 * MIB)
+    done = run(GREEDY, group, memory_root, "1MiB", "0")
+    assert done.returncode == 0, done.stderr
+    capacity, used, evicted, found = json.loads(done.stdout)
+    assert capacity == LIMIT // 4 * 3 and 0 < used <= capacity
+    assert evicted > 0 and found > 0
+    told = [line for line in done.stderr.splitlines() if "lower the capacity, or raise that limit" in line]
+    assert len(told) == 1
+    for word in (str(memory_root), str(200 * MIB), str(LIMIT), str(capacity), "tmpfs", str(group.parent)):
+        assert word in told[0]
+
+
+def test_a_memory_root_takes_no_memory_that_the_process_itself_has_taken(memory_root, group):
+    needs_room_in_shared_memory(200 * MIB)
+    ballast = 40 * MIB  # with the rest of the process, more than the capacity leaves
+    done = run(GREEDY, group, memory_root, "1MiB", str(ballast))
+    assert done.returncode == 0, done.stderr
+    _, used, evicted, found = json.loads(done.stdout)
+    assert 0 < used < LIMIT - ballast - 16 * MIB, "free_space_reserve counts in the group"
+    assert evicted > 0 and found > 0
+
+
+def test_a_memory_root_whose_segments_do_not_fit_below_the_limit_is_refused(memory_root, group):
+    needs_room_in_shared_memory(200 * MIB)
+    done = run(GREEDY, group, memory_root, "40MiB", "0")
+    assert done.returncode == 1
+    assert "all that the memory limit allows, holds fewer than 3 segments of" in done.stderr
+    assert not memory_root.exists() or os.listdir(memory_root) == []
+
+
+def test_the_doctor_names_the_limit_that_a_memory_root_must_stay_below(memory_root, group):
+    needs_room_in_shared_memory(LIMIT)
     memory_root.mkdir()
     done = run(DOCTOR, group, memory_root)
     assert "Traceback" not in done.stderr

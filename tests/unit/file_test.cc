@@ -396,6 +396,8 @@ TEST(FileSystem, TellsMemoryFromDisk) {
   const auto kernel = file_system_of("/proc");
   ASSERT_TRUE(kernel);
   EXPECT_FALSE(kernel->memory);
+  EXPECT_EQ(kernel->type, "proc") << "whose number is not in the list";
+  EXPECT_FALSE(kernel->network);
   EXPECT_EQ(file_system_of("/nowhere/at/all").error().kind, ErrorKind::not_found);
 }
 

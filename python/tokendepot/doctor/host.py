@@ -17,6 +17,8 @@ import subprocess
 import time
 from contextlib import suppress
 
+from .. import _core
+
 # The numbers of the generic table, which all architectures share from 403 on; Alpha alone has others.
 IO_URING_SETUP, IO_URING_ENTER = 425, 426
 IO_URING_PARAMS_BYTES = 120
@@ -72,6 +74,10 @@ class Host:
         """Bytes that the process may lock; None = any number."""
         soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         return None if soft == resource.RLIM_INFINITY else soft
+
+    def memory_limit(self) -> tuple[int, str] | None:
+        """Bytes that the control groups of this process allow, and the file that says so; None = what the machine has."""
+        return _core.memory_limit()
 
     def space(self, path: str) -> os.statvfs_result:
         return os.statvfs(path)

@@ -152,29 +152,12 @@ def total_memory(host: Host) -> int:
     return int(found[1]) << 10
 
 
-def control_group_limit(host: Host) -> int | None:
-    """The smallest memory limit of this process's control group and those above it, in version 1 or 2; None = none."""
-    limits = []
-    for line in (host.read_text("/proc/self/cgroup") or "").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top, file = ("/sys/fs/cgroup/memory", "memory.limit_in_bytes") if controllers else ("/sys/fs/cgroup", "memory.max")
-        # A container often sees its own group as the top, under the path that it has on the host.
-        steps = [step for step in path.split("/") if step]
-        for depth in range(len(steps), -1, -1):
-            text = host.read_text("/".join([top, *steps[:depth], file]))
-            if text is not None and text.isdigit():
-                limits.append(int(text))
-    # Version 1 says "none" with a number that no machine has.
-    return min((limit for limit in limits if limit < total_memory(host)), default=None)
-
-
 def memory(host: Host) -> Finding:
-    total, limit = total_memory(host), control_group_limit(host)
-    if limit is None:
+    total, limited = total_memory(host), host.memory_limit()
+    if limited is None:
         return Finding("memory", f"{size(total)}, no smaller limit of a control group")
-    value = f"control group limited to {size(limit)} of {size(total)}"
+    limit, file = limited
+    value = f"control group limited to {size(limit)} of {size(total)} by {file}"
     try:
         space = host.space("/dev/shm")
     except OSError:
@@ -182,7 +165,7 @@ def memory(host: Host) -> Finding:
     shm = space.f_blocks * space.f_frsize
     if shm <= limit:
         return Finding("memory", value)
-    fix = "Keep the capacity of memory roots well below that limit or raise it: files on tmpfs count as memory of the group."
+    fix = "Keep the capacity of memory roots well below that limit or raise it: files on tmpfs count as memory of the group, and engines give a root 3/4 of it at most."
     return Finding("memory", f"{value}, less than /dev/shm ({size(shm)})", FALLBACK, fix)
 
 

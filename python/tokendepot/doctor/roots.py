@@ -14,7 +14,7 @@ from ..cli import damage
 from ..cli.show import number, size
 from .findings import FALLBACK, OK, PROBLEM, Finding, reason
 from .host import Host
-from .machine import control_group_limit, guarded
+from .machine import guarded
 
 MEMORY = ("tmpfs", "ramfs", "hugetlbfs")
 RESERVE = _core.parse_options('{"roots":["/depot?capacity=1GiB"]}')["free_space_reserve"]  # what engines leave free
@@ -127,11 +127,11 @@ def _file_system(host: Host, path: str, kind: str) -> Finding:
 
 def _mapped(host: Host, path: str, kind: str) -> Finding:
     space = host.space(path)
-    total, limit = space.f_blocks * space.f_frsize, control_group_limit(host)
+    total, limited = space.f_blocks * space.f_frsize, host.memory_limit()
     value = f"mapped: {kind} is memory"
-    if limit is not None and limit < total:
-        fix = "Keep capacity well below that limit: these files count as memory of the control group."
-        return Finding("transport", f"{value}, limited to {size(limit)}", FALLBACK, fix)
+    if limited is not None and limited[0] < total:
+        fix = "Keep capacity well below that limit: these files count as memory of the control group, and engines use 3/4 of it at most."
+        return Finding("transport", f"{value}, limited to {size(limited[0])}", FALLBACK, fix)
     return Finding("transport", value)
 
 

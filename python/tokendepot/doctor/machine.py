@@ -165,7 +165,7 @@ def memory(host: Host) -> Finding:
     shm = space.f_blocks * space.f_frsize
     if shm <= limit:
         return Finding("memory", value)
-    fix = "Keep the capacity of memory roots well below that limit or raise it: files on tmpfs count as memory of the group, and engines give a root 3/4 of it at most."
+    fix = "Keep memory roots well below that limit or raise it: files on tmpfs count in it, and engines give a root 3/4 of it at most."
     return Finding("memory", f"{value}, less than /dev/shm ({size(shm)})", FALLBACK, fix)
 
 

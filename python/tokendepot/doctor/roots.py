@@ -130,7 +130,7 @@ def _mapped(host: Host, path: str, kind: str) -> Finding:
     total, limited = space.f_blocks * space.f_frsize, host.memory_limit()
     value = f"mapped: {kind} is memory"
     if limited is not None and limited[0] < total:
-        fix = "Keep capacity well below that limit: these files count as memory of the control group, and engines use 3/4 of it at most."
+        fix = "Keep capacity well below that limit: these files count as memory of the group, and engines use 3/4 of it at most."
         return Finding("transport", f"{value}, limited to {size(limited[0])}", FALLBACK, fix)
     return Finding("transport", value)
 

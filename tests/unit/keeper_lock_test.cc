@@ -141,7 +141,10 @@ TEST_F(StaleKeeper, WhoLostTheLockWhileItEvictedEvictsNothing) {
   size_t before = 0;
   for (const auto& [id, unused] : filled) before += stale.has(id) ? 1 : 0;
   // It was stopped between the choice of a victim and its end.
-  const auto late = stale.writer->prepare_spare([&](uint32_t) { take_over(); });
+  const auto late = stale.writer->prepare_spare([&](uint32_t) -> Status {
+    take_over();
+    return {};
+  });
   ASSERT_FALSE(late);
   EXPECT_EQ(late.error().kind, ErrorKind::busy) << late.error().message;
   size_t after = 0;

@@ -241,7 +241,10 @@ TEST_F(RootWriterTest, ASpareMadeWhileTheJournalIsCompactedIsNotKept) {
   for (int i = 0; i < 4; ++i) fill_a_segment(*process.writer);
   // The compaction falls between the choice of the id and the finished spare.
   const uint64_t before = process.writer->writer_id();
-  const auto raced = process.writer->prepare_spare([&](uint32_t) { process.writer->compact_journal(); });
+  const auto raced = process.writer->prepare_spare([&](uint32_t) -> Status {
+    process.writer->compact_journal();
+    return {};
+  });
   ASSERT_NE(process.writer->writer_id(), before);
   EXPECT_FALSE(raced);
   EXPECT_FALSE(files("journals").contains(journal_name(before)));

@@ -3,10 +3,9 @@
 import json
 import time
 
-import pytest
-from paged import BLOCKS_PER_CHUNK, MANIFEST, WANT, Cache, filled_root, keys_of, load, range_of
+from paged import BLOCKS_PER_CHUNK, MANIFEST, WANT, Cache, filled_root, load
 
-from tokendepot import Depot, DepotError
+from tokendepot import Depot
 
 CHUNKS = 8
 PATIENCE_S = 20.0

@@ -126,6 +126,31 @@ def test_a_load_keeps_its_whole_segment_warm():
     assert list(cache.serve([3])) == [0]
 
 
+def test_what_no_look_up_reaches_is_counted():
+    # Two sealed segments stay, and the one that is being filled: blocks 5 to 10 of ten, but not the first four.
+    outcome = played(trace_of(list(range(1, 11))), depot(4))
+    assert (outcome.held, outcome.unreachable) == (6, 6)
+    outcome = played(trace_of([1, 2, 3, 4], [5, 6]), depot(4))
+    assert (outcome.held, outcome.unreachable) == (6, 0)
+
+
+def test_a_shared_beginning_outlives_four_times_the_capacity_and_little_is_kept_that_no_look_up_reaches():
+    longer_than_the_root = list(range(128))
+    head = list(range(1000, 1016))
+    prompts = [head + list(range(2000 + 8 * i, 2008 + 8 * i)) for i in range(50)]
+    cache = depot(25, per_segment=4)
+    outcome = played(trace_of(longer_than_the_root, *prompts), cache)
+    assert all(cache.holds(head))
+    assert outcome.unreachable < 0.05 * 100
+
+
+@pytest.mark.parametrize("name", ["conversation", "synthetic"])
+def test_real_traces_leave_less_than_a_twentieth_that_no_look_up_reaches(traces, name):
+    trace = traces[name]
+    outcome = played(trace, SegmentCache([trace.unique_blocks // 10 * BLOCK], BLOCK))
+    assert 0 < outcome.unreachable < 0.05 * outcome.held
+
+
 def test_what_is_stored_behind_a_miss_is_not_stored_again():
     outcome = played(trace_of([1, 2, 3], [9, 2, 3]), depot(9))
     assert (outcome.hits, outcome.stored) == (0, 4)

@@ -37,6 +37,8 @@ def test_a_real_depot_finds_stores_and_evicts_what_its_model_says(root):
     assert real.hits == pytest.approx(model.hits, rel=0.05)
     assert real.stored == pytest.approx(model.stored, rel=0.02)
     assert real.evicted == pytest.approx(model.evicted, rel=0.05)
+    assert real.held == pytest.approx(model.held, rel=0.05)
+    assert real.unreachable < 0.1 * real.held
     assert real.failures == {}
     assert real.stats["load"]["bytes"] == real.hits * SMALL.extent_bytes
     assert len(real.load_s) > 0

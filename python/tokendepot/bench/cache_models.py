@@ -28,6 +28,9 @@ class Cache(Protocol):
     def serve(self, blocks: Sequence[int]) -> Sequence[int]:
         """Looks a prompt up, uses what leads it and keeps the rest; returns the hits of each tier, in blocks."""
 
+    def holds(self, blocks: Sequence[int]) -> Sequence[bool]:
+        """Which of a prompt's blocks some tier has."""
+
 
 class BlockCache:
     """Keeps single blocks; evicts the least recently used one, or (`fifo`) the oldest. `capacity` None keeps all.
@@ -60,6 +63,9 @@ class BlockCache:
                 kept.popitem(last=False)
                 self.evicted += 1
         return (hits,)
+
+    def holds(self, blocks: Sequence[int]) -> Sequence[bool]:
+        return [block in self._kept for block in blocks]
 
 
 @dataclass
@@ -133,6 +139,9 @@ class SegmentCache:
         for block, used_before in from_below:
             self._promote(block, used_before)
         return hits
+
+    def holds(self, blocks: Sequence[int]) -> Sequence[bool]:
+        return [block in self._place or block in self._copy for block in blocks]
 
     def _promote(self, block: int, used_before: int) -> None:
         segment = self._place.get(block)
@@ -227,6 +236,8 @@ class Outcome:
     copied: int = 0
     evicted: int = 0
     unique_stored: int = 0
+    held: int = 0  # at the end, different blocks
+    unreachable: int = 0  # of these, without one before them in each prompt that has them: no look-up finds them
 
     @property
     def hit_rate(self) -> float:
@@ -242,8 +253,21 @@ class Outcome:
         return (self.stored + self.copied) / self.unique_stored if self.unique_stored else 0.0
 
 
+def note_what_is_held(trace: Trace, outcome: Outcome, holds: Callable[[Sequence[int]], Sequence[bool]]) -> None:
+    """Sets `held` and `unreachable` from what a cache has now of the prompts that were played."""
+    held: set[int] = set()
+    reached: set[int] = set()
+    for request in trace.requests[: outcome.requests]:
+        there = [bool(has) for has in holds(request.blocks)]
+        leading = there.index(False) if False in there else len(there)
+        reached.update(request.blocks[:leading])
+        held.update(block for block, has in zip(request.blocks, there, strict=True) if has)
+    outcome.held, outcome.unreachable = len(held), len(held - reached)
+
+
 def play(trace: Trace, cache: Cache, outcome: Outcome, advance: Callable[[int], None] = lambda requests: None) -> None:
-    """Plays a trace against a cache. `outcome` is right after every request, also when an exception ends the play."""
+    """Plays a trace against a cache. `outcome` is right after every request, also when an exception ends the play; what is
+    held is counted at the end only."""
     seen: set[int] = set()
     for request in trace.requests:
         tiers = cache.serve(request.blocks)
@@ -258,3 +282,4 @@ def play(trace: Trace, cache: Cache, outcome: Outcome, advance: Callable[[int], 
         outcome.stored, outcome.copied, outcome.evicted = cache.stored, cache.copied, cache.evicted
         outcome.unique_stored = len(seen)
         advance(1)
+    note_what_is_held(trace, outcome, cache.holds)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from .. import _core
-from .cache_models import Outcome
+from .cache_models import Outcome, note_what_is_held
 from .extents import ENGINE_BLOCK_TOKENS, Geometry, automatic_segment_bytes
 from .traces import Request, Trace
 
@@ -150,6 +150,7 @@ class RealDepot:
                 advance(1)
         finally:
             time.sleep(SETTLE_S)
+            note_what_is_held(trace, outcome, self._holds)
             outcome.stats = self._depot.stats()
             outcome.stored = outcome.stats["store"]["extents"]
             # A promoted extent has two entries while its copy lives: copies that have gone make this too high.
@@ -172,6 +173,9 @@ class RealDepot:
         for begin in range(0, len(missing), self._slots):
             self._store(missing[begin : begin + self._slots], outcome)
         return hits
+
+    def _holds(self, blocks: Sequence[int]) -> Sequence[bool]:
+        return [has != 0 for has in self._depot.stored(b"".join(map(self._key_of, blocks)), self._want)]
 
     def _load(self, blocks: Sequence[int], keys: bytes, count: int, outcome: RealOutcome) -> int:
         """Returns how many leading chunks came."""

@@ -90,6 +90,8 @@ class PlayReport:
             "written_bytes": (outcome.stored + outcome.copied) * size,
             "writes_per_unique_byte": outcome.writes_per_unique,
             "evicted_bytes": outcome.evicted * size,
+            "held_bytes": outcome.held * size,
+            "unreachable_bytes": outcome.unreachable * size,
         }
         return found | _measured(outcome) if name == REAL else found
 
@@ -125,6 +127,8 @@ class PlayReport:
             if len(outcome.hits_by_tier) > 1:
                 tiers = ", ".join(f"{hits / max(1, outcome.references):.1%}" for hits in outcome.hits_by_tier)
                 show.say(f"{name}: blocks from each tier: {tiers}")
+            if outcome.unreachable:
+                show.say(f"{name}: no look-up reaches {outcome.unreachable / outcome.held:.1%} of what is held at the end")
             if outcome.requests < len(self.trace.requests):
                 show.say(f"{name}: interrupted after {outcome.requests:,} of {len(self.trace.requests):,} requests")
 

@@ -428,8 +428,19 @@ void Transfers::condemn_missing(LoadTask& task) {
   }
 }
 
+bool Transfers::is_unfinished_copy(const LoadTask& task) const {
+  const SegmentTable::Segment segment = segments_.get(task.slot);
+  const uint64_t here = segment.roots[tiers_[task.tier].root->index()].extents;
+  return std::ranges::any_of(segment.roots, [here](const auto& root) { return root.extents > here; });
+}
+
 void Transfers::fail_load(LoadTask& task, Reason reason, bool bad_on_medium) {
   const bool had_place = static_cast<bool>(task.segment);
+  // What has not passed through to a copy is not damage of it, and may still come.
+  if (bad_on_medium && is_unfinished_copy(task)) {
+    reason = Reason::absent;
+    bad_on_medium = false;
+  }
   // Another host may have journaled what has not arrived here yet. A condemnation is for ever, so none is
   // written for it: the engine forgets the chunk and stores it again.
   std::optional<Record> condemned;

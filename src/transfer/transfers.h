@@ -140,6 +140,8 @@ class Transfers {
   void pieces_read(LoadTask& task);
   bool check_header(LoadTask& task, std::span<const std::byte> header_bytes);
   void scattered(LoadTask& task, ScatterOutcome outcome);
+  /// Another root is known to have more extents of this segment than the one that was read from.
+  bool is_unfinished_copy(const LoadTask& task) const;
   void fail_load(LoadTask& task, Reason reason, bool bad_on_medium);
   void condemn_missing(LoadTask& task);
   void submit_scatter(LoadTask& task, std::span<const std::byte> run, bool guarded, bool here = false);

@@ -373,6 +373,7 @@ void Process::check(const LoadPlan& plan, const Completion& ended, size_t first_
                      failure->second == ItemFailure::Reason::mismatch ||
                      (failure->second == ItemFailure::Reason::absent && !world_.faults_on);
     if (bad && world_.flawless && !world_.scenario.pressure) {
+      disk().explain(item.key);
       violated(Verdict::lost, std::string("an extent that the journal promises is ") + name(failure->second) +
                                   " although nothing harmed it");
     }

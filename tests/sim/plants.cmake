@@ -67,7 +67,7 @@ tokendepot_plant(stop_at_a_bad_record 150 "acknowledged lost" store/journal_file
         has_tail_ = true;
         return good;]])
 
-tokendepot_plant(trust_any_record 600 "acknowledged lost" format/journal.cc
+tokendepot_plant(trust_any_record 600 "(acknowledged lost|hang)" format/journal.cc
   [[if (stored != digest) {]]
   [[if (false && stored != digest) {]])
 

@@ -147,7 +147,8 @@ def main() -> None:
             victim = rng.choice(list(running))
             engine.abort_request([victim])
             del running[victim]
-        step()
+        if running:  # without a request it waits for ever
+            step()
         if now >= next_fault and int(now - began) // 10 % 2 == 1:  # ten seconds of peace, ten of faults
             faults.one()
             next_fault = now + FAULT_EVERY_S

@@ -104,6 +104,8 @@ class Rig {
     RootOptions& root = plan_.options.roots[0];
     root.path = directory_ + "/root";
     root.capacity_bytes = plan_.capacity;
+    // Nobody else was promised what is evicted: what is measured is no grace.
+    plan_.options.eviction_grace_ms = 0;
     root.segment_bytes = plan_.segment_bytes;
     plan_.options.free_space_reserve = 0;
     plan_.options.store_queue_bytes = 4ull << 30;

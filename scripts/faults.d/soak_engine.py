@@ -154,7 +154,8 @@ def main() -> None:
             next_fault = now + FAULT_EVERY_S
         if now >= next_report:
             resident, descriptors = processes()
-            say(at=now - began, resident=resident, descriptors=descriptors)
+            segments = sum(1 for _ in (root / "segments").iterdir())
+            say(at=now - began, resident=resident, descriptors=descriptors, segments=segments)
             next_report = now + REPORT_EVERY_S
     metrics = {}
     for metric in REGISTRY.collect():

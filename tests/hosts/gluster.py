@@ -255,8 +255,8 @@ class Trials:
         self.a, self.b = self.open("a"), self.open("b")
         opened = self.a.opened
         prompts = {host: self.fresh(40) for host in "ab"}
-        self.a.send("store", prompts=prompts["a"])
-        self.b.send("store", prompts=prompts["b"])
+        self.a.send("store_all", prompts=prompts["a"])
+        self.b.send("store_all", prompts=prompts["b"])
         chunks = 0
         for host, process in (("a", self.a), ("b", self.b)):
             chunks += self.note(prompts[host], process.answer(120))

@@ -42,6 +42,27 @@ def write_model(directory: Path, model: str) -> str:
     return str(directory)
 
 
+def write_vocabulary(directory: Path, size: int) -> None:
+    """A tokenizer.json of `size` tokens, each of them text: common words are one token, whatever else goes byte by byte,
+    and no text makes the others, but a model may answer with them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from tokendepot.bench.ttft.words import WORDS
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator([" " + word for word in WORDS], trainer)
+    whole = json.loads(tokenizer.to_str())
+    vocabulary = whole["model"]["vocab"]
+    for number in range(len(vocabulary), size):
+        vocabulary[f"token{number}"] = number
+    (directory / "tokenizer.json").write_text(json.dumps(whole))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
 def repetitions(context: int) -> int:
     return 3 if context <= 2000 else 1
 

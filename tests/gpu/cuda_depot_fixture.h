@@ -61,6 +61,7 @@ class CudaDepot : public ::testing::Test {
     options.slab_bytes = 64ull << 20;
     options.free_space_reserve = 0;
     options.poll_ms = 20;
+    options.eviction_grace_ms = 0;  // a root of 16 segments has no room for a grace's worth of stores
     return options;
   }
   std::unique_ptr<Depot> open(const Options& with) {

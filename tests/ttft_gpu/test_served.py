@@ -1,0 +1,93 @@
+"""The client's run of bench/ttft_gpu with a stand-in for vLLM's server: killed between the turns, or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tokenizers", reason="the vocabulary is written with the package tokenizers")
+
+ROOT = Path(__file__).parents[2]
+SERVED = ROOT / "bench" / "ttft_gpu" / "served.py"
+STAND_IN = '''
+import asyncio, os, socket, sys
+from scripted_server import ScriptedServer
+
+def after(option):
+    return sys.argv[sys.argv.index(option) + 1]
+
+class OneOfVllm(ScriptedServer):
+    model = after("--served-model-name")
+
+    def answer(self, path, body):
+        return (200, {}) if path == "/health" else super().answer(path, body)
+
+with open(os.environ["STARTS"], "a") as starts:
+    print("depot" if "--kv-transfer-config" in sys.argv else "none", after("--model"), file=starts)
+asyncio.run(OneOfVllm().serve(socket.create_server(("127.0.0.1", int(after("--port"))))))
+'''
+
+
+@pytest.fixture
+def served(tmp_path: Path):
+    package = tmp_path / "kit" / "site" / "vllm" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    (package / "api_server.py").write_text(STAND_IN)
+    paths = [f"{tmp_path}/kit/site", str(ROOT / "tests" / "bench")]
+    (tmp_path / "kit" / "vllm_env.sh").write_text(f"export PYTHONPATH={':'.join(paths)}:$PYTHONPATH\n")
+
+    def run(*options: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+        starts = tmp_path / "starts"
+        starts.unlink(missing_ok=True)
+        command = [sys.executable, str(SERVED), "--kit", str(tmp_path / "kit"), "--tokendepot", str(tmp_path)]
+        command += ["--out", str(tmp_path / "out"), *options, "--", "--contexts", "50,200", "--repeats", "1"]
+        environment = {**os.environ, "STARTS": str(starts)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+        return done, starts.read_text().splitlines() if starts.exists() else []
+
+    return run
+
+
+def test_a_server_with_a_depot_is_killed_before_turn_two_and_one_without_is_not(served, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    with_depot, starts = served("--root", str(root))
+    # The stand-in has no prefix cache that could be emptied, which the client reports.
+    assert "Turn 2" in with_depot.stdout, with_depot.stdout + with_depot.stderr
+    assert [line.split()[0] for line in starts] == ["depot", "depot"] and not root.exists()
+    without, starts = served()
+    assert [line.split()[0] for line in starts] == ["none"]
+    for name, done in (("on", with_depot), ("off", without)):
+        result = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        assert result["complete"] and len(result["requests"]) == 4
+        assert result["server"]["model"] == "llama-3.1-8b"
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "out" / f"{name}.pid").read_text()), 0)
+
+
+def test_every_token_of_the_vocabulary_is_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tokenizers
+
+    monkeypatch.syspath_prepend(str(SERVED.parent))
+    import workload
+
+    workload.write_vocabulary(tmp_path, 4000)
+    vocabulary = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert vocabulary.get_vocab_size() == 4000
+    assert all(vocabulary.decode([token]) for token in range(4000))
+    for text in (" able about above", " run 7f3a: Ünder", "\n"):
+        assert vocabulary.decode(vocabulary.encode(text).ids) == text
+    assert len(vocabulary.encode(" able about above").ids) == 3
+
+
+def test_a_root_with_something_in_it_is_refused_and_left_alone(served, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "precious").touch()
+    done, starts = served("--root", str(root))
+    assert done.returncode != 0 and "expected an empty or missing folder" in done.stderr
+    assert (root / "precious").exists() and not starts

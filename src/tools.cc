@@ -331,6 +331,7 @@ Result<Evicted> evict_segments(const std::string& path, uint64_t bytes, bool dry
       if (auto written = journal->append(record); !written) return std::unexpected(written.error());
       auto removed = remove_file(path + "/segments/" + segment.file);
       if (!removed && removed.error().kind != ErrorKind::not_found) return std::unexpected(removed.error());
+      (void)keeper->note({{segment.id}, 0});  // engines that are not told find out at their next listing
       if (!removed) continue;
     }
     ++evicted.segments;

@@ -60,7 +60,9 @@ constexpr KnownFileSystem kFileSystems[] = {
 
 }  // namespace
 
-Result<std::vector<DirectoryEntry>> list_directory(const std::string& path) {
+Result<std::vector<DirectoryEntry>> list_directory(
+    const std::string& path,
+    const std::function<std::optional<uint64_t>(const std::string& name)>& known_bytes) {
   const int fd = ::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (fd < 0) return fail_errno(errno, "cannot open directory {}", path);
   const std::unique_ptr<DIR, CloseDirectory> directory(::fdopendir(fd));
@@ -79,6 +81,10 @@ Result<std::vector<DirectoryEntry>> list_directory(const std::string& path) {
       return entries;
     }
     if (std::strcmp(found->d_name, ".") == 0 || std::strcmp(found->d_name, "..") == 0) continue;
+    if (const auto bytes = found->d_type == DT_REG && known_bytes ? known_bytes(found->d_name) : std::nullopt) {
+      entries.push_back({found->d_name, *bytes, true});
+      continue;
+    }
     struct stat info;
     if (::fstatat(fd, found->d_name, &info, AT_SYMLINK_NOFOLLOW) != 0) {
       if (errno == ENOENT) continue;  // removed by somebody since readdir

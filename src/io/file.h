@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <span>
 #include <string>
@@ -70,7 +71,10 @@ struct DirectoryEntry {
 };
 
 /// Names in a directory, without "." and "..", in no order. Links are listed, not followed.
-Result<std::vector<DirectoryEntry>> list_directory(const std::string& path);
+/// `known_bytes`, when given, tells sizes of regular files that need not be asked for; nullopt = not known.
+Result<std::vector<DirectoryEntry>> list_directory(
+    const std::string& path,
+    const std::function<std::optional<uint64_t>(const std::string& name)>& known_bytes = {});
 /// mkdir with mode 0700; fine when it exists as a directory; a link or another kind of file is
 /// invalid_argument.
 Status make_directory(const std::string& path);

@@ -2,38 +2,24 @@
 
 #include <utility>
 
-#include "store/journal_file.h"
-
 namespace tokendepot {
 
-uint64_t CondemnedFiles::see(std::span<const DirectoryEntry> entries, const SegmentTable& segments,
-                             RootIndex root) {
+void CondemnedFiles::see(const SegmentInventory& files, const SegmentTable& segments, RootIndex root) {
   const uint64_t now = clock_.steady_ns();
-  uint64_t total = 0;
   std::lock_guard lock(mutex_);
-  std::map<SegmentId, Seen> seen;
   std::map<SegmentId, Condemned> condemned;
-  // What is there at the first look may be of any age.
-  const uint64_t fresh_since = std::exchange(listed_, true) ? now : 0;
-  for (const DirectoryEntry& entry : entries) {
-    total += entry.bytes;
-    const auto id = segment_of_name(entry.name);
-    if (!id || !entry.regular) continue;
-    const auto before = seen_.find(*id);
-    seen[*id] = {entry.bytes, before == seen_.end() ? fresh_since : before->second.since_ns};
-    const auto slot = segments.find(*id);
-    if (!slot || !segments.condemned(*slot, root)) continue;
-    auto known = condemned_.extract(*id);
+  files.for_each_segment([&](const SegmentId& id, uint64_t bytes) {
+    const auto slot = segments.find(id);
+    if (!slot || !segments.condemned(*slot, root)) return;
+    auto known = condemned_.extract(id);
     if (known) {
-      known.mapped().bytes = entry.bytes;
+      known.mapped().bytes = bytes;
       condemned.insert(std::move(known));
     } else {
-      condemned[*id] = {entry.bytes, now, {}};
+      condemned[id] = {bytes, now, {}};
     }
-  }
-  seen_ = std::move(seen);
+  });
   condemned_ = std::move(condemned);
-  return total;
 }
 
 void CondemnedFiles::add(const SegmentId& id, uint64_t bytes, SegmentMapping mapping) {
@@ -76,16 +62,6 @@ uint64_t CondemnedFiles::bytes() const {
   std::lock_guard lock(mutex_);
   uint64_t total = 0;
   for (const auto& [id, file] : condemned_) total += file.bytes;
-  return total;
-}
-
-uint64_t CondemnedFiles::begun_bytes() const {
-  const uint64_t now = clock_.steady_ns();
-  std::lock_guard lock(mutex_);
-  uint64_t total = 0;
-  for (const auto& [id, file] : seen_) {
-    if (file.since_ns != 0 && now - file.since_ns < grace_ns_) total += file.bytes;
-  }
   return total;
 }
 

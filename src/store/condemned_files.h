@@ -13,10 +13,9 @@
 #include <map>
 #include <mutex>
 #include <optional>
-#include <span>
 
 #include "base/clock.h"
-#include "io/file.h"
+#include "store/segment_inventory.h"
 #include "store/segment_mapping.h"
 #include "store/segment_table.h"
 
@@ -27,9 +26,8 @@ class CondemnedFiles {
  public:
   CondemnedFiles(const Clock& clock, uint64_t grace_ns) : clock_(clock), grace_ns_(grace_ns) {}
 
-  /// Takes note of the segment directory as it is now, and of all that others have condemned. Returns the
-  /// bytes of all files.
-  uint64_t see(std::span<const DirectoryEntry> entries, const SegmentTable& segments, RootIndex root);
+  /// Takes note of which files are there now, and of all that others have condemned.
+  void see(const SegmentInventory& files, const SegmentTable& segments, RootIndex root);
   /// This process has condemned it just now. `mapping`, which may be empty, is kept for the file's next life.
   void add(const SegmentId& id, uint64_t bytes, SegmentMapping mapping);
 
@@ -49,8 +47,6 @@ class CondemnedFiles {
   uint64_t grace_ns() const { return grace_ns_; }
   /// Of the condemned files.
   uint64_t bytes() const;
-  /// Of files that appeared within the last grace, whoever made them: as much will be wanted in the next.
-  uint64_t begun_bytes() const;
 
  private:
   struct Condemned {
@@ -58,17 +54,11 @@ class CondemnedFiles {
     uint64_t since_ns = 0;
     SegmentMapping mapping;
   };
-  struct Seen {
-    uint64_t bytes = 0;
-    uint64_t since_ns = 0;
-  };
 
   const Clock& clock_;
   const uint64_t grace_ns_;
   mutable std::mutex mutex_;
   std::map<SegmentId, Condemned> condemned_;
-  std::map<SegmentId, Seen> seen_;  // every segment file of the last listing
-  bool listed_ = false;
 };
 
 }  // namespace tokendepot

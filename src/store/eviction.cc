@@ -13,12 +13,6 @@ constexpr int kMostBusy = 4;  // candidates that may not go yet, each asked for 
 
 }  // namespace
 
-Result<uint64_t> RootWriter::bytes_on_medium() {
-  const auto entries = list_directory(root_.segments_dir());
-  if (!entries) return std::unexpected(entries.error());
-  return condemned_files_.see(*entries, segments_, root_.index());
-}
-
 Status RootWriter::evict_coldest(KeeperLock& keeper, const BeforeEviction& before_eviction) {
   RootPolicies& policies = replay_.policies();
   bool pinned = false;
@@ -49,6 +43,7 @@ Status RootWriter::evict_coldest(KeeperLock& keeper, const BeforeEviction& befor
       if (auto gone = remove_file(root_.files().path_of(segment.id));
           !gone && gone.error().kind != ErrorKind::not_found)
         return gone;
+      inventory_.has_gone(keeper, {segment.id});
       written = append(record);
       mapping = {};
     }
@@ -65,7 +60,8 @@ Status RootWriter::evict_coldest(KeeperLock& keeper, const BeforeEviction& befor
 
 uint64_t RootWriter::bytes_to_condemn(uint64_t wanted) const {
   if (condemned_files_.grace_ns() == 0) return wanted;
-  return std::max(wanted, std::min(2 * condemned_files_.begun_bytes(), root_.capacity() / 4));
+  const uint64_t begun = inventory_.bytes_begun_within(condemned_files_.grace_ns());
+  return std::max(wanted, std::min(2 * begun, root_.capacity() / 4));
 }
 
 void RootWriter::condemn_ahead(KeeperLock& keeper, uint64_t used, uint64_t bytes,
@@ -88,28 +84,35 @@ std::optional<CondemnedFiles::Leaving> RootWriter::take_condemned(uint64_t wante
   });
 }
 
-Result<File> RootWriter::make_file(KeeperLock& keeper, const std::string& path, uint64_t bytes,
+Result<File> RootWriter::make_file(KeeperLock& keeper, const SegmentFileName& name, uint64_t bytes,
                                    const BeforeEviction& before_eviction, SegmentMapping* kept) {
+  const std::string path = inventory_.path_of(name);
+  if (auto known = inventory_.catch_up(keeper); !known) return std::unexpected(known.error());
   // Each round condemns or removes one segment, so the number of segments bounds the rounds.
   while (true) {
     keeper.renew();
-    const auto used = bytes_on_medium();
-    if (!used) return std::unexpected(used.error());
+    condemned_files_.see(inventory_, segments_, root_.index());
+    const uint64_t used = inventory_.bytes();
     const auto system = file_system_of(root_.path());
     if (!system) return std::unexpected(system.error());
-    const bool capacity_is_short = bytes > root_.capacity() || *used > root_.capacity() - bytes;
+    const bool capacity_is_short = bytes > root_.capacity() || used > root_.capacity() - bytes;
     bool medium_is_short =
         bytes > system->available_bytes || free_space_reserve_ > system->available_bytes - bytes;
     if (!capacity_is_short && !medium_is_short) {
+      if (auto told = inventory_.will_be(keeper, name, bytes); !told) return std::unexpected(told.error());
       auto file =
           File::open(path, {.write = true, .create = true, .exclusive = true, .direct = root_.direct()});
-      if (!file) return file;
+      if (!file) {
+        inventory_.may_have_gone(name);
+        return file;
+      }
       const auto allocated = file->preallocate(bytes);
       if (allocated) {
-        condemn_ahead(keeper, *used + bytes, bytes, before_eviction);
+        condemn_ahead(keeper, used + bytes, bytes, before_eviction);
         return file;
       }
       if (auto removed = remove_file(path); !removed) return std::unexpected(removed.error());
+      inventory_.has_gone(keeper, name);
       if (allocated.error().kind != ErrorKind::no_space) return std::unexpected(allocated.error());
       medium_is_short = true;
     }
@@ -127,6 +130,7 @@ Result<File> RootWriter::make_file(KeeperLock& keeper, const std::string& path, 
                     "root \"{}\": the segments that go are kept for a moment: what was promised of "
                     "them is still to be loaded",
                     root_.path());
+      if (inventory_.list_again(keeper)) continue;  // somebody may have made room by hand
       return fail(
           ErrorKind::no_space,
           "root \"{}\": nothing can be evicted and a new segment of {} bytes would exceed capacity={} or "
@@ -137,8 +141,13 @@ Result<File> RootWriter::make_file(KeeperLock& keeper, const std::string& path, 
     }
     const std::string old_path = root_.files().path_of(leaving->id);
     const bool fits = leaving->bytes == bytes;
+    if (fits) {
+      if (auto told = inventory_.will_be(keeper, name, bytes); !told) return std::unexpected(told.error());
+    }
     auto gone = fits ? rename_file(old_path, path) : remove_file(old_path);
+    if (fits && !gone) inventory_.has_gone(keeper, name);
     if (!gone && gone.error().kind != ErrorKind::not_found) return std::unexpected(gone.error());
+    inventory_.has_gone(keeper, {leaving->id});
     // A listing of a network file system may go on showing what another process has taken.
     if (!gone && capacity_is_short)
       return fail(ErrorKind::busy, "root \"{}\": another process was faster", root_.path());
@@ -157,11 +166,12 @@ Result<File> RootWriter::make_file(KeeperLock& keeper, const std::string& path, 
     const auto size = file->size();
     if (size && *size == bytes) {
       if (kept != nullptr) *kept = std::move(leaving->mapping);
-      condemn_ahead(keeper, *used, bytes, before_eviction);
+      condemn_ahead(keeper, used, bytes, before_eviction);
       return file;
     }
     if (auto removed = remove_file(path); !removed)
       return std::unexpected(removed.error());  // truncated by somebody
+    inventory_.has_gone(keeper, name);
   }
 }
 

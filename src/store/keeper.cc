@@ -270,7 +270,7 @@ Status Keeper::copy_down(const File& source, const SegmentTable::Segment& segmen
     moved = fail(ErrorKind::busy, "{}: evicted while it was copied", source.path());
   if (moved) moved = target.publish_copy(segment.id, *copy, used);
   if (moved) return {};
-  if (auto removed = remove_file(copy->path()); !removed) log(LogLevel::debug, "{}", removed.error().message);
+  target.drop_copy(segment.id, *copy);
   return moved;
 }
 

@@ -1,11 +1,10 @@
 #include "store/keeper_lock.h"
 
+#include <algorithm>
 #include <array>
 #include <chrono>
-#include <cstring>
 #include <thread>
 
-#include "base/bytes.h"
 #include "base/clock.h"
 #include "base/errors.h"
 #include "base/log.h"
@@ -14,17 +13,81 @@ namespace tokendepot {
 namespace {
 
 constexpr uint64_t kNsPerMs = 1'000'000;
-using StampBytes = std::array<std::byte, 16>;
+using StampBytes = std::array<std::byte, kStampBytes>;
+using NotesEndBytes = std::array<std::byte, kNotesEndBytes>;
+
+/// Writes it and reads it again: a write that got lost would hide a file from later holders.
+Status write_checked(const File& file, std::span<const std::byte> bytes, uint64_t offset) {
+  if (auto written = file.write_at(bytes, offset); !written) return written;
+  std::vector<std::byte> again(bytes.size());
+  if (auto read = file.read_at(again, offset); !read) return read;
+  if (std::ranges::equal(again, bytes)) return {};
+  return fail(ErrorKind::io, "{} does not keep what is written at {}", file.path(), offset);
+}
+
+std::optional<NotesEnd> read_notes_end(const File& file) {
+  NotesEndBytes bytes{};
+  if (!file.read_at(bytes, kStampBytes)) return std::nullopt;
+  return decode_notes_end(bytes);
+}
+
+Status write_notes_end(const File& file, const NotesEnd& end) {
+  NotesEndBytes bytes{};
+  encode_notes_end(end, bytes);
+  return write_checked(file, bytes, kStampBytes);
+}
 
 }  // namespace
 
 void KeeperLock::renew() {
   ++stamp_.beats;
-  StampBytes bytes;
-  put_le<uint64_t>(bytes, 0, stamp_.epoch);
-  put_le<uint64_t>(bytes, 8, stamp_.beats);
+  StampBytes bytes{};
+  encode_stamp(stamp_, bytes);
   // A full disk has no room for it: then this holder may be passed over although it works.
   (void)file_.write_at(bytes, 0);
+}
+
+void KeeperLock::keep_notes(const std::optional<NotesEnd>& end, const KeeperStamp& last) {
+  uint64_t count = end ? end->count : 0;
+  const bool complete = end && end->epoch == last.epoch;
+  if (!complete) {
+    // By the wall clock, so that nobody takes them for those of a file that was here before.
+    count = std::max(count + kNotesKept + 1, system_clock().wall_ns());
+    // The space for all of them, now: a disk that is full later can be told of what is removed.
+    const std::vector<std::byte> room(kNotesKept * kNoteBytes);
+    if (!file_.write_at(room, kNotesAt)) return;
+  }
+  if (write_notes_end(file_, {count, stamp_.epoch})) noted_ = count;
+  others_rely_on_notes_ = complete && !noted_;
+}
+
+std::optional<std::vector<Note>> KeeperLock::noted_since(uint64_t seen) const {
+  if (!noted_ || seen > *noted_ || *noted_ - seen > kNotesKept) return std::nullopt;
+  std::vector<Note> notes;
+  std::vector<std::byte> bytes;
+  while (seen < *noted_) {
+    const uint64_t before_the_wrap = kNotesKept - seen % kNotesKept;
+    bytes.resize(std::min(*noted_ - seen, before_the_wrap) * kNoteBytes);
+    if (!file_.read_at(bytes, place_of_note(seen))) return std::nullopt;
+    for (size_t at = 0; at < bytes.size(); at += kNoteBytes) {
+      const auto note = decode_note(seen++, std::span(bytes).subspan(at).first<kNoteBytes>());
+      if (!note) return std::nullopt;
+      notes.push_back(*note);
+    }
+  }
+  return notes;
+}
+
+Status KeeperLock::note(const Note& note) {
+  if (others_rely_on_notes_)
+    return fail(ErrorKind::io, "{}: the change of a segment file cannot be noted", file_.path());
+  if (!noted_) return {};
+  std::array<std::byte, kNoteBytes> bytes{};
+  encode_note(*noted_, note, bytes);
+  if (auto written = write_checked(file_, bytes, place_of_note(*noted_)); !written) return written;
+  auto told = write_notes_end(file_, {*noted_ + 1, stamp_.epoch});
+  if (told) ++*noted_;
+  return told;
 }
 
 Result<std::optional<KeeperLock>> KeeperElection::try_once() {
@@ -33,18 +96,18 @@ Result<std::optional<KeeperLock>> KeeperElection::try_once() {
   const auto locked = file->try_lock_exclusive();
   if (!locked) return std::unexpected(locked.error());
   StampBytes bytes{};
-  KeeperLock::Stamp stamp;
-  if (file->read_at(bytes, 0))
-    stamp = {get_le<uint64_t>(std::span<const std::byte>(bytes), 0),
-             get_le<uint64_t>(std::span<const std::byte>(bytes), 8)};
+  KeeperStamp stamp;
+  if (file->read_at(bytes, 0)) stamp = decode_stamp(bytes);
   const uint64_t now = system_clock().steady_ns();
   std::lock_guard lock(mutex_);
   if (*locked) {
     if (!file->is_at_its_path()) return std::optional<KeeperLock>();  // taken over since it was opened
     KeeperLock held;
     held.file_ = std::move(*file);
-    held.stamp_ = {std::max(stamp.epoch, seen_.epoch) + 1, 0};
+    const auto notes = read_notes_end(held.file_);
+    held.stamp_ = {std::max({stamp.epoch, seen_.epoch, notes ? notes->epoch : 0}) + 1, 0};
     held.renew();
+    held.keep_notes(notes, stamp);
     seen_since_ns_ = 0;
     return std::optional<KeeperLock>(std::move(held));
   }

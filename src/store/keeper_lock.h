@@ -8,13 +8,18 @@
 // (`held`) and stops. What it still does between that look and its next step can be an eviction too many or a
 // file too much; ids are never given twice, so it is never another segment's file, and no reader believes
 // more than what an extent proves.
+//
+// Holders leave notes of the segment files that they make and remove (format/keeper_file.h): a file that is
+// made is noted before, one that goes after, so that who dies in between has noted a file too many.
 #pragma once
 
 #include <cstdint>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <vector>
 
+#include "format/keeper_file.h"
 #include "io/file.h"
 #include "tokendepot/error.h"
 
@@ -28,14 +33,20 @@ class KeeperLock {
   /// Before anything that takes long. Cheap: one write.
   void renew();
 
+  /// How many notes there are, ever. nullopt: none are kept, as the file system had no room for them.
+  std::optional<uint64_t> noted() const { return noted_; }
+  /// The notes behind the first `seen`. nullopt: not all of them are there any more, or can be read.
+  std::optional<std::vector<Note>> noted_since(uint64_t seen) const;
+  /// Tells later holders. An error: they were not told, so a file must not be made.
+  Status note(const Note& note);
+
  private:
   friend class KeeperElection;
-  struct Stamp {
-    uint64_t epoch = 0;  // one more with each holder
-    uint64_t beats = 0;
-    bool operator==(const Stamp&) const = default;
-  };
-  Stamp stamp_;
+  /// Goes on with the notes that end here if the last holder kept them, else begins anew.
+  void keep_notes(const std::optional<NotesEnd>& end, const KeeperStamp& last);
+  KeeperStamp stamp_;
+  std::optional<uint64_t> noted_;
+  bool others_rely_on_notes_ = false;  // what is there looks complete and could not be changed
   File file_;
 };
 
@@ -56,7 +67,7 @@ class KeeperElection {
   const std::string path_;
   const uint64_t stuck_ms_;
   std::mutex mutex_;  // the two below
-  KeeperLock::Stamp seen_;
+  KeeperStamp seen_;
   uint64_t seen_since_ns_ = 0;  // steady clock; 0 = nothing seen
 };
 

@@ -9,7 +9,7 @@
 
 namespace tokendepot {
 
-Result<bool> RootWriter::remove_segment(uint32_t slot, Cause cause) {
+Result<bool> RootWriter::remove_segment(KeeperLock& keeper, uint32_t slot, Cause cause) {
   const SegmentTable::Segment segment = segments_.get(slot);
   const SegmentTable::PerRoot& here = segment.roots[root_.index()];
   if (!here.present || here.condemned || !here.sealed || segment.in_use > 0) return false;
@@ -27,6 +27,7 @@ Result<bool> RootWriter::remove_segment(uint32_t slot, Cause cause) {
   }
   auto removed = remove_file(root_.files().path_of(segment.id));
   if (!removed && removed.error().kind != ErrorKind::not_found) return std::unexpected(removed.error());
+  inventory_.has_gone(keeper, {segment.id});
   return true;
 }
 
@@ -61,7 +62,7 @@ uint32_t RootWriter::reclaim() {
   const auto remove = [&](uint32_t slot, Cause cause) {
     lock.renew();
     if (!lock.held()) return false;  // and so is everything after it
-    const auto gone = remove_segment(slot, cause);
+    const auto gone = remove_segment(lock, slot, cause);
     if (!gone) log(LogLevel::warning, "root \"{}\": {}", root_.path(), gone.error().message);
     removed += gone && *gone ? 1 : 0;
     return gone && *gone;

@@ -21,6 +21,7 @@ RootWriter::RootWriter(Root& root, Replay& replay, SegmentTable& segments, const
       segments_(segments),
       clock_(clock),
       free_space_reserve_(reserve),
+      inventory_(root.segments_dir(), clock),
       condemned_files_(clock, eviction_grace_ns) {}
 
 RootWriter::~RootWriter() = default;
@@ -115,8 +116,7 @@ Status RootWriter::adopt_or_create() {
         seal.type = RecordType::seal;
         seal.where = {*id, used, 0};
         if (auto sealed = append(seal); !sealed) return sealed;
-      } else if (auto removed = remove_file(root_.segments_dir() + "/" + entry.name);
-                 !removed && removed.error().kind != ErrorKind::not_found) {
+      } else if (auto removed = remove_unused(*id); !removed && removed.error().kind != ErrorKind::not_found) {
         return removed;
       }
       continue;
@@ -231,7 +231,7 @@ Result<RootWriter::Place> RootWriter::reserve_copy(uint64_t bytes, const BeforeE
   for (Record& record : records) record.time_ns = clock_.wall_ns();
   if (auto written = append_locked(records); !written) {
     root_.files().drop(id);
-    (void)remove_file(root_.files().path_of(id));
+    (void)remove_unused(id);
     return std::unexpected(written.error());
   }
   for (const Record& record : records) replay_.apply(record);
@@ -315,29 +315,34 @@ Status RootWriter::still_keeper(const KeeperLock& keeper) const {
 
 Result<SegmentLease> RootWriter::make_segment(const SegmentId& id, uint64_t bytes,
                                               const BeforeEviction& before_eviction) {
-  const std::string path = root_.files().path_of(id);
   SegmentMapping kept;
   bool populated = false;
   auto made = [&]() -> Result<SegmentLease> {
     auto keeper = lock_keeper();
     if (!keeper) return std::unexpected(keeper.error());
-    auto file = make_file(*keeper, path, bytes, before_eviction, &kept);
+    auto file = make_file(*keeper, {id}, bytes, before_eviction, &kept);
     if (!file) return std::unexpected(file.error());
     populated = kept.is_mapped();
     auto adopted = root_.files().adopt(id, std::move(*file), std::move(kept));
     // Left behind, it would take up capacity until the next start.
-    if (!adopted) (void)remove_file(path);
+    if (!adopted && remove_file(root_.files().path_of(id))) inventory_.has_gone(*keeper, {id});
     return adopted;
   }();
   if (made && (*made)->mapping.is_mapped() && !populated) (*made)->mapping.populate();
   return made;
 }
 
+Status RootWriter::remove_unused(const SegmentId& id) {
+  auto removed = remove_file(root_.files().path_of(id));
+  inventory_.may_have_gone({id});
+  return removed;
+}
+
 Status RootWriter::still_ours_locked(const SegmentId& id) {
   if (id.writer == journal_.writer()) return {};
   // The journal was compacted meanwhile: nobody would find this segment by its name after a crash.
   root_.files().drop(id);
-  if (auto removed = remove_file(root_.files().path_of(id)); !removed) return removed;
+  if (auto removed = remove_unused(id); !removed) return removed;
   return fail(ErrorKind::busy, "root \"{}\": the journal changed its name", root_.path());
 }
 
@@ -358,6 +363,7 @@ Status RootWriter::prepare_spare(const BeforeEviction& before_eviction) {
       if (auto gone = remove_file(root_.files().path_of(leaving->id));
           !gone && gone.error().kind != ErrorKind::not_found)
         return gone;
+      inventory_.has_gone(*keeper, {leaving->id});
     }
     failing_ = no_space_ = false;
     cramped_ = false;
@@ -375,7 +381,7 @@ Status RootWriter::prepare_spare(const BeforeEviction& before_eviction) {
   }
   if (outgrown) {
     root_.files().drop(outgrown->id);
-    if (auto removed = remove_file(root_.files().path_of(outgrown->id)); !removed) return removed;
+    if (auto removed = remove_unused(outgrown->id); !removed) return removed;
     outgrown.reset();
   }
   const uint64_t bytes = root_.segment_bytes();
@@ -406,11 +412,13 @@ void RootWriter::leave_removed_segments() {
     if (spare_ && spare_->id == spare->id) {
       spare_.reset();
       root_.files().drop(spare->id);
+      inventory_.may_have_gone({spare->id});
     }
   }
   if (!current || !current->file.was_removed()) return;
   log(LogLevel::warning, "root \"{}\": {} was removed while it was filled; what it held is not served",
       root_.path(), segment_name(current->id));
+  inventory_.may_have_gone({current->id});
   Record record;
   record.type = RecordType::condemn_segment;  // reserve() goes on with the next one
   record.where.segment = current->id;
@@ -463,14 +471,14 @@ uint32_t RootWriter::tend_dead_writers() {
 }
 
 void RootWriter::remove_orphans() {
-  const auto keeper = root_.keeper_election().acquire(0);
+  auto keeper = root_.keeper_election().acquire(0);
   if (!keeper || !*keeper) return;
   // A segment that only an unread journal speaks of looks like nobody's.
   if (!replay_.poll()) return;
   const uint64_t own = writer_id();
-  const auto entries = list_directory(root_.segments_dir());
+  const auto entries = inventory_.list(**keeper);
   if (!entries) return;
-  condemned_files_.see(*entries, segments_, root_.index());
+  condemned_files_.see(inventory_, segments_, root_.index());
   for (const DirectoryEntry& entry : *entries) {
     if (!entry.regular) continue;
     const std::string path = root_.segments_dir() + "/" + entry.name;
@@ -481,8 +489,9 @@ void RootWriter::remove_orphans() {
       const bool condemned = slot && segments_.condemned(*slot, root_.index());
       if (condemned) {
         // Whoever condemned it died before it was recycled, or nobody has wanted its space.
-        if (condemned_files_.may_go(*id) && remove_file(path))
-          log(LogLevel::info, "root \"{}\": removed the condemned {}", root_.path(), entry.name);
+        if (!condemned_files_.may_go(*id) || !remove_file(path)) continue;
+        inventory_.has_gone(**keeper, {*id});
+        log(LogLevel::info, "root \"{}\": removed the condemned {}", root_.path(), entry.name);
         continue;
       }
       if (id->writer == own || !is_abandoned(id->writer)) continue;
@@ -496,8 +505,9 @@ void RootWriter::remove_orphans() {
       const auto locked = copy->try_lock_exclusive();
       if (!locked || !*locked) continue;  // being copied by a live process
     }
-    if (remove_file(path))
-      log(LogLevel::info, "root \"{}\": removed {}, which a dead writer left", root_.path(), entry.name);
+    if (!remove_file(path)) continue;
+    if (const auto file = segment_file_of_name(entry.name)) inventory_.has_gone(**keeper, *file);
+    log(LogLevel::info, "root \"{}\": removed {}, which a dead writer left", root_.path(), entry.name);
   }
 }
 
@@ -537,10 +547,10 @@ void RootWriter::compact_journal() {
   current_.reset();
   copies_.reset();
   if (spare_) {
-    const std::string spare_path = root_.files().path_of(spare_->id);
-    root_.files().drop(spare_->id);
+    const SegmentId spare = spare_->id;
+    root_.files().drop(spare);
     spare_.reset();
-    if (auto removed = remove_file(spare_path); !removed)
+    if (auto removed = remove_unused(spare); !removed)
       log(LogLevel::warning, "{}", removed.error().message);
   }
   // Removed while it is still locked: nobody may take it for a dead writer's and append to it.

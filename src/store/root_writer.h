@@ -19,6 +19,7 @@
 #include "store/journal_file.h"
 #include "store/replay.h"
 #include "store/root.h"
+#include "store/segment_inventory.h"
 
 namespace tokendepot {
 
@@ -96,6 +97,8 @@ class RootWriter {
   Result<File> open_copy(const SegmentId& id, uint64_t bytes, const BeforeEviction& before_eviction);
   /// Publishes the finished copy under its name and journals its content. `busy`: another process was first.
   Status publish_copy(const SegmentId& id, const File& copy, uint64_t used_bytes);
+  /// Removes a copy that was not published.
+  void drop_copy(const SegmentId& id, const File& copy);
   /// Publishes a copy that is still empty under its name. Who holds its lock may extend it.
   Status begin_copy(const SegmentId& id, const File& copy);
   /// One extent was written into a copy: journals it.
@@ -163,15 +166,16 @@ class RootWriter {
   Status append_locked(std::span<Record> records);
   /// The keeper's lock, or `busy`.
   Result<KeeperLock> lock_keeper();
-  /// A file of `bytes` under `path`: new within the capacity, else that of a condemned segment whose grace is
-  /// over. `busy` until there is one. The caller holds the keeper's lock.
+  /// A file of `bytes`: new within the capacity, else that of a condemned segment whose grace is over. `busy`
+  /// until there is one. The caller holds the keeper's lock.
   /// `kept`, when given, receives this process's mapping of a recycled file: its pages need no faults again.
-  Result<File> make_file(KeeperLock& keeper, const std::string& path, uint64_t bytes,
+  Result<File> make_file(KeeperLock& keeper, const SegmentFileName& name, uint64_t bytes,
                          const BeforeEviction& before_eviction, SegmentMapping* kept = nullptr);
-  Result<uint64_t> bytes_on_medium();
+  /// Removes the file of a segment that nothing speaks of, without the keeper's lock.
+  Status remove_unused(const SegmentId& id);
   /// Condemns a segment, whose file goes after the grace. The caller holds the keeper's lock. False: it
   /// stays.
-  Result<bool> remove_segment(uint32_t slot, Cause cause);
+  Result<bool> remove_segment(KeeperLock& keeper, uint32_t slot, Cause cause);
   /// Condemns the namespace's extents in a segment that others share, up to `wanted` bytes. Returns how many
   /// bytes.
   uint64_t condemn_share(uint32_t slot, uint64_t ns_prefix, uint64_t wanted);
@@ -192,6 +196,7 @@ class RootWriter {
   SegmentTable& segments_;
   const Clock& clock_;
   const uint64_t free_space_reserve_;
+  SegmentInventory inventory_;
   CondemnedFiles condemned_files_;
 
   mutable std::mutex mutex_;  // everything below

@@ -5,6 +5,7 @@
 #include <set>
 
 #include "base/errors.h"
+#include "base/log.h"
 #include "store/root_writer.h"
 #include "store/scan.h"
 
@@ -17,7 +18,8 @@ constexpr uint64_t kCopyPiece = 1 << 20;
 
 Result<File> RootWriter::open_copy(const SegmentId& id, uint64_t bytes,
                                    const BeforeEviction& before_eviction) {
-  const std::string path = root_.segments_dir() + "/.tmp-" + segment_name(id);
+  const SegmentFileName name{id, true};
+  const std::string path = inventory_.path_of(name);
   auto keeper = lock_keeper();
   if (!keeper) return std::unexpected(keeper.error());
   if (auto wanted = is_not_there(id); !wanted) return std::unexpected(wanted.error());
@@ -26,8 +28,9 @@ Result<File> RootWriter::open_copy(const SegmentId& id, uint64_t bytes,
     if (!idle) return std::unexpected(idle.error());
     if (!*idle) return fail(ErrorKind::busy, "{}: being copied by another process", path);
     if (auto removed = remove_file(path); !removed) return std::unexpected(removed.error());
+    inventory_.has_gone(*keeper, name);
   }
-  auto file = make_file(*keeper, path, bytes, before_eviction);
+  auto file = make_file(*keeper, name, bytes, before_eviction);
   if (!file) return file;
   // While the keeper's lock is held: nobody may take an unlocked copy for a leftover.
   const auto locked = file->try_lock_exclusive();
@@ -68,23 +71,36 @@ Status RootWriter::name_copy(const SegmentId& id, const File& copy, std::span<Re
     if (record.time_ns == 0) record.time_ns = clock_.wall_ns();
   }
   // Between the name and the record the file looks like an orphan.
-  const auto keeper = lock_keeper();
+  auto keeper = lock_keeper();
   if (!keeper) return std::unexpected(keeper.error());
   const std::string path = root_.files().path_of(id);
   // Whoever was passed over as keeper may find that its copy was taken for a leftover and begun anew.
   if (!copy.is_at_its_path())
     return fail(ErrorKind::busy, "{}: another process copies this segment now", copy.path());
   if (auto wanted = is_not_there(id); !wanted) return wanted;
-  if (auto renamed = rename_file(copy.path(), path); !renamed) return renamed;
-  {
+  const auto bytes = copy.size();
+  if (!bytes) return std::unexpected(bytes.error());
+  if (auto told = inventory_.will_be(*keeper, {id}, *bytes); !told) return told;
+  if (auto renamed = rename_file(copy.path(), path); !renamed) {
+    inventory_.may_have_gone({id});
+    return renamed;
+  }
+  inventory_.has_gone(*keeper, {id, true});
+  const auto written = [&] {
     std::lock_guard lock(mutex_);
-    if (auto written = append_locked(records); !written) {
-      (void)remove_file(path);
-      return written;
-    }
+    return append_locked(records);
+  }();
+  if (!written) {
+    if (remove_file(path)) inventory_.has_gone(*keeper, {id});
+    return written;
   }
   for (const Record& record : records) replay_.apply(record);
   return {};
+}
+
+void RootWriter::drop_copy(const SegmentId& id, const File& copy) {
+  if (auto removed = remove_file(copy.path()); !removed) log(LogLevel::debug, "{}", removed.error().message);
+  inventory_.may_have_gone({id, true});
 }
 
 Status RootWriter::begin_copy(const SegmentId& id, const File& copy) {

@@ -107,7 +107,7 @@ Result<std::shared_ptr<File>> WriteThrough::copy_of(const Passage& passage) {
   if (!opened) return std::unexpected(opened.error());
   auto copy = std::make_shared<File>(std::move(*opened));
   if (auto begun = to_.begin_copy(id, *copy); !begun) {
-    (void)remove_file(copy->path());
+    to_.drop_copy(id, *copy);
     return std::unexpected(begun.error());
   }
   std::lock_guard lock(mutex_);

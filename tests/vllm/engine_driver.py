@@ -1,8 +1,8 @@
 """Runs a real vLLM engine through a list of rounds; one JSON line a round on stdout. Driven by test_real_engine.py.
 
 usage: engine_driver.py JSON with: model, llm (arguments of LLM), extra (kv_connector_extra_config or null), prompts,
-rounds; a round is {"length": n, "damage": bool, "settle": bool}. The process then waits to be
-killed, or for stdin to end, on which it ends in order.
+rounds; a round is {"length": n, "damage": bool, "settle": sound extents to wait for after it}. The process then waits to
+be killed, or for stdin to end, on which it ends in order.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import json
 import os
 import sys
 import time
+
+SETTLE_LIMIT_S = 60.0
+SEEN_WITHIN_S = 1.0  # a process sees what another one has stored
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,14 +34,20 @@ def damage_extents(root: str) -> int:
     return len(extents)
 
 
-def settle(root: str) -> None:
-    """Until all stores have landed: the root's extents are the same for a second. A minute at most."""
+def settle(root: str, wanted: int) -> None:
+    """Until the root has `wanted` extents that verify, and the scheduler has read of them. TimeoutError with what there is
+    after a minute."""
     import tokendepot
 
-    before, count = None, 0
-    while count < 60 and before != (now := tokendepot.list_extents(root)):
-        before, count = now, count + 1
-        time.sleep(1)
+    end = time.monotonic() + SETTLE_LIMIT_S
+    while True:
+        found = tokendepot.verify_extents(root, tokendepot.list_extents(root))
+        if found.count("ok") >= wanted:
+            break
+        if time.monotonic() > end:
+            raise TimeoutError(f"{wanted} sound extents wanted, {found.count('ok')} there: {found}")
+        time.sleep(0.1)
+    time.sleep(2 * SEEN_WITHIN_S)
 
 
 def main() -> None:
@@ -85,7 +94,7 @@ def main() -> None:
             ":".join(
                 [
                     sample.name,
-                    *(sample.labels[label] for label in ("operation", "reason") if label in sample.labels),
+                    *(sample.labels[label] for label in ("operation", "reason", "cause") if label in sample.labels),
                 ]
             ): sample.value
             for metric in REGISTRY.collect()
@@ -106,7 +115,7 @@ def main() -> None:
             flush=True,
         )
         if round_.get("settle"):
-            settle(order["extra"]["roots"][0].split("?")[0])
+            settle(order["extra"]["roots"][0].split("?")[0], round_["settle"])
     print("DONE", flush=True)
     sys.stdin.readline()
 

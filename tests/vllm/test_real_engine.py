@@ -82,28 +82,48 @@ def expected(llama) -> list[list[int]]:
 
 
 def options(root: Path) -> dict:
-    return {"roots": [f"{root}?capacity=512MiB"], "free_space_reserve": "16MiB", "slab": "32MiB"}
+    return {
+        "roots": [f"{root}?capacity=512MiB"],
+        "free_space_reserve": "16MiB",
+        "slab": "32MiB",
+        "min_load_tokens": 256,  # a chunk: hits are loaded, whatever this machine measures
+    }
 
 
 def metric(result: dict, name: str) -> float:
     return sum(value for key, value in result["metrics"].items() if key.startswith(f"tokendepot_{name}"))
 
 
+def cached(result: dict, tokens: int) -> bool:
+    """Whether so many tokens of the first prompt came from the depot. If not, pytest shows what was printed here."""
+    if result["cached"][0] == tokens:
+        return True
+    kinds = ("queried", "hit", "missed", "not_worth", "dropped", "failures", "failed", "broken", "store_extents", "switched")
+    counts = {
+        key.removeprefix("tokendepot_"): value
+        for key, value in result["metrics"].items()
+        if value and key.removeprefix("tokendepot_").startswith(kinds) and "_created" not in key
+    }
+    print(f"cached {result['cached']}, the first should be {tokens}; counts of this engine up to this round: {counts}")
+    print("".join(line for line in result["log"].splitlines(True) if "tokendepot: " in line))
+    return False
+
+
 def test_one_group_cold_warm_killed_restarted_corrupted(llama, expected, scratch) -> None:
     root = scratch / "llama-root"
-    cold, warm = run(llama, options(root), [{**ROUND, "settle": True}, ROUND], PLENTY, kill=True)
-    assert cold["tokens"] == expected and cold["cached"][0] == 0
-    assert warm["tokens"] == expected and warm["cached"][0] == 512
+    cold, warm = run(llama, options(root), [{**ROUND, "settle": 2}, ROUND], PLENTY, kill=True)
+    assert cold["tokens"] == expected and cached(cold, 0)
+    assert warm["tokens"] == expected and cached(warm, 512)
     assert metric(warm, "load_bytes") > 0 and metric(warm, "store_bytes") > 0
     # The first engine was killed (-9). Now: restart, corrupt everything on disk, and again.
     restarted, corrupted, healed = run(
-        llama, options(root), [ROUND, {**ROUND, "damage": True, "settle": True}, ROUND], PLENTY
+        llama, options(root), [ROUND, {**ROUND, "damage": True, "settle": 2}, ROUND], PLENTY
     )
-    assert restarted["tokens"] == expected and restarted["cached"][0] == 512
+    assert restarted["tokens"] == expected and cached(restarted, 512)
     assert corrupted["damaged"] > 0 and corrupted["tokens"] == expected
     assert metric(corrupted, "failures_total:load:corrupt") > 0
     assert "recomputed" in corrupted["log"]
-    assert healed["tokens"] == expected and healed["cached"][0] == 512
+    assert healed["tokens"] == expected and cached(healed, 512)
     assert metric(healed, "failures_total") == metric(corrupted, "failures_total")
 
 
@@ -119,12 +139,13 @@ def test_one_group_with_a_pool_too_small_for_its_requests(llama, expected, scrat
 def test_several_groups_cold_warm_killed_restarted_corrupted(scratch) -> None:
     model, root = write_checkpoint(scratch / "gemma", "gemma3"), scratch / "gemma-root"
     expected = run(model, None, [ROUND], PLENTY)[0]["tokens"]
-    cold, warm = run(model, options(root), [{**ROUND, "settle": True}, ROUND], PLENTY, kill=True)
-    assert cold["tokens"] == expected and cold["cached"][0] == 0
-    assert warm["tokens"] == expected and warm["cached"][0] == 512
+    # Two chunks in three groups. Of a window only the end of the hit is loaded, and stored anew when it was damaged.
+    cold, warm = run(model, options(root), [{**ROUND, "settle": 6}, ROUND], PLENTY, kill=True)
+    assert cold["tokens"] == expected and cached(cold, 0)
+    assert warm["tokens"] == expected and cached(warm, 512)
     restarted, corrupted, healed = run(
-        model, options(root), [ROUND, {**ROUND, "damage": True, "settle": True}, ROUND], PLENTY
+        model, options(root), [ROUND, {**ROUND, "damage": True, "settle": 4}, ROUND], PLENTY
     )
-    assert restarted["tokens"] == expected and restarted["cached"][0] == 512
+    assert restarted["tokens"] == expected and cached(restarted, 512)
     assert corrupted["damaged"] > 0 and corrupted["tokens"] == expected
-    assert healed["tokens"] == expected and healed["cached"][0] == 512
+    assert healed["tokens"] == expected and cached(healed, 512)

@@ -116,6 +116,24 @@ def test_one_odd_measurement_does_not_turn_the_rule() -> None:
     assert machine.rule.of_load(0, 31_744, 32_000) and not machine.rule.of_load(0, 256, 300)
 
 
+def test_a_slow_rest_of_a_prompt_does_not_speak_for_its_beginning() -> None:
+    """One prompt, then the ends of two others that share its beginning, while the machine was busy with something else."""
+    machine = Machine(50e9)
+    machine.step([(0, 620)], 0.2)
+    machine.step([(512, 145)], 0.8)
+    assert machine.rule.of_load(0, 512, 620), "the rest is computed either way"
+    assert machine.rule.spared_seconds(0, 512, 620) == pytest.approx(0.2 * 512 / 620)
+
+
+def test_one_short_step_on_a_machine_that_stood_still_does_not_make_prefill_free() -> None:
+    machine = Machine(50e9)
+    machine.live()
+    machine.compute(0, 2000)
+    machine.clock.now += 2  # one short step a second is timed
+    machine.step([(1000, 1)], 30.0)
+    assert machine.rule.of_load(0, 1792, 2000)
+
+
 def test_a_slow_first_load_of_a_process_proves_nothing() -> None:
     machine = Machine(50e9)
     machine.compute(0, 16_000)
@@ -151,7 +169,7 @@ def test_overlapping_steps_cost_from_the_end_of_the_one_before() -> None:
     for number in (first, second):
         clock.now += 0.1
         rule.step_ended(number)
-    assert rule.compute_seconds(0, 1000) == pytest.approx(0.1, rel=0.25)
+    assert rule.spared_seconds(0, 500, 1000) == pytest.approx(0.05, rel=0.25)
 
 
 def test_steps_that_tell_nothing_are_not_timed() -> None:

@@ -97,8 +97,7 @@ class Worth:
 
     def of_load(self, local: int, hit: int, total: int) -> bool:
         """Whether loading tokens [local, hit) of a prompt of `total` is faster than computing them."""
-        saved = self.compute_seconds(local, total) - self.compute_seconds(hit, total)
-        return self.load_seconds(hit - local) < saved
+        return self.load_seconds(hit - local) < self.spared_seconds(local, hit, total)
 
     def load_seconds(self, tokens: int) -> float:
         mine, known = Octaves.octave(tokens), self._loads.medians(self._clock() - LOADS_COUNT_S)
@@ -120,10 +119,18 @@ class Worth:
     def _first_guess(self, tokens: int) -> float:
         return LOAD_LATENCY_S + tokens * self._load_token_s
 
-    def compute_seconds(self, done: int, total: int) -> float:
-        near = self._contexts.near((done + total) / 2)
-        token_s = self._step / self._free_tokens if near is None else near[1]
-        return max(self._step, (total - done) * token_s)
+    def spared_seconds(self, local: int, hit: int, total: int) -> float:
+        """What computing tokens [local, hit) adds to computing the rest, which has to be done in any case.
+
+        Costs at different contexts are measured apart: a prompt's cost taken at its own mean context, less the rest's at
+        another, would be less than nothing after one slow step of the kind that the rest is."""
+        rest = (total - hit) * self._token_seconds((hit + total) / 2)
+        both = rest + (hit - local) * self._token_seconds((local + hit) / 2)
+        return max(self._step, both) - max(self._step, rest)
+
+    def _token_seconds(self, context: float) -> float:
+        near = self._contexts.near(context)
+        return self._step / self._free_tokens if near is None else near[1]
 
     # --- what it learns from -------------------------------------------------------------------------------------
 
@@ -140,10 +147,7 @@ class Worth:
         if self._contexts.near(total) is None:
             return 0.0
         told, self._untold = self._untold, deque(maxlen=UNTOLD)
-        return sum(
-            max(0.0, self.compute_seconds(local, total) - self.compute_seconds(hit, total) - took)
-            for local, hit, total, took in told
-        )
+        return sum(max(0.0, self.spared_seconds(local, hit, total) - took) for local, hit, total, took in told)
 
     def step_begins(self, scheduled: list[tuple[int, int]]) -> int:
         """(computed before, tokens in this step) of every request -> a number to be reported when the step has ended,
@@ -171,6 +175,8 @@ class Worth:
             if tokens >= LONG_STEP_TOKENS:
                 if seconds > 2 * self._step:  # else most of it were free
                     self._contexts.observe(now, context, seconds / tokens)
-            else:  # long contexts, and steps before it that nobody timed, only make it seem longer
-                self._step += (seconds - self._step) / (2 if seconds < self._step else 16)
+            elif seconds < self._step:
+                self._step += (seconds - self._step) / 2
+            else:  # long contexts, steps before it that nobody timed and a machine that stood still make it seem longer
+                self._step += min(seconds - self._step, self._step) / 16
         self._last_end = now

@@ -79,8 +79,8 @@ def read(url: str) -> Reading:
     except (OSError, ValueError) as error:
         raise Unreadable(f"{url} cannot be read as metrics: {error}") from None
     if not series:
-        raise Unreadable(f"{url} has no metrics of a depot; expected those of an engine with the connector, or of "
-                         "`tokendepot metrics`")  # fmt: skip
+        raise Unreadable(f"{url} has no metrics of a depot; expected those of an engine with the connector, of "
+                         "LMCache's server with a depot, or of `tokendepot metrics`")  # fmt: skip
     return Reading(time.monotonic(), series)
 
 

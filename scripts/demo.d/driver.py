@@ -36,6 +36,7 @@ GIB = 1 << 30
 
 class Demo:
     vllm_options: tuple[str, ...] = ()  # beside those of server.vllm_command()
+    sees_prompts = True  # the depot's process does
 
     def __init__(self, options: argparse.Namespace, console: Console, progress: Progress) -> None:
         self.options = options
@@ -153,13 +154,17 @@ class Demo:
     def kv_transfer_config(self) -> str:
         return server.kv_transfer_config(self.roots())
 
+    def depot(self, api: client.Client) -> client.Client:
+        """Who counts what the depot does."""
+        return api
+
     def loaded(self, api: client.Client) -> tuple[float, float]:
         """Bytes from the depot since the start, and the seconds that each extent took, added up."""
-        metrics = api.metrics()
+        metrics = self.depot(api).metrics()
         return metrics.get(LOADED_BYTES, 0.0), metrics.get(LOAD_SECONDS, 0.0)
 
     def stored_bytes(self, api: client.Client) -> float:
-        return api.metrics().get(STORED_BYTES, 0.0)
+        return self.depot(api).metrics().get(STORED_BYTES, 0.0)
 
     @contextmanager
     def watched(self, api: client.Client):
@@ -167,13 +172,17 @@ class Demo:
         if not self.options.metrics:
             yield
             return
-        watch = panels.Watch(self.work, api.url, self.roots())
+        watch = panels.Watch(self.work, self.scraped(api), self.roots())
         try:
             watch.wait_scraped()
             yield
             self.panels = watch.values()
         finally:
             watch.close()
+
+    def scraped(self, api: client.Client) -> dict[str, str]:
+        """Job -> URL of what serves metrics beside the roots."""
+        return {"vllm": api.url}
 
     def settle(self, api: client.Client) -> None:
         """Until the depot has acknowledged what it was given: a user takes longer to think than this."""
@@ -232,16 +241,16 @@ def main(argv: list[str] | None = None, kind: type[Demo] = Demo) -> int:
             return 1
         finally:
             demo.close()
-    return conclude(rows, demo.panels, about, options, console)
-
-
-def conclude(rows: list[report.Row], shown: list[panels.Value], about: str, options: argparse.Namespace, console: Console) -> int:
-    options.out.mkdir(parents=True, exist_ok=True)
     console.print(report.table(rows))
     found = report.complaints(rows)
     if options.metrics:
-        console.print(panels.table(shown))
-        found += panels.complaints(shown)
+        console.print(panels.table(demo.panels))
+        found += panels.complaints(demo.panels, demo.sees_prompts)
+    return conclude(rows, found, about, options, console)
+
+
+def conclude(rows: list[report.Row], found: list[str], about: str, options: argparse.Namespace, console: Console) -> int:
+    options.out.mkdir(parents=True, exist_ok=True)
     report.write_json(rows, {"model": options.model.name, "complaints": found}, options.out / "ttft.json")
     report.write_plot(rows, options.model.name, options.out / "ttft.png")
     for line in (

@@ -12,11 +12,9 @@ from contextlib import contextmanager
 import client
 import driver
 import server
-from tokendepot import _core
 
 START_TIMEOUT_S = 120.0
 L1_GB = 2  # LMCache's own memory
-LOADED_OBJECTS = "lmcache_mp_l2_prefetch_load_completed_chunks_total"
 
 
 class LMCacheClient(client.Client):
@@ -57,6 +55,7 @@ class LMCacheServer(server.Server):
 class LMCacheDemo(driver.Demo):
     # LMCache's transfers from an engine on the CPU take one group of layers.
     vllm_options = ("--disable-hybrid-kv-cache-manager",)
+    sees_prompts = False
     cache: LMCacheServer | None = None
 
     @contextmanager
@@ -87,19 +86,12 @@ class LMCacheDemo(driver.Demo):
     def kv_transfer_config(self) -> str:
         return json.dumps({"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both"})
 
-    def loaded(self, api: client.Client) -> tuple[float, float]:
-        """LMCache counts objects, all of one size; it does not say how long each took."""
+    def depot(self, api: client.Client) -> client.Client:
         assert self.cache is not None
-        extents = self._extents()
-        objects = self.cache.client.metrics().get(LOADED_OBJECTS, 0.0)
-        return objects * self.stored_bytes(api) / max(1, extents), 0.0
+        return self.cache.client
 
-    def _extents(self) -> int:
-        return int(_core.inspect_root(self.roots()[0].split("?")[0])["extents"])
-
-    def stored_bytes(self, api: client.Client) -> float:
-        root = _core.inspect_root(self.roots()[0].split("?")[0])
-        return float(root["live_bytes"])
+    def scraped(self, api: client.Client) -> dict[str, str]:
+        return {**super().scraped(api), "lmcache": self.depot(api).url}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import time
 
 import pytest
 from rich.console import Console
@@ -86,16 +87,48 @@ def test_tensor_names_follow_the_checkpoint_and_unknown_ones_are_refused():
         model._checkpoint_name("vision.rope.freqs.weight")
 
 
-def test_a_panel_that_must_have_data_and_has_none_is_a_complaint_and_zeros_give_way():
-    shown = [panels.Value(name, "Is it working?", "a", 0.25, "percentunit") for name in panels.MUST_HAVE[1:]]
-    shown += [panels.Value("Hit rate", "Is it working?", "idle", 0.0, "percentunit")]
-    assert panels.complaints(shown) == ['the panel "Roots" has no data']
-    shown += [panels.Value("Roots", "Is it working?", "", None, "none")]
-    assert panels.complaints(shown) == ['the panel "Roots" has no data']
+def shown(panel, series, value, unit="none", query="q"):
+    return panels.Value(panel, "Is it working?", series, value, unit, query)
+
+
+def printed(values):
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(panels.table(shown))
-    text = console.export_text()
-    assert "25 %" in text and "no data" in text and "idle" not in text and text.count("Is it working?") == 1
+    console.print(panels.table(values))
+    return console.export_text()
+
+
+def test_a_query_without_data_is_a_complaint_and_a_panel_that_must_have_a_number_has_one():
+    values = [shown(name, "a", 0.25, "percentunit") for name in panels.MUST_HAVE[1:]]
+    values += [shown("Roots", "", float("nan"))]
+    assert panels.complaints(values) == ['the panel "Roots" has no number']
+    values += [shown("Roots", "r", 1.0), shown("Damage", "", None, query="tokendepot_x")]
+    assert panels.complaints(values) == ['the panel "Damage" has no data for tokendepot_x']
+
+
+def test_what_only_an_engine_counts_is_not_asked_of_lmcache():
+    values = [shown(name, "a", 1.0) for name in panels.MUST_HAVE if name not in ("Hit rate", "Roots")]
+    values += [shown("Hit rate", "", None, query="rate(tokendepot_hit_tokens_total[5m])")]
+    values += [shown("Roots", "", None, query="tokendepot_root_up")]
+    assert panels.complaints(values, prompts=False) == ['the panel "Roots" has no data for tokendepot_root_up']
+    assert len(panels.complaints(values)) == 2
+
+
+def test_panels_are_printed_as_they_would_say_it_and_zeros_give_way():
+    text = printed([shown("Hit rate", "all", 0.25, "percentunit"), shown("Hit rate", "idle", 0.0, "percentunit")])
+    assert "25 %" in text and "idle" not in text and text.count("Is it working?") == 1
+    assert "2,000 tokens/s" in printed([shown("p", "", 2000.0, "suffix: tokens/s")])
+    assert "2.1 GB" in printed([shown("p", "", 2.0**31, "bytes")])
+    assert "1.5 kB/s" in printed([shown("p", "", 1500.0, "Bps")])
+    assert "nothing yet" in printed([shown("p", "", float("nan"))])
+    text = printed([shown("p", "there", 2.0), shown("p", "gone", None)])
+    assert "there 2, gone no data" in text
+    assert "never" in printed([shown("p", "", 0.0, "dateTimeFromNow")])
+    assert "90 s ago" in printed([shown("p", "", 1000 * (time.time() - 90), "dateTimeFromNow")])
+
+
+def test_a_query_may_have_another_unit_than_its_panel():
+    (panel,) = (one for one in json.loads(panels.DASHBOARD.read_text())["panels"] if one["title"].startswith("Without a copy"))
+    assert [panels.unit_of(panel, letter) for letter in "AB"] == ["bytes", "s"]
 
 
 def test_every_panel_that_must_have_data_is_on_the_dashboard():

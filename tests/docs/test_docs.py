@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tokendepot import DepotError, parse_options
+from tokendepot.engines import metrics as engine
 
 TREE = Path(__file__).resolve().parents[2]
 DOCUMENTS = [TREE / "README.md", TREE / "CONTRIBUTING.md", TREE / "CHANGELOG.md", *sorted((TREE / "docs").rglob("*.md"))]
@@ -265,19 +266,14 @@ def test_ranges_of_whole_numbers_are_those_of_the_engine() -> None:
 
 
 def metrics() -> set[str]:
-    counters = literal(VLLM / "stats.py", "COUNTERS")
-    labelled = {
-        literal(VLLM / "stats.py", name)[0]
-        for name in ("FAILURE_METRIC", "CARRIED_METRIC", "CARRIED_TOKENS_METRIC", "DROPPED_METRIC", "MISSED_METRIC")
-    }
-    labelled |= {name for name, *_ in literal(VLLM / "stats.py", "ROOT_METRICS").values()}
-    return {name for name, _ in counters.values()} | labelled
+    kinds = (engine.COUNTERS.values(), engine.LABELLED.values(), engine.ROOT_METRICS.values())
+    return {name for kind in kinds for name, *_ in kind}
 
 
 def other_metrics() -> set[str]:
     """Histograms and gauges, whose names get nothing appended."""
-    kinds = (literal(VLLM / "stats.py", kind).values() for kind in ("HISTOGRAMS", "GAUGES", "ROOT_GAUGES"))
-    return {name for kind in kinds for name, _ in kind}
+    kinds = (engine.HISTOGRAMS, engine.GAUGES, engine.ROOT_GAUGES)
+    return {name for kind in kinds for name, _ in kind.values()}
 
 
 def metrics_of_roots() -> set[str]:
@@ -305,7 +301,7 @@ def test_the_tables_of_metrics_and_reasons_are_complete() -> None:
         {f"{name}_total" for name in metrics()} | other_metrics()
     )
     explained = {name for name in first if not name.startswith("tokendepot_")}
-    assert explained == {*literal(VLLM / "stats.py", "REASONS"), *literal(VLLM / "stats.py", "CAUSES")}
+    assert explained == {*engine.REASONS, *engine.CAUSES}
     assert set(table("Metrics of roots")) == metrics_of_roots()
     of_events = {key for key in table("KV events") if key.startswith("tokendepot_")}
     assert of_events == metrics_of_events()

@@ -10,27 +10,15 @@ import sys
 import tarfile
 import tempfile
 
-from golden import ARCHIVE, MANIFEST, PROMPTS, REMOVED, pattern
-from paged import config, keys_of, split, store
+from golden import ARCHIVE, write
 
 import tokendepot
-from tokendepot import Depot
 
 
 def main():
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
         root = pathlib.Path(directory) / "root"
-        for prompt, (first_token, chunks, owner) in enumerate(PROMPTS):
-            depot = Depot.open(config(root))
-            namespace = depot.register_namespace(MANIFEST)
-            cache = pattern(prompt)
-            cache.lend_to(depot)
-            keys = keys_of(namespace, chunks, first_token, **owner)
-            assert store(depot, namespace, keys)["items_ok"] == chunks
-            depot.close()
-        removed = split(keys_of(namespace, PROMPTS[0][1]))[REMOVED]
-        extents = [extent for extent in tokendepot.list_extents(str(root)) if extent["key"] == removed]
-        assert tokendepot.remove_extents(str(root), extents) == 1
+        write(root)
         with tarfile.open(ARCHIVE, "w:xz", preset=9) as archive:
             for file in sorted(root.rglob("*")):
                 archive.add(file, file.relative_to(root), recursive=False, filter=_anonymous)

@@ -16,6 +16,7 @@ from lmcache.v1.distributed.api import ObjectKey
 from lmcache.v1.distributed.l2_adapters import create_l2_adapter
 from lmcache.v1.distributed.l2_adapters.config import parse_args_to_l2_adapters_config
 from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, TensorMemoryObj
+from prometheus_client.parser import text_string_to_metric_families
 
 PATIENCE_S = 30.0
 
@@ -96,6 +97,18 @@ class Storage:
 
     def statistics(self) -> dict[str, Any]:
         return self.adapter._client.stats()
+
+
+def value(text: str, name: str, **labels: str) -> float:
+    """Of the one series in Prometheus' text that has these labels among its own."""
+    found = [
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    ]
+    assert len(found) == 1, f"{name}{labels}: {found}"
+    return found[0]
 
 
 def flip_bytes(root: Path, wanted: bytes) -> int:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("lmcache", reason="LMCache was not fetched: scripts/setup lmcache")
 
-from storage import Storage, content, key, memory, spec
+from server import running
+from storage import Storage, content, key, memory, spec, value
 
-MIB = 1 << 20
 WRITER = """
 import sys
 from storage import *
@@ -57,12 +52,6 @@ def test_every_acknowledged_chunk_is_served_after_kill_nine(root: Path, environm
             assert content(got) == content(memory(300_000, number))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.mark.parametrize("usable", [True, False])
 def test_lmcaches_server_starts_on_a_depot_and_without_one(
     memory_root: Path, environment: dict[str, str], tmp_path: Path, usable: bool
@@ -70,31 +59,8 @@ def test_lmcaches_server_starts_on_a_depot_and_without_one(
     if not usable:
         memory_root.mkdir()
         (memory_root / "something").write_text("else")
-    http = free_port()
-    command = [sys.executable, "-m", "lmcache.cli.main", "server", "--host", "localhost"]
-    command += ["--port", str(free_port()), "--http-host", "127.0.0.1", "--http-port", str(http)]
-    command += ["--l1-size-gb", "1", "--l1-init-size-gb", "1", "--no-l1-use-lazy", "--eviction-policy", "LRU"]
-    command += ["--max-workers", "1", "--l2-adapter", json.dumps(spec([f"{memory_root}?capacity=64MiB"]))]
-    log = tmp_path / "server.log"
-    with open(log, "wb") as out:
-        server = subprocess.Popen(
-            command, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        healthy = False
-        for _ in range(240):
-            assert server.poll() is None, log.read_text()[-3000:]
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{http}/healthcheck", timeout=1) as answer:
-                    healthy = json.load(answer)["status"] == "healthy"
-                break
-            except OSError:
-                time.sleep(0.25)
-        assert healthy
-    finally:
-        if server.poll() is None:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-    said = log.read_text()
+    with running(memory_root, environment, tmp_path / "server.log") as server:
+        off = value(server.get("/metrics"), "tokendepot_switched_off_total")
+    assert off == (0 if usable else 1)
     assert (memory_root / "DEPOT").exists() == usable
-    assert said.count("runs without it") == (0 if usable else 1)
+    assert server.log.count("runs without it") == (0 if usable else 1)

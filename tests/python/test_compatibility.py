@@ -17,7 +17,7 @@ from tokendepot import Depot, DepotError, list_extents
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "golden"))
 
-from golden import ARCHIVE, CHUNKS, MANIFEST, PROMPTS, REMOVED, pattern  # noqa: E402 found by the line above
+from golden import ARCHIVE, CHUNKS, MANIFEST, PROMPTS, REMOVED, pattern, write  # noqa: E402 found by the line above
 
 ARCHIVE_SHA256 = "989fcdfc5455487671b371d655db4c035552620159037ab471497e419eead050"
 
@@ -95,6 +95,52 @@ def test_a_root_of_the_first_package_is_filled_on(golden):
         assert depot.longest_prefix(keys, [WANT]) == 8
         assert_served(depot, namespace, prompt)
         depot.close()
+
+
+# --- this package's roots, for the first one ---
+
+# What differs from one writing to the next: ids, places, times, and digests over them.
+MARKER_HOLES = ((16, 40), (4088, 4096))
+EXTENT_HOLES = ((80, 92), (96, 104), (128, 136), (168, 176))
+RECORD_HOLES = ((8, 36), (40, 48), (64, 72), (120, 128))
+CAUSE = (56, 64)  # of a condemnation: the first package wrote 0 there and does not look at it
+CONDEMNATIONS = (3, 4)
+
+
+def without(data, *holes):
+    left = bytearray(data)
+    for begin, end in holes:
+        left[begin:end] = bytes(end - begin)
+    return bytes(left)
+
+
+def written(root):
+    """File or kind of thing -> what is in it, but for the holes."""
+    records = []
+    for journal in (root / "journals").iterdir():
+        data = journal.read_bytes()
+        for record in (data[at : at + 128] for at in range(0, len(data), 128)):
+            records.append(without(record, *RECORD_HOLES, *[CAUSE] * (record[6] in CONDEMNATIONS)))
+    extents = []
+    for extent in list_extents(str(root)):
+        with open(root / "segments" / (extent["segment"] + ".seg"), "rb") as segment:
+            segment.seek(extent["offset"])
+            extents.append(without(segment.read(extent["bytes"]), *EXTENT_HOLES))
+    manifests = {f"manifest {path.name}": path.read_bytes() for path in (root / "manifests").iterdir()}
+    return manifests | {
+        "files": sorted({path.relative_to(root).parts[0] for path in root.rglob("*")}),
+        "marker": without((root / "DEPOT").read_bytes(), *MARKER_HOLES),
+        "records": sorted(records),
+        "extents": sorted(extents),
+    }
+
+
+def test_what_is_written_is_what_the_first_package_wrote_byte_for_byte(golden, tmp_path):
+    """So the first package reads it. What changes here needs a new format version, and a root of that one beside the golden."""
+    write(tmp_path / "new")
+    now, then = written(tmp_path / "new"), written(golden)
+    assert len(then["records"]) > 20 and len(then["extents"]) > 20
+    assert [what for what in now.keys() | then.keys() if now.get(what) != then.get(what)] == []
 
 
 # --- roots from the future ---

@@ -1,6 +1,5 @@
 """The dashboard and the alert rules in deploy/: they name what exists, and the real Prometheus answers every query."""
 
-import ast
 import contextlib
 import json
 import math
@@ -24,6 +23,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 from tokendepot import Depot, exporter, publisher_metrics
+from tokendepot.engines import metrics
 
 TREE = pathlib.Path(__file__).resolve().parents[2]
 DASHBOARD_FILE = TREE / "deploy/grafana/tokendepot.json"
@@ -44,46 +44,26 @@ VLLM_HISTOGRAMS = (
 MODELS = {"with:colon": "text/plain", "with_underscore": "application/openmetrics-text; version=1.0.0"}
 
 
-def connector_constants():
-    """Constants of the connector's metrics, without importing the module (it needs a vLLM)."""
-    source = (TREE / "python/tokendepot/engines/vllm/stats.py").read_text(encoding="utf-8")
-    found = {}
-    for statement in ast.parse(source).body:
-        if isinstance(statement, ast.Assign):
-            with contextlib.suppress(ValueError):
-                found[statement.targets[0].id] = ast.literal_eval(statement.value)
-    return found
-
-
 def connector_counters():
     """Name -> series, as (operation, reason or path) or ()."""
-    known = connector_constants()
-    counters = {name: ([], [()]) for name, _ in known["COUNTERS"].values()}
-    for metric, label, choices in (
-        ("FAILURE_METRIC", "reason", "REASONS"),
-        ("CARRIED_METRIC", "path", "PATHS"),
-        ("CARRIED_TOKENS_METRIC", "path", "PATHS"),
-    ):
-        series = [(way, choice) for way in ("load", "store") for choice in known[choices]]
-        counters[known[metric][0]] = (["operation", label], series)
-    for metric, label, choices in (("DROPPED_METRIC", "reason", "DROPS"), ("MISSED_METRIC", "cause", "CAUSES")):
-        counters[known[metric][0]] = ([label], [(choice,) for choice in known[choices]])
-    choices = {"operation": ("load", "store"), "cause": known["EVICTIONS"]}
-    for name, _, labels in known["ROOT_METRICS"].values():
+    counters = {name: ([], [()]) for name, _ in metrics.COUNTERS.values()}
+    for word, (name, _, labels) in metrics.LABELLED.items():
+        counters[name] = ([*labels], [values for _, values in metrics.labelled_keys(word)])
+    choices = {"operation": metrics.OPERATIONS, "cause": metrics.EVICTIONS}
+    for name, _, labels in metrics.ROOT_METRICS.values():
         series = [("00000001", choice) for choice in choices[labels[0]]] if labels else [("00000001",)]
         counters[name] = (["root", *labels], series)
     return counters
 
 
 def connector_histograms():
-    return [name for name, _ in connector_constants()["HISTOGRAMS"].values()]
+    return [name for name, _ in metrics.HISTOGRAMS.values()]
 
 
 def connector_gauges():
     """Name -> series, as (root,) or ()."""
-    known = connector_constants()
-    plain = {name: ([], [()]) for name, _ in known["GAUGES"].values()}
-    return plain | {name: (["root"], [("00000001",)]) for name, _ in known["ROOT_GAUGES"].values()}
+    plain = {name: ([], [()]) for name, _ in metrics.GAUGES.values()}
+    return plain | {name: (["root"], [("00000001",)]) for name, _ in metrics.ROOT_GAUGES.values()}
 
 
 def program(name):
@@ -172,14 +152,14 @@ def _serve(stack, model, accept):
     """Port of an engine that answers as if `accept` had been asked for."""
     registry = CollectorRegistry()
     registry.register(BusyEngine(model))
-    metrics = make_wsgi_app(registry)
+    application = make_wsgi_app(registry)
 
     class Quiet(WSGIRequestHandler):
         def log_message(self, *_):
             pass
 
     server = make_server(
-        "127.0.0.1", 0, lambda environ, start: metrics({**environ, "HTTP_ACCEPT": accept}, start), handler_class=Quiet
+        "127.0.0.1", 0, lambda environ, start: application({**environ, "HTTP_ACCEPT": accept}, start), handler_class=Quiet
     )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     stack.callback(server.server_close)

@@ -18,6 +18,7 @@ import torch
 import yaml
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from tokendepot import _core
+from tokendepot.engines.metrics import BOUNDS_S, EVICTIONS
 from tokendepot.engines.vllm import identity, versions
 from tokendepot.engines.vllm.fence import StoreFence
 from tokendepot.engines.vllm.groups import Placement, describe_groups
@@ -36,7 +37,7 @@ from tokendepot.engines.vllm.messages import (
 from tokendepot.engines.vllm.repeats import PROOF, REMEMBERED, Repeats
 from tokendepot.engines.vllm.scheduler import SchedulerHalf
 from tokendepot.engines.vllm.settings import RefusedError, read_settings
-from tokendepot.engines.vllm.stats import BOUNDS_S, EVICTIONS, DepotPromMetrics, DepotStats, EngineCounters
+from tokendepot.engines.vllm.stats import DepotPromMetrics, DepotStats, EngineCounters
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     MambaSpec,

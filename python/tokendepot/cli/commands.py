@@ -21,7 +21,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(bench.app, name="bench")
+# What a user wants to do -> panel of --help.
+LOOK, TEND, MOVE, WATCH, MEASURE = "Look", "Tend", "Move between sites", "Watch", "Measure and plan"
+app.add_typer(bench.app, name="bench", rich_help_panel=MEASURE)
 
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
@@ -42,7 +44,7 @@ def _extents(path: str, prefix: str) -> list[dict[str, Any]]:
 # --- stat ---
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=EXIT_CODES, rich_help_panel=LOOK)
 def stat(roots: Roots, as_json: Json = False) -> None:
     """What is in roots: namespaces, segments, journals and their writers, and what is damaged."""
     inspected = [_core.inspect_root(path) for path in roots]
@@ -108,7 +110,7 @@ def _show_root(root: dict[str, Any]) -> None:
 # --- ls ---
 
 
-@app.command("ls", epilog=EXIT_CODES)
+@app.command("ls", epilog=EXIT_CODES, rich_help_panel=LOOK)
 def list_command(
     root: Root,
     namespace: Namespace = "",
@@ -199,7 +201,7 @@ def _say_checked(extents: list[dict[str, Any]], damaged: list[dict[str, Any]], g
         show.table("Damaged extents", ("key", "segment", ">offset", "what"), rows, wide=3)
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=EXIT_CODES, rich_help_panel=LOOK)
 def verify(root: Root, namespace: Namespace = "", as_json: Json = False) -> None:
     """Reads every extent and checks its identity and digests; checks journals and manifests, too. Changes nothing."""
     extents = _extents(root, namespace)
@@ -219,7 +221,7 @@ def verify(root: Root, namespace: Namespace = "", as_json: Json = False) -> None
         raise typer.Exit(1)
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=EXIT_CODES, rich_help_panel=TEND)
 def scrub(
     root: Root,
     namespace: Namespace = "",
@@ -250,14 +252,14 @@ def scrub(
 # --- evict, rm ---
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=EXIT_CODES, rich_help_panel=TEND)
 def evict(
     root: Root,
     count: Annotated[int, typer.Option("--bytes", metavar="SIZE", parser=size, help="How much to free, e.g. 1GiB.")],
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Removes the coldest sealed segments until SIZE is free. Running engines drop them at their next poll."""
+    """Removes the coldest sealed segments that are not pinned, until SIZE was freed. Engines drop them at their next poll."""
     evicted = _core.evict_segments(root, count, dry_run)
     if as_json:
         print_json({"root": root, "dry_run": dry_run, **evicted})
@@ -268,7 +270,7 @@ def evict(
         show.say(f"less than the {show.size(count)} asked for: segments being filled, and pinned ones, stay")
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=EXIT_CODES, rich_help_panel=TEND)
 def rm(
     root: Root,
     namespace: Annotated[str, typer.Option("--namespace", metavar="PREFIX", help="First hex digits of the digest.")],
@@ -299,7 +301,7 @@ def rm(
         show.say(f"removed {show.number(removed, 'extent')} of {show.number(len(found), 'namespace')}")
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=EXIT_CODES, rich_help_panel=LOOK)
 def version(as_json: Json = False) -> None:
     """The version of tokendepot and of the format that it reads and writes."""
     if as_json:
@@ -308,19 +310,19 @@ def version(as_json: Json = False) -> None:
         show.say(f"tokendepot {_core.version()}, format {_core.FORMAT_VERSION}")
 
 
-app.command(epilog=doctor.EXIT_CODES)(doctor.doctor)
-app.command(epilog=EXIT_CODES)(du.du)
-app.command(epilog=EXIT_CODES)(events.events)
-app.command(epilog=export.EXIT_CODES_EXPORT)(export.export)
-app.command("import", epilog=export.EXIT_CODES_IMPORT)(export.import_command)
-app.command(epilog=explain.EXIT_CODES)(explain.explain)
-app.command(epilog=repair.EXIT_CODES)(repair.repair)
-app.command(epilog=EXIT_CODES)(metrics.metrics)
-app.command(epilog=EXIT_CODES)(top.top)
-app.command(epilog=EXIT_CODES)(tending.pin)
-app.command(epilog=EXIT_CODES)(tending.unpin)
-app.command(epilog=EXIT_CODES)(tending.ttl)
-app.command(epilog=EXIT_CODES)(tending.quota)
-app.command(epilog=EXIT_CODES)(replay.replay)
-app.command(epilog=EXIT_CODES)(replay.plan)
-app.command(epilog=report.EXIT_CODES)(report.report)
+app.command(epilog=doctor.EXIT_CODES, rich_help_panel=LOOK)(doctor.doctor)
+app.command(epilog=EXIT_CODES, rich_help_panel=LOOK)(du.du)
+app.command(epilog=EXIT_CODES, rich_help_panel=WATCH)(events.events)
+app.command(epilog=export.EXIT_CODES_EXPORT, rich_help_panel=MOVE)(export.export)
+app.command("import", epilog=export.EXIT_CODES_IMPORT, rich_help_panel=MOVE)(export.import_command)
+app.command(epilog=explain.EXIT_CODES, rich_help_panel=LOOK)(explain.explain)
+app.command(epilog=repair.EXIT_CODES, rich_help_panel=TEND)(repair.repair)
+app.command(epilog=EXIT_CODES, rich_help_panel=WATCH)(metrics.metrics)
+app.command(epilog=EXIT_CODES, rich_help_panel=WATCH)(top.top)
+app.command(epilog=EXIT_CODES, rich_help_panel=TEND)(tending.pin)
+app.command(epilog=EXIT_CODES, rich_help_panel=TEND)(tending.unpin)
+app.command(epilog=EXIT_CODES, rich_help_panel=TEND)(tending.ttl)
+app.command(epilog=EXIT_CODES, rich_help_panel=TEND)(tending.quota)
+app.command(epilog=EXIT_CODES, rich_help_panel=MEASURE)(replay.replay)
+app.command(epilog=EXIT_CODES, rich_help_panel=MEASURE)(replay.plan)
+app.command(epilog=report.EXIT_CODES, rich_help_panel=MEASURE)(report.report)

@@ -28,7 +28,7 @@ def top(
         list[str] | None, typer.Argument(metavar="ROOT", help="Directories of roots, each with ?capacity=SIZE if known.")
     ] = None,
     url: Annotated[
-        str | None, typer.Option(metavar="URL", help="Metrics of an engine, such as http://127.0.0.1:8000/metrics.")
+        str | None, typer.Option(metavar="URL", help="Metrics of an engine or of LMCache's server: http://127.0.0.1:8000/metrics.")
     ] = None,
     every: Annotated[float, typer.Option(min=0.2, max=3600, help="Seconds between two readings.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Show one interval and end.")] = False,

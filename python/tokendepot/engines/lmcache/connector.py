@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokendepot import _core
+from tokendepot.engines.lmcache.metrics import storages
 from tokendepot.engines.lmcache.settings import RefusedError, on_error_choice, read_settings
 
 log = logging.getLogger("tokendepot.lmcache")
@@ -21,7 +22,8 @@ class DepotConnector:
     """Keeps LMCache's chunks in the depot's roots. `params` are LMCache's `adapter_params`, see docs/lmcache.md.
 
     `on_error` decides about a depot that cannot be opened: "disable" logs one error line and every batch is answered
-    as a miss or a failed store, "fail" raises RefusedError, with which LMCache's server does not start. Thread-safe.
+    as a miss or a failed store, "fail" raises RefusedError, with which LMCache's server does not start. What it counts is
+    in prometheus_client's registry, which that server shows at /metrics. Thread-safe.
     """
 
     def __init__(self, **params: Any) -> None:
@@ -34,11 +36,13 @@ class DepotConnector:
                 namespace_json=settings.namespace_json,
                 load_timeout_s=settings.load_timeout,
             )
+            storages.opened(self._depot)
         except (RefusedError, _core.DepotError) as error:
             if fail:
                 raise RefusedError(f"tokendepot cannot serve this LMCache: {error}") from error
             log.error("tokendepot: not used, LMCache runs without it: %s", error)
             self._depot = _Closed(str(error))
+            storages.refused()
         # The engine's threads must end before the interpreter does.
         atexit.register(_close, weakref.ref(self._depot))
 
@@ -65,6 +69,7 @@ class DepotConnector:
         return dict(json.loads(self._depot.stats_json()))
 
     def close(self) -> None:
+        storages.closed(self._depot)
         self._depot.close()
 
 

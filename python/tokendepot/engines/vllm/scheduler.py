@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tokendepot import _core
+from tokendepot.engines.metrics import MISSED, readings_of_start
 from tokendepot.engines.vllm import versions
 from tokendepot.engines.vllm.adapters import Adapters, PendingError
 from tokendepot.engines.vllm.events import DepotEvents, wanted
@@ -38,7 +39,7 @@ from tokendepot.engines.vllm.places import NULL_BLOCK, everything, everywhere, p
 from tokendepot.engines.vllm.repeats import Repeats
 from tokendepot.engines.vllm.settings import RefusedError, Settings
 from tokendepot.engines.vllm.sharing import Sharing
-from tokendepot.engines.vllm.stats import MISSED, JournalLag
+from tokendepot.engines.vllm.stats import JournalLag
 from tokendepot.engines.vllm.tracked import Hold, Load, Promise, Store, Tracked, bar
 from tokendepot.engines.vllm.worth import Worth, starting_values
 
@@ -94,15 +95,10 @@ class SchedulerHalf:
         self._stores: dict[int, Store] = {}
         self._storing: dict[tuple[bytes, int], float] = {}  # (key, group) -> when it stops counting
         self._next_job = 1
-        self._counts = self._counts_of_start()
+        self._counts = readings_of_start(self._depot.stats())
         self._off = ""
         self._said: set[str] = set()
         self._log_start(vllm_config)
-
-    def _counts_of_start(self) -> dict[str, float]:
-        stats = self._depot.stats()
-        mended = sum(root["mended_manifests"] for root in stats["roots"])
-        return {"open_seconds": stats["open_nanoseconds"] / 1e9, "mended_manifests": mended}
 
     def _log_start(self, vllm_config: Any) -> None:
         versions.log.info(

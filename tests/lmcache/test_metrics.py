@@ -1,0 +1,165 @@
+"""What depots count, at the address of LMCache's server: names as under vLLM, sums that only grow, never a failed scrape."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("lmcache", reason="LMCache was not fetched: scripts/setup lmcache")
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from server import running, wait_for
+from storage import Storage, key, memory, spec, value
+
+from tokendepot.engines.lmcache import DepotConnector
+from tokendepot.engines.lmcache.metrics import StorageCollector, storages
+
+MIB = 1 << 20
+
+
+def scraped() -> str:
+    return generate_latest(REGISTRY).decode()
+
+
+def counters(text: str) -> dict[tuple, float]:
+    return {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        if family.name.startswith("tokendepot_") and family.type in ("counter", "histogram")
+        for sample in family.samples
+    }
+
+
+def test_lmcaches_server_shows_what_its_depot_does_where_it_shows_its_own_metrics(
+    memory_root: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    with running(memory_root, environment, tmp_path / "first.log") as server:
+        server.client(prompts=2)
+        extents = wait_for(lambda: value(server.get("/metrics"), "tokendepot_store_extents_total"), least=4)
+        text = server.get("/metrics")
+        assert value(text, "tokendepot_load_extents_total") == 0
+        moved = value(text, "tokendepot_root_moved_bytes_total", operation="store")
+        assert moved == value(text, "tokendepot_store_bytes_total") > extents * 4096
+        assert "lmcache_mp_l2_usage_bytes" in text
+    with running(memory_root, environment, tmp_path / "second.log") as server:  # its own memory is gone
+        server.client(prompts=2)
+        text = server.get("/metrics")
+        loaded = value(text, "tokendepot_load_extents_total")
+        assert loaded >= extents and loaded == value(text, "tokendepot_load_latency_seconds_count")
+        assert value(text, "tokendepot_store_extents_total") == 0
+        assert value(text, "tokendepot_failures_total", operation="load", reason="corrupt") == 0
+
+
+def test_two_storages_add_up_and_counters_never_go_back(memory_root: Path) -> None:
+    with Storage(spec([f"{memory_root}?capacity=64MiB"])):
+        pass  # so that there are counters
+    seen = [counters(scraped())]
+    stored = "tokendepot_store_extents_total"
+    with Storage(spec([f"{memory_root}?capacity=64MiB"])) as one:
+        with Storage(spec([f"{memory_root}?capacity=64MiB"])) as other:
+            assert one.store([key(1), key(2)], [memory(MIB, 1), memory(MIB, 2)])
+            assert other.store([key(3)], [memory(MIB, 3)])
+            assert one.load([key(1), key(9)], [memory(MIB), memory(MIB)]) == [True, False]
+            seen.append(counters(text := scraped()))
+            assert seen[-1][(stored,)] - seen[-2][(stored,)] == 3
+            both = [storage.statistics()["device"]["mapped_bytes"] for storage in (one, other)]
+            assert value(text, "tokendepot_mapped_bytes") == sum(both) > max(both)
+        seen.append(counters(text := scraped()))
+        assert value(text, "tokendepot_mapped_bytes") == one.statistics()["device"]["mapped_bytes"]
+    for _ in range(2):
+        with Storage(spec([f"{memory_root}?capacity=64MiB"])) as storage:
+            assert storage.load([key(3)], [memory(MIB)]) == [True]
+            seen.append(counters(scraped()))
+    seen.append(counters(text := scraped()))
+    assert value(text, "tokendepot_mapped_bytes") == 0
+    for before, after in zip(seen, seen[1:], strict=False):
+        assert before.keys() <= after.keys()
+        assert [name for name, count in before.items() if after[name] < count] == []
+    grown = {name: seen[-1][name] - seen[0].get(name, 0) for name in seen[-1]}
+    assert grown[("tokendepot_load_extents_total",)] == grown[("tokendepot_load_latency_seconds_count",)] == 3
+    lines = [line for line in text.splitlines() if line.startswith(("tokendepot_", "# TYPE tokendepot_"))]
+    assert len({line.rpartition(" ")[0] for line in lines}) == len(lines) > 100, "no series and no type twice"
+
+
+def test_names_help_labels_and_buckets_are_those_under_vllm(memory_root: Path) -> None:
+    pytest.importorskip("vllm")
+    from tokendepot.engines.vllm.stats import DepotPromMetrics, EngineCounters
+
+    registry = CollectorRegistry()
+    types = {kind: partial(kind, registry=registry) for kind in (Counter, Gauge, Histogram)}
+    of_vllm = DepotPromMetrics(SimpleNamespace(kv_transfer_config=None), types, ["model_name"], {0: ["m"]})
+    collector = StorageCollector()
+    with Storage(spec([f"{memory_root}?capacity=64MiB"])) as storage:
+        assert storage.store([key(1)], [memory(MIB, 1)])
+        of_vllm.observe(EngineCounters(rank=0).delta(storage.statistics()))
+        depot = storage.adapter._client._depot
+        collector.opened(depot)
+        ours = {family.name: family for family in collector.collect()}
+    theirs = {family.name: family for family in registry.collect()}
+
+    def series(family) -> dict[tuple, float]:
+        return {
+            (s.name, *sorted((name, text) for name, text in s.labels.items() if name != "model_name")): s.value
+            for s in family.samples
+            if not s.name.endswith("_created")
+        }
+
+    assert len(ours) > 20
+    for name, family in ours.items():
+        assert (family.type, family.documentation) == (theirs[name].type, theirs[name].documentation)
+        assert series(family).keys() == series(theirs[name]).keys(), name
+        if name not in ("tokendepot_open_seconds", "tokendepot_demotion_lag_seconds"):  # of a scheduler; an age
+            assert series(family) == pytest.approx(series(theirs[name])), name
+    only_an_engine_knows = {name for name in theirs if name not in ours}
+    assert all("tokens" in name or theirs[name].type == "counter" for name in only_an_engine_knows)
+    assert not any(word in name for name in only_an_engine_knows for word in ("bytes", "extents", "latency", "failures_"))
+
+
+def test_a_depot_that_cannot_be_asked_takes_no_other_metric_away(
+    memory_root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken:
+        def stats_json(self) -> str:
+            raise RuntimeError("it is broken")
+
+    broken = Broken()
+    with Storage(spec([f"{memory_root}?capacity=64MiB"])):
+        assert "tokendepot_store_extents_total" in scraped()
+        storages.opened(broken)
+        for _ in range(2):
+            text = scraped()
+            assert "python_info" in text and "tokendepot_" not in text
+    assert [record.message for record in caplog.records if "not shown" in record.message] == [
+        "tokendepot: metrics of the depot are not shown: RuntimeError: it is broken"
+    ]
+    storages.closed(broken)
+    assert "tokendepot_store_extents_total" in scraped()
+
+
+def test_a_refused_depot_counts_as_switched_off(memory_root: Path) -> None:
+    memory_root.mkdir()
+    (memory_root / "something").write_text("else")
+    with Storage(spec([f"{memory_root}/inner?capacity=64MiB"])):
+        before = value(scraped(), "tokendepot_switched_off_total")
+    refused = DepotConnector(roots=[f"{memory_root}?capacity=64MiB"])
+    assert value(scraped(), "tokendepot_switched_off_total") == before + 1
+    refused.close()
+    assert value(scraped(), "tokendepot_switched_off_total") == before + 1
+
+
+def test_a_forked_child_shows_nothing_of_its_parents_depots(memory_root: Path) -> None:
+    with Storage(spec([f"{memory_root}?capacity=64MiB"])) as storage:
+        assert storage.store([key(1)], [memory(MIB, 1)])
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                code = int(value(scraped(), "tokendepot_store_extents_total"))
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

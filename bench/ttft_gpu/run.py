@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="llama-3.1-8b", help="shape: " + " or ".join(workload.MODELS))
     parser.add_argument("--rest", type=float, default=0, help="seconds between an engine's start and the first question")
     parser.add_argument("--deadline", type=float, default=470, help="seconds for this run, all engines together")
-    parser.add_argument("--capacity", default="56GiB", help="of the depot's root")
+    parser.add_argument("--capacity", default="72GiB", help="of the depot's root")
     parser.add_argument("--store-queue", default="24GiB", help="of the depot: nothing is dropped on a slow disk")
     parser.add_argument("--disk", type=Path, default=Path("/tmp"), help="folder on a disk, for the place disk")
     parser.add_argument("--utilization", type=float, default=0.9)

@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--root", type=Path, help="empty or missing folder of the depot; it is removed at the end")
     parser.add_argument("--model", default="llama-3.1-8b", choices=workload.MODELS, help="shape")
-    parser.add_argument("--capacity", default="56GiB", help="of the depot's root")
+    parser.add_argument("--capacity", default="72GiB", help="of the depot's root")
     parser.add_argument("--utilization", type=float, default=0.9, help="share of the GPU's memory that vLLM takes")
     parser.add_argument("client", nargs="*", metavar="OPTION", help="of bench ttft, after --")
     return parser.parse_args()
@@ -116,6 +116,9 @@ def main() -> None:
     name = "on" if options.root else "off"
     if options.root and options.root.exists() and any(options.root.iterdir()):
         raise SystemExit(f"--root is {str(options.root)!r}, expected an empty or missing folder")
+    if options.root:
+        options.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    sys.path.insert(0, str(options.tokendepot))  # the words of its prompts are this vocabulary's
     server = Server(options, name)
     try:
         server.wait_ready()

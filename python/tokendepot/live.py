@@ -86,7 +86,7 @@ def read(url: str) -> Reading:
 
 @dataclass
 class Now:
-    """What is shown. Rates are per second; None: not known (no endpoint, or one reading only)."""
+    """What is shown. Rates are per second; None: not known (no endpoint, one reading only, or not counted there)."""
 
     rates: dict[str, float | None] = field(default_factory=dict)
     seconds: dict[str, float | None] = field(default_factory=dict)
@@ -113,7 +113,8 @@ def compare(before: Reading | None, after: Reading | None) -> Now:
     if min(grown.values()) < 0:
         return now
     span = after.when - before.when
-    now.rates = {name: amount / span for name, amount in grown.items()}
+    shown = {name for name, _ in after.series}  # LMCache's server does not count tokens
+    now.rates |= {name: amount / span for name, amount in grown.items() if f"{RATES[name][0]}_total" in shown}
     now.hit_ratio = grown["hit_tokens"] / grown["queried_tokens"] if grown["queried_tokens"] else None
     for name, histogram in MEANS.items():
         count, total = (after.total(f"{histogram}_{p}", {}) - before.total(f"{histogram}_{p}", {}) for p in ("count", "sum"))

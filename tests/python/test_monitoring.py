@@ -239,6 +239,12 @@ def test_metrics_that_are_named_exist(file):
     assert len(named) > 5 and named <= known
 
 
+def test_what_lmcaches_server_exports_needs_no_vllm():
+    script = "import sys, tokendepot.engines.lmcache; print(*{'vllm', 'torch', 'lmcache'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
 def test_each_alert_is_tested_and_is_in_the_table_of_the_documents():
     alerts = set(re.findall(r"- alert: (\w+)", RULES.read_text(encoding="utf-8")))
     assert len(alerts) > 5

@@ -85,6 +85,12 @@ def shown(*arguments):
     return json.loads(done.stdout)
 
 
+def test_what_an_endpoint_does_not_count_is_not_known():
+    name = ("tokendepot_load_bytes_total", ())
+    now = live.compare(live.Reading(0.0, {name: 5.0}), live.Reading(2.0, {name: 25.0}))
+    assert (now.rates["load_bytes"], now.rates["queried_tokens"]) == (10, None)
+
+
 def test_rates_ratios_means_and_causes_are_of_the_time_between_two_readings(engine, memory_root):
     filled_root(memory_root, chunks=5)
     label = tokendepot.inspect_root(str(memory_root))["root_id"][:8]

@@ -13,7 +13,8 @@ from tokendepot.engines.vllm import scheduler, self_test, versions
 from tokendepot.engines.vllm.settings import RefusedError
 from tokendepot.engines.vllm.worker import WorkerHalf
 
-from harness import DEFAULT_FAMILY, Engine
+from fake_cache import DEFAULT_FAMILY
+from harness import Engine
 from lab import (
     LENGTH,
     PROMPTS,

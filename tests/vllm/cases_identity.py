@@ -11,7 +11,8 @@ from types import SimpleNamespace
 from tokendepot.engines.vllm import versions
 from vllm.lora.request import LoRARequest
 
-from harness import VERSION, Engine
+from fake_cache import VERSION
+from harness import Engine
 from lab import (
     LENGTH,
     PROMPTS,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness import FAMILIES
+from fake_cache import FAMILIES
 from lab import (
     LENGTH,
     PROMPTS,

@@ -40,7 +40,7 @@ from tokendepot.engines.vllm.repeats import Repeats
 from tokendepot.engines.vllm.settings import RefusedError, Settings
 from tokendepot.engines.vllm.sharing import Sharing
 from tokendepot.engines.vllm.stats import JournalLag
-from tokendepot.engines.vllm.tracked import Hold, Load, Promise, Store, Tracked, bar
+from tokendepot.engines.vllm.tracked import Hold, Load, Promise, Storing, Tracked, bar
 from tokendepot.engines.vllm.worth import Worth, starting_values
 
 STORE_MEMORY_S = 60.0  # how long a store that no worker reports counts as on its way
@@ -92,8 +92,7 @@ class SchedulerHalf:
         self._holds: dict[int, Hold] = {}  # by job, until every rank has ended it
         self._new_holds: list[HoldOrder] = []
         self._drops: list[int] = []
-        self._stores: dict[int, Store] = {}
-        self._storing: dict[tuple[bytes, int], float] = {}  # (key, group) -> when it stops counting
+        self._storing = Storing(self._ranks)
         self._next_job = 1
         self._counts = readings_of_start(self._depot.stats())
         self._off = ""
@@ -390,14 +389,14 @@ class SchedulerHalf:
             for chunk in range(first, last):
                 offset = chunk - first
                 key = keys[offset * _core.KEY_BYTES : (offset + 1) * _core.KEY_BYTES]
-                if stored[offset] or self._storing.get((key, group.index), 0.0) > now:
+                if stored[offset] or self._storing.has(key, group.index, now):
                     continue
                 blocks = self._owned_blocks(group, table, chunk, computed, whole_table)
                 if blocks is not None:
                     into.append((key, chunk, group.index, blocks))
                     if self._events is not None:
                         self._events.learn(key, chunk, tracked)
-                    self._storing[(key, group.index)] = now + STORE_MEMORY_S
+                    self._storing.add(key, group.index, now + STORE_MEMORY_S)
         tracked.next_chunk = last
 
     def _owned_blocks(
@@ -413,23 +412,9 @@ class SchedulerHalf:
 
     def _store_order(self, group: Group, items: list[tuple[bytes, int, int, list[int]]]) -> StoreOrder:
         job, self._next_job = self._next_job, self._next_job + 1
-        self._stores[job] = Store(
-            [(key, index) for key, _, index, _ in items],
-            [(key, index) for key, chunk, index, _ in items if chunk == 0],
-        )
+        self._storing.begin(job, items, time.monotonic())
         self._fence.begin(job, (block for *_, blocks in items for block in blocks))
-        self._forget_old_stores()
         return StoreOrder(job, group.index, bytes(_core.plan_store(self._namespace, items)))
-
-    def _forget_old_stores(self) -> None:
-        now = time.monotonic()
-        if len(self._storing) > 4096:
-            self._storing = {key: until for key, until in self._storing.items() if until > now}
-            self._stores = {
-                job: store
-                for job, store in self._stores.items()
-                if any(key in self._storing for key in store.keys)
-            }
 
     # --- reports of the workers ----------------------------------------------------------------------------------
 
@@ -445,12 +430,12 @@ class SchedulerHalf:
             for job, ranks in report.ended_holds.items():
                 self._hold_ended(job, ranks, failed=job in report.failed_holds)
             for job, item in report.failed_stores:
-                store = self._stores.get(job)
-                if store is not None and item < len(store.keys):
-                    self._storing.pop(store.keys[item], None)
+                self._storing.failed(job, item)
             for job, ranks in report.ended_stores.items():
                 self._fence.ended(job, ranks)
-                self._store_ended(job, ranks)
+                seen = time.monotonic() + SEEN_STORE_S
+                for key in self._storing.ended(job, ranks, seen):
+                    self._repeats.stored(key, seen)
         if finished_loads:
             self._learn_from_loads(finished_loads)
             for request_id in finished_loads:
@@ -472,7 +457,7 @@ class SchedulerHalf:
         key = keys[chunk * _core.KEY_BYTES : (chunk + 1) * _core.KEY_BYTES]
         if len(key) == _core.KEY_BYTES:
             self._guard(lambda: self._depot.forget(key, group))
-            self._storing.pop((key, group), None)
+            self._storing.forget(key, group)
         return self._misses.failed(key, reason)
 
     def _hold_ended(self, job: int, ranks: int, *, failed: bool) -> None:
@@ -507,21 +492,6 @@ class SchedulerHalf:
         if chunk not in of.missed:
             of.missed.add(chunk)
             self._count(f"{MISSED}{cause}", self._chunk)
-
-    def _store_ended(self, job: int, ranks: int) -> None:
-        store = self._stores.get(job)
-        if store is None:
-            return
-        store.ended_by += ranks
-        if store.ended_by >= self._ranks:
-            del self._stores[job]
-            until = time.monotonic() + SEEN_STORE_S
-            for key in store.keys:
-                if key in self._storing:
-                    self._storing[key] = until
-            for first in store.firsts:
-                if first in self._storing:  # else a rank failed to store it
-                    self._repeats.stored(first[0], until)
 
     def take_events(self) -> list[Any]:
         """KV events since the last call; none where the engine's configuration wants none."""
@@ -597,7 +567,6 @@ class SchedulerHalf:
                 if self._events is not None:
                     self._events.move_to(fresh)
         self._storing.clear()
-        self._stores.clear()
         for tracked in self._requests.values():
             self._let_go(tracked)
             tracked.chain, tracked.promise = None, None

@@ -64,9 +64,64 @@ class Load:
 
 @dataclass
 class Store:
-    keys: list[tuple[bytes, int]]
+    keys: list[tuple[bytes, int]]  # key and group
     firsts: list[tuple[bytes, int]]  # of the keys, those of first chunks
     ended_by: int = 0
+
+
+class Storing:
+    """What is on its way into the depot, and not to be stored again meanwhile. The caller brings the clock's time."""
+
+    MOST_REMEMBERED = 4096  # then what has run out is forgotten
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._jobs: dict[int, Store] = {}
+        self._until: dict[tuple[bytes, int], float] = {}  # (key, group) -> when it stops counting
+
+    def has(self, key: bytes, group: int, now: float) -> bool:
+        return self._until.get((key, group), 0.0) > now
+
+    def add(self, key: bytes, group: int, until: float) -> None:
+        self._until[(key, group)] = until
+
+    def begin(self, job: int, items: list[tuple[bytes, int, int, list[int]]], now: float) -> None:
+        """`items` are those of the job's order: key, chunk, group and blocks, all of them added."""
+        self._jobs[job] = Store(
+            [(key, group) for key, _, group, _ in items],
+            [(key, group) for key, chunk, group, _ in items if chunk == 0],
+        )
+        if len(self._until) > self.MOST_REMEMBERED:
+            self._until = {key: until for key, until in self._until.items() if until > now}
+            self._jobs = {
+                job: store for job, store in self._jobs.items() if any(key in self._until for key in store.keys)
+            }
+
+    def failed(self, job: int, item: int) -> None:
+        store = self._jobs.get(job)
+        if store is not None and item < len(store.keys):
+            self._until.pop(store.keys[item], None)
+
+    def ended(self, job: int, ranks: int, until: float) -> list[bytes]:
+        """When all ranks have ended it, what they stored counts until then; returns the keys of its first chunks."""
+        store = self._jobs.get(job)
+        if store is None:
+            return []
+        store.ended_by += ranks
+        if store.ended_by < self._ranks:
+            return []
+        del self._jobs[job]
+        for key in store.keys:
+            if key in self._until:  # else a rank failed to store it
+                self._until[key] = until
+        return [first[0] for first in store.firsts if first in self._until]
+
+    def forget(self, key: bytes, group: int) -> None:
+        self._until.pop((key, group), None)
+
+    def clear(self) -> None:
+        self._jobs.clear()
+        self._until.clear()
 
 
 def bar(request: Any) -> str:

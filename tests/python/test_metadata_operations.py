@@ -111,6 +111,7 @@ def test_no_metadata_operation_is_made_for_each_chunk(tmp_path, others, capacity
         seconds = end - begin  # by the trace's own clock: a busy machine makes a phase longer, not its calls more frequent
         by_time = [line for line in calls if re.search(BY_TIME.format(root), line)]
         by_chunk = len(calls) - len(by_time)
+        print(f"{by_chunk} operations of {CHUNKS} chunks in {seconds:.1f} s, {len(by_time)} by time")
         # Once a second the writer looks whether the segments that it fills are still there, and every ten the keeper for
         # leftovers: its lock and one listing.
         assert by_chunk <= 0.05 * CHUNKS + 4 * seconds, "\n".join(calls)

@@ -54,7 +54,9 @@ std::optional<NamespaceDigest> digest_of_manifest(const std::string& name) {
 
 Result<KeeperLock> lock_keeper(const std::string& path) {
   constexpr uint32_t kPatienceMs = 2000;
-  KeeperElection election(path + "/keeper.lock");
+  const auto system = file_system_of(path);
+  if (!system) return std::unexpected(system.error());
+  KeeperElection election(path + "/keeper.lock", KeeperElection::kStuckMs, system->network);
   auto keeper = election.acquire(kPatienceMs);
   if (!keeper) return std::unexpected(keeper.error());
   if (*keeper) return std::move(**keeper);

@@ -270,7 +270,9 @@ Status verify_extent(const std::string& path, const StoredExtent& extent) {
       return fail(ErrorKind::not_found, "{}: {}", where, kMovedAway);
     return std::unexpected(file.error());
   }
-  return check_extent(*file, extent, where);
+  const auto bytes = file->size();
+  if (!bytes) return std::unexpected(bytes.error());
+  return check_extent(*file, *bytes, extent, where);
 }
 
 Result<uint64_t> remove_extents(const std::string& path, const std::vector<StoredExtent>& extents,

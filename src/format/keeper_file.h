@@ -42,6 +42,9 @@ struct Note {
 
 inline constexpr size_t kStampBytes = 16;
 inline constexpr size_t kNotesEndBytes = 24;  // behind the stamp
+/// Written before the rest is read, and never read itself.
+inline constexpr uint64_t kUnreadAt = kStampBytes + kNotesEndBytes;
+inline constexpr size_t kUnreadBytes = 8;
 inline constexpr size_t kNoteBytes = 40;
 inline constexpr uint64_t kNotesAt = 4096;
 inline constexpr uint64_t kNotesKept = 1024;

@@ -81,7 +81,8 @@ Result<std::vector<DirectoryEntry>> list_directory(
       return entries;
     }
     if (std::strcmp(found->d_name, ".") == 0 || std::strcmp(found->d_name, "..") == 0) continue;
-    if (const auto bytes = found->d_type == DT_REG && known_bytes ? known_bytes(found->d_name) : std::nullopt) {
+    if (const auto bytes =
+            found->d_type == DT_REG && known_bytes ? known_bytes(found->d_name) : std::nullopt) {
       entries.push_back({found->d_name, *bytes, true});
       continue;
     }

@@ -193,6 +193,11 @@ Status File::sync() const {
   return {};
 }
 
+void File::drop_cached() const {
+  // On a file system that has no page cache there is nothing to forget.
+  (void)::posix_fadvise(fd_, 0, 0, POSIX_FADV_DONTNEED);
+}
+
 Result<File> File::duplicate() const {
   File copy;
   copy.fd_ = ::fcntl(fd_, F_DUPFD_CLOEXEC, 0);

@@ -45,6 +45,8 @@ class File {
   Status preallocate(uint64_t bytes) const;
   Status truncate(uint64_t bytes) const;
   Status sync() const;  // fdatasync
+  /// The kernel forgets what it has read of it: the next read asks the file system.
+  void drop_cached() const;
   /// A second descriptor of the same open file; a lock belongs to both.
   Result<File> duplicate() const;
   /// Whether path() still names this very file: false after it was renamed, replaced or removed.

@@ -59,16 +59,14 @@ Status check_payload(const ExtentHeader& header, std::span<const std::byte> exte
   return {};
 }
 
-Status check_extent(const File& file, const StoredExtent& extent, const std::string& where,
-                    const std::function<bool(uint64_t bytes)>& may_read) {
-  const auto size = file.size();
-  if (!size) return std::unexpected(size.error());
+Status check_extent(const File& file, uint64_t file_bytes, const StoredExtent& extent,
+                    const std::string& where, const std::function<bool(uint64_t bytes)>& may_read) {
   const uint32_t shards = extent.kind == LayoutKind::canonical ? extent.part.heads() : extent.part.layers();
   const uint64_t header_bytes = extent_header_bytes(shards);
-  if (extent.where.offset > *size || extent.where.bytes > *size - extent.where.offset ||
+  if (extent.where.offset > file_bytes || extent.where.bytes > file_bytes - extent.where.offset ||
       header_bytes > extent.where.bytes) {
     return fail(ErrorKind::corrupt, "{}: the extent of {} bytes ends behind the file of {} bytes", where,
-                extent.where.bytes, *size);
+                extent.where.bytes, file_bytes);
   }
   const uint64_t room = std::max(header_bytes, std::min(kPiece, extent.where.bytes));
   const std::unique_ptr<std::byte, void (*)(void*)> memory(

@@ -23,11 +23,11 @@ Status check_header(const ExtentHeader& header, const StoredExtent& extent, cons
 /// say. `corrupt` if not.
 Status check_payload(const ExtentHeader& header, std::span<const std::byte> extent, const std::string& where);
 
-/// Checks header and every shard of one extent in `file`, in pieces of 1 MiB at most. `where` begins the
-/// messages. `may_read`, when given, is asked before each piece, told its bytes, and may wait; false ends the
-/// check with `closed`. Errors: corrupt, unsupported (header of another version), io. Never reads past the
-/// file's end. Works on files opened with O_DIRECT.
-Status check_extent(const File& file, const StoredExtent& extent, const std::string& where,
-                    const std::function<bool(uint64_t bytes)>& may_read = nullptr);
+/// Checks header and every shard of one extent in `file`, which has `file_bytes`, in pieces of 1 MiB at most.
+/// `where` begins the messages. `may_read`, when given, is asked before each piece, told its bytes, and may
+/// wait; false ends the check with `closed`. Errors: corrupt, unsupported (header of another version), io.
+/// Never reads past the file's end. Works on files opened with O_DIRECT.
+Status check_extent(const File& file, uint64_t file_bytes, const StoredExtent& extent,
+                    const std::string& where, const std::function<bool(uint64_t bytes)>& may_read = nullptr);
 
 }  // namespace tokendepot

@@ -25,7 +25,10 @@ constexpr auto kRarestPoll = milliseconds(800);
 constexpr auto kBlindPoll = milliseconds(1000);
 // Stores that wait ask for space far more often than it is worth listing a directory.
 constexpr auto kSpaceRetry = milliseconds(50);
-constexpr uint32_t kRoundsPerTidying = 10;
+constexpr auto kTidyInterval = std::chrono::seconds(10);
+// Tidying lists the segments, which may take seconds where there are very many.
+constexpr int kTidyShare = 20;
+constexpr auto kRarestTidying = std::chrono::minutes(2);
 constexpr uint64_t kCopyPiece = 4ull << 20;
 
 }  // namespace
@@ -360,8 +363,9 @@ void Keeper::tidy_up() {
 
 void Keeper::run_slow() {
   for (const Tier& tier : tiers_) tier.root->map_ahead(segments_, stop_);
+  auto next_tidying = steady_clock::now() + kTidyInterval;
   std::unique_lock lock(mutex_);
-  for (uint32_t round = 1; !stop_; ++round) {
+  while (!stop_) {
     wake_slow_.wait_for(lock, kSlowInterval, [this] { return stop_ || lagging_; });
     if (stop_) return;
     lagging_ = false;
@@ -372,7 +376,12 @@ void Keeper::run_slow() {
     for (const Tier& tier : tiers_) {
       if (tier.writer != nullptr && !stop_) tier.writer->reclaim();
     }
-    if (round % kRoundsPerTidying == 0) tidy_up();
+    if (const auto began = steady_clock::now(); began >= next_tidying) {
+      tidy_up();
+      const auto ended = steady_clock::now();
+      const auto rare = std::min<steady_clock::duration>(kTidyShare * (ended - began), kRarestTidying);
+      next_tidying = ended + std::max<steady_clock::duration>(kTidyInterval, rare);
+    }
     lock.lock();
   }
 }

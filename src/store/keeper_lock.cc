@@ -86,6 +86,8 @@ Status KeeperLock::note(const Note& note) {
   encode_note(*noted_, note, bytes);
   if (auto written = write_checked(file_, bytes, place_of_note(*noted_)); !written) return written;
   auto told = write_notes_end(file_, {*noted_ + 1, stamp_.epoch});
+  // A host that dies takes with it what it has not sent yet, not the file that it makes next.
+  if (told && network_ && note.bytes > 0) told = file_.sync();
   if (told) ++*noted_;
   return told;
 }
@@ -95,6 +97,12 @@ Result<std::optional<KeeperLock>> KeeperElection::try_once() {
   if (!file) return std::unexpected(file.error());
   const auto locked = file->try_lock_exclusive();
   if (!locked) return std::unexpected(locked.error());
+  if (*locked && network_) {
+    // GlusterFS keeps small files for a second, until something is written, the kernel what was read between
+    // open and lock. With only one of the two nearly every holder read the notes of its own host.
+    (void)file->write_at(std::array<std::byte, kUnreadBytes>{}, kUnreadAt);
+    file->drop_cached();
+  }
   StampBytes bytes{};
   KeeperStamp stamp;
   if (file->read_at(bytes, 0)) stamp = decode_stamp(bytes);
@@ -104,6 +112,7 @@ Result<std::optional<KeeperLock>> KeeperElection::try_once() {
     if (!file->is_at_its_path()) return std::optional<KeeperLock>();  // taken over since it was opened
     KeeperLock held;
     held.file_ = std::move(*file);
+    held.network_ = network_;
     const auto notes = read_notes_end(held.file_);
     held.stamp_ = {std::max({stamp.epoch, seen_.epoch, notes ? notes->epoch : 0}) + 1, 0};
     held.renew();

@@ -47,6 +47,7 @@ class KeeperLock {
   KeeperStamp stamp_;
   std::optional<uint64_t> noted_;
   bool others_rely_on_notes_ = false;  // what is there looks complete and could not be changed
+  bool network_ = false;
   File file_;
 };
 
@@ -54,9 +55,10 @@ class KeeperLock {
 class KeeperElection {
  public:
   static constexpr uint64_t kStuckMs = 60'000;
-  /// `stuck_ms`: how long a holder may go without renewing before it is passed over.
-  explicit KeeperElection(std::string path, uint64_t stuck_ms = kStuckMs)
-      : path_(std::move(path)), stuck_ms_(stuck_ms) {}
+  /// `stuck_ms`: how long a holder may go without renewing before it is passed over. `network`: other hosts
+  /// may hold it, and what is cached here of the file may be old.
+  explicit KeeperElection(std::string path, uint64_t stuck_ms = kStuckMs, bool network = false)
+      : path_(std::move(path)), stuck_ms_(stuck_ms), network_(network) {}
 
   /// Waits up to `patience_ms`. nullopt: somebody else has it, and renews it.
   Result<std::optional<KeeperLock>> acquire(uint32_t patience_ms);
@@ -66,6 +68,7 @@ class KeeperElection {
 
   const std::string path_;
   const uint64_t stuck_ms_;
+  const bool network_;
   std::mutex mutex_;  // the two below
   KeeperStamp seen_;
   uint64_t seen_since_ns_ = 0;  // steady clock; 0 = nothing seen

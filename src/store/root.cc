@@ -207,7 +207,6 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
                                          Device* device, CuFile* cufile) {
   std::unique_ptr<Root> root(new Root);
   root->options_ = options;
-  root->election_ = std::make_unique<KeeperElection>(options.path + "/keeper.lock");
   root->index_ = index;
   if (options.path.size() > kMaxRootPathBytes) {
     return fail(
@@ -224,6 +223,8 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
   if (!system) return std::unexpected(system.error());
   root->writable_ = !options.read_only && !system->read_only && writable_directory(options.path);
   root->network_ = system->network;
+  root->election_ = std::make_unique<KeeperElection>(options.path + "/keeper.lock", KeeperElection::kStuckMs,
+                                                     root->network_);
   if (!options.read_only && !root->writable_) {
     log(LogLevel::warning, "root \"{}\" is not writable ({}): serving what it holds, storing nothing there",
         options.path, system->read_only ? "read-only file system" : "no permission");

@@ -116,7 +116,8 @@ Status RootWriter::adopt_or_create() {
         seal.type = RecordType::seal;
         seal.where = {*id, used, 0};
         if (auto sealed = append(seal); !sealed) return sealed;
-      } else if (auto removed = remove_unused(*id); !removed && removed.error().kind != ErrorKind::not_found) {
+      } else if (auto removed = remove_unused(*id);
+                 !removed && removed.error().kind != ErrorKind::not_found) {
         return removed;
       }
       continue;
@@ -550,8 +551,7 @@ void RootWriter::compact_journal() {
     const SegmentId spare = spare_->id;
     root_.files().drop(spare);
     spare_.reset();
-    if (auto removed = remove_unused(spare); !removed)
-      log(LogLevel::warning, "{}", removed.error().message);
+    if (auto removed = remove_unused(spare); !removed) log(LogLevel::warning, "{}", removed.error().message);
   }
   // Removed while it is still locked: nobody may take it for a dead writer's and append to it.
   if (auto removed = remove_file(journal_.path()); !removed)

@@ -184,11 +184,12 @@ void Scrubber::check_segment(Place& place, const SegmentId& id, const std::vecto
   const std::string path = root.files().path_of(id);
   auto file = File::open(path, {.direct = root.direct()});
   if (!file && file.error().kind == ErrorKind::unsupported) file = File::open(path, {});
-  if (!file) return;  // gone; or not readable, which loads tell
+  const auto bytes = file ? file->size() : Result<uint64_t>(std::unexpected(file.error()));
+  if (!bytes) return;  // gone; or not readable, which loads tell
   for (const StoredExtent& extent : extents) {
     if (segments_.condemned(*slot, index)) break;
-    const auto good = check_extent(*file, extent, fmt::format("{} at {}", path, extent.where.offset),
-                                   [&](uint64_t bytes) { return may_read(place, bytes); });
+    const auto good = check_extent(*file, *bytes, extent, fmt::format("{} at {}", path, extent.where.offset),
+                                   [&](uint64_t wanted) { return may_read(place, wanted); });
     if (good) continue;
     if (good.error().kind == ErrorKind::closed) break;
     // A segment that was recycled while it was read has another name by now: its bytes were not ours to

@@ -1,9 +1,10 @@
 // What lies in a root's segments directory, known without asking the file system for each change.
 //
-// Listed once, when it is first wanted; from then on it follows the notes of the root's keepers. A shared root
-// has thousands of segments, and a listing for each new one is what its file system would spend its time on.
-// Listings repeat seldom, by time: they find what no note tells of, files that were removed or added by hand
-// or by a process that died. Until then a file that has gone counts as there, so less is stored than could be.
+// Listed once, when it is first wanted; from then on it follows the notes of the root's keepers. A shared
+// root has thousands of segments, and a listing for each new one is what its file system would spend its time
+// on. Listings repeat seldom, by time: they find what no note tells of, files that were removed or added by
+// hand or by a process that died. Until then a file that has gone counts as there, so less is stored than
+// could be.
 #pragma once
 
 #include <cstdint>

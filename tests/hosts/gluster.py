@@ -169,11 +169,11 @@ class Volume:
 class Process:
     """One depot process of a host (host.py)."""
 
-    def __init__(self, python, volume, host, load_timeout=LOAD_TIMEOUT_S):
-        root = str(volume.at(host) / "depot")
+    def __init__(self, python, volume, host, name="depot", capacity="1GiB", eviction_grace_ms=3000):
+        root = str(volume.at(host) / name)
         self.log = (volume.base / f"host-{host}.log").open("a")
         self.child = subprocess.Popen(
-            [python, str(HERE / "host.py"), root, "1GiB", str(load_timeout)],
+            [python, str(HERE / "host.py"), root, capacity, str(LOAD_TIMEOUT_S), str(eviction_grace_ms)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -300,6 +300,29 @@ class Trials:
             wrong=answer["wrong"],
             lost=lost,
         )
+
+    def capacity_holds(self):
+        """Both make segments in a small root, each knowing by the notes of the other's keeper what there is."""
+        processes = [Process(self.python, self.volume, host, "small", "64MiB", 0) for host in "ab"]
+        segments = self.volume.base / "brick1" / "data" / "small" / "segments"
+        for process in processes:
+            process.send("store_all", prompts=self.fresh(150))
+        most, end = 0, time.monotonic() + 120
+        while any(process.answers.empty() for process in processes) and time.monotonic() < end:
+            with contextlib.suppress(FileNotFoundError):  # recycled while it was looked at
+                most = max(most, sum(file.stat().st_size for file in segments.iterdir()))
+            time.sleep(0.02)
+        answers = [process.answer(1) for process in processes]
+        stored = [sum(answer["acknowledged"]) if answer else 0 for answer in answers]
+        evicted = [process.ask("stats")["stats"]["roots"][0]["evicted_segments"] for process in processes]
+        self.table.row(
+            "both fill a root: its capacity holds",
+            most <= 64 << 20 and min(evicted) > 0,
+            f"{most >> 20} of 64 MiB, {stored} chunks, {evicted} segments evicted",
+            hang=None in answers,
+        )
+        for process in processes:
+            process.kill()
 
     def process_killed(self):
         prompts = self.fresh(200)
@@ -448,6 +471,7 @@ def inside(arguments):
         trials.both_write()
         trials.seen()
         trials.all_exact("each loads what the other stored", trials.a)
+        trials.capacity_holds()
         trials.process_killed()
         trials.brick_killed()
         if not arguments.short:

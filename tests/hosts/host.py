@@ -26,7 +26,7 @@ def bytes_of(prompt):
 
 
 class Host:
-    def __init__(self, root, capacity, load_timeout):
+    def __init__(self, root, capacity, load_timeout, eviction_grace_ms):
         begin = time.monotonic()
         self.depot = Depot.open(
             json.dumps(
@@ -35,6 +35,7 @@ class Host:
                     "slab": "16MiB",
                     "io_depth": 4,
                     "free_space_reserve": 0,
+                    "eviction_grace_ms": eviction_grace_ms,
                 }
             )
         )
@@ -156,8 +157,8 @@ class Host:
 
 
 def main():
-    root, capacity, load_timeout = sys.argv[1], sys.argv[2], float(sys.argv[3])
-    host = Host(root, capacity, load_timeout)
+    root, capacity, load_timeout, grace_ms = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
+    host = Host(root, capacity, load_timeout, grace_ms)
     print(json.dumps({"ok": True, "open_s": host.open_s, "transport": host.depot.stats()["roots"][0]["transport"]}), flush=True)
     for line in sys.stdin:
         command = json.loads(line)

@@ -79,8 +79,12 @@ tokendepot_plant(forget_to_seal 30 "(broken|hang)" store/root_writer.cc
     }]])
 
 tokendepot_plant(exceed_capacity 30 "capacity" store/eviction.cc
-  [[const bool capacity_is_short = bytes > root_.capacity() || *used > root_.capacity() - bytes;]]
+  [[const bool capacity_is_short = bytes > root_.capacity() || used > root_.capacity() - bytes;]]
   [[const bool capacity_is_short = bytes > root_.capacity();]])
+
+tokendepot_plant(make_a_file_without_a_note 60 "capacity" store/segment_inventory.cc
+  [[const auto told = keeper.note(note);]]
+  [[const auto told = note.bytes > 0 ? Status() : keeper.note(note);]])
 
 tokendepot_plant(reuse_a_segment_id 30 "(hang|acknowledged lost)" store/root_writer.cc
   [[return {journal_.writer(), next_sequence_++};]]

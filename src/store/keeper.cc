@@ -2,12 +2,12 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdlib>
 
 #include "base/clock.h"
 #include "base/errors.h"
 #include "base/log.h"
 #include "io/io_thread.h"
+#include "store/copy_run.h"
 
 namespace tokendepot {
 namespace {
@@ -29,7 +29,6 @@ constexpr auto kTidyInterval = std::chrono::seconds(10);
 // Tidying lists the segments, which may take seconds where there are very many.
 constexpr int kTidyShare = 20;
 constexpr auto kRarestTidying = std::chrono::minutes(2);
-constexpr uint64_t kCopyPiece = 4ull << 20;
 
 }  // namespace
 
@@ -257,17 +256,8 @@ Status Keeper::copy_down(const File& source, const SegmentTable::Segment& segmen
   if (!size) return std::unexpected(size.error());
   auto copy = target.open_copy(segment.id, *size, [this, below](uint32_t next) { return save(below, next); });
   if (!copy) return std::unexpected(copy.error());
-  const std::unique_ptr<std::byte, void (*)(void*)> piece(
-      static_cast<std::byte*>(std::aligned_alloc(kPageBytes, kCopyPiece)), &std::free);
   used = std::min(align_up(used), *size);
-  Status moved;
-  for (uint64_t at = 0; at < used && moved; at += kCopyPiece) {
-    if (stop_) moved = fail(ErrorKind::closed, "the depot is closing");
-    if (!moved) break;
-    const std::span<std::byte> bytes(piece.get(), std::min(kCopyPiece, used - at));
-    moved = source.read_at(bytes, at);
-    if (moved) moved = copy->write_at(bytes, at);
-  }
+  auto moved = copy_run(source, *copy, 0, used, [this] { return !stop_; });
   // Somebody who evicted it meanwhile may have filled the same file anew, under another name.
   if (moved && !source.is_at_its_path())
     moved = fail(ErrorKind::busy, "{}: evicted while it was copied", source.path());

@@ -44,9 +44,7 @@ Keeper::Keeper(std::vector<Tier> tiers, SegmentTable& segments, Catalog* catalog
   // Before the first lookup and the first eviction.
   for (const Tier& tier : tiers_) tier.replay->tend(system_clock());
   if (RootWriter* const target = store_target(); target != nullptr && target->root().write_through()) {
-    const auto top = static_cast<size_t>(
-        std::ranges::find(tiers_, target, [](const Tier& t) { return t.writer; }) - tiers_.begin());
-    if (const auto below = tier_below(top)) {
+    if (const auto below = tier_below(tier_of(target->root().index()))) {
       write_through_ =
           std::make_unique<WriteThrough>(target->root(), *tiers_[*below].writer, segments_, system_clock(),
                                          [this, below = *below](uint32_t slot) { return save(below, slot); });
@@ -144,8 +142,7 @@ void Keeper::poll_journals() {
 bool Keeper::make_space_ready() {
   RootWriter* target = store_target();
   if (target == nullptr || !target->wants_spare()) return true;
-  const auto tier = static_cast<size_t>(
-      std::ranges::find(tiers_, target, [](const Tier& t) { return t.writer; }) - tiers_.begin());
+  const size_t tier = tier_of(target->root().index());
   if (lags_too_much(target->root())) {
     target->refuse_more();
     {
@@ -209,6 +206,11 @@ void Keeper::run_space() {
     lock.lock();
     if (!ready) wake_space_.wait_for(lock, kSpaceRetry, [this] { return stop_.load(); });
   }
+}
+
+size_t Keeper::tier_of(RootIndex root) const {
+  return static_cast<size_t>(std::ranges::find(tiers_, root, [](const Tier& t) { return t.root->index(); }) -
+                             tiers_.begin());
 }
 
 std::optional<size_t> Keeper::tier_below(size_t tier) const {
@@ -299,8 +301,7 @@ Status Keeper::save(size_t tier, uint32_t slot) {
 }
 
 Keeper::Lag Keeper::demotion_lag(RootIndex root) const {
-  const auto tier = static_cast<size_t>(
-      std::ranges::find(tiers_, root, [](const Tier& t) { return t.root->index(); }) - tiers_.begin());
+  const size_t tier = tier_of(root);
   Lag lag;
   if (tiers_[tier].writer == nullptr) return lag;
   size_t below = 0;
@@ -335,10 +336,9 @@ void Keeper::demote_all() {
 }
 
 void Keeper::promote() {
-  const RootWriter* target = store_target();
+  RootWriter* const target = store_target();
   if (target == nullptr) return;
-  const auto top = static_cast<size_t>(
-      std::ranges::find(tiers_, target, [](const Tier& tier) { return tier.writer; }) - tiers_.begin());
+  const size_t top = tier_of(target->root().index());
   promotion_.run_round([this, top](uint32_t slot) { return save(top, slot); }, stop_);
 }
 

@@ -25,28 +25,6 @@
 
 namespace tokendepot {
 
-const char* name(ItemFailure::Reason reason) {
-  switch (reason) {
-    case ItemFailure::Reason::absent:
-      return "absent";
-    case ItemFailure::Reason::mismatch:
-      return "mismatch";
-    case ItemFailure::Reason::corrupt:
-      return "corrupt";
-    case ItemFailure::Reason::io_error:
-      return "io_error";
-    case ItemFailure::Reason::timed_out:
-      return "timed_out";
-    case ItemFailure::Reason::cancelled:
-      return "cancelled";
-    case ItemFailure::Reason::dropped:
-      return "dropped";
-    case ItemFailure::Reason::pinned:
-      return "pinned";
-  }
-  return "unknown";
-}
-
 namespace {
 
 constexpr auto kThreadPatience = std::chrono::seconds(10);
@@ -101,6 +79,10 @@ class OpenDepot final : public Depot {
   std::vector<Transfers::ObjectItem> find_objects(std::span<const Object> objects, bool touch);
 
   Status open_cufile(const Options& options, const std::string& library);
+  /// With their replays and, in a depot that writes, the writers of those that can be written.
+  Status open_roots(const Options& options);
+  /// Whether it is asked for only where stores can pass through: at the first writer of several.
+  Status check_write_through() const;
   /// Of a depot that writes they have been read: a writer must know its root. False: they are being read
   /// still.
   Result<bool> read_journals(const Options& options);
@@ -161,23 +143,45 @@ Result<bool> OpenDepot::read_journals(const Options& options) {
   return first_replay_->wait(std::chrono::milliseconds(options.open_wait_ms));
 }
 
+Status OpenDepot::open_roots(const Options& options) {
+  for (const RootOptions& wanted : options.roots) {
+    Tier& tier = tiers_.emplace_back();
+    auto root =
+        Root::open(wanted, static_cast<RootIndex>(tiers_.size() - 1), options, device_.get(), cufile_.get());
+    if (!root) return std::unexpected(root.error());
+    tier.root = std::move(*root);
+    tier.replay = std::make_unique<Replay>(*tier.root, *segments_, catalog_.get());
+    if (!options.writer) continue;
+    if (auto read = tier.replay->first(); !read) return std::unexpected(read.error());
+    if (!tier.root->writable()) continue;
+    auto writer = RootWriter::open(*tier.root, *tier.replay, *segments_, system_clock(),
+                                   options.free_space_reserve, options.eviction_grace_ms * kNsPerMs);
+    if (!writer) return std::unexpected(writer.error());
+    tier.writer = std::move(*writer);
+  }
+  return {};
+}
+
+Status OpenDepot::check_write_through() const {
+  const auto writes = [](const Tier& tier) { return tier.writer != nullptr; };
+  const auto first = std::ranges::find_if(tiers_, writes);
+  for (const Tier& tier : tiers_) {
+    if (!tier.root->write_through()) continue;
+    const bool first_of_several = first != tiers_.end() && tier.root == first->root &&
+                                  std::find_if(first + 1, tiers_.end(), writes) != tiers_.end();
+    if (first_of_several) continue;
+    return fail(
+        ErrorKind::invalid_argument,
+        "root \"{}\": write_through=true wants the first root that can be written, and another one that "
+        "can be written after it",
+        tier.root->path());
+  }
+  return {};
+}
+
 Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::unique_ptr<Device> device,
                                                const std::string& cufile_library) {
-  if (options.roots.empty() || options.roots.size() > kMaxRoots) {
-    return fail(ErrorKind::invalid_argument, "roots has {} entries; expected 1 to {}", options.roots.size(),
-                kMaxRoots);
-  }
-  if (options.device_threads < 1 || options.device_threads > 64) {
-    return fail(ErrorKind::invalid_argument, "device_threads={} is out of range; expected 1 to 64",
-                options.device_threads);
-  }
-  if (options.io_depth < 1 || options.io_depth > 128) {
-    return fail(ErrorKind::invalid_argument, "io_depth={} is out of range; expected 1 to 128",
-                options.io_depth);
-  }
-  if (options.poll_ms < 1)
-    return fail(ErrorKind::invalid_argument, "poll_ms={} is out of range; expected 1 or more",
-                options.poll_ms);
+  if (auto checked = check_ranges(options); !checked) return std::unexpected(checked.error());
   const uint64_t began = system_clock().steady_ns();
   auto depot = std::make_unique<OpenDepot>();
   if (!device) {
@@ -190,33 +194,9 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::uniq
   if (auto cufile = depot->open_cufile(options, cufile_library); !cufile)
     return std::unexpected(cufile.error());
   if (options.catalog) depot->catalog_ = std::make_unique<Catalog>(*depot->segments_);
-  for (const RootOptions& wanted : options.roots) {
-    Tier& tier = depot->tiers_.emplace_back();
-    auto root = Root::open(wanted, static_cast<RootIndex>(depot->tiers_.size() - 1), options,
-                           depot->device_.get(), depot->cufile_.get());
-    if (!root) return std::unexpected(root.error());
-    tier.root = std::move(*root);
-    tier.replay = std::make_unique<Replay>(*tier.root, *depot->segments_, depot->catalog_.get());
-    if (!options.writer) continue;
-    if (auto read = tier.replay->first(); !read) return std::unexpected(read.error());
-    if (!tier.root->writable()) continue;
-    auto writer = RootWriter::open(*tier.root, *tier.replay, *depot->segments_, system_clock(),
-                                   options.free_space_reserve, options.eviction_grace_ms * kNsPerMs);
-    if (!writer) return std::unexpected(writer.error());
-    tier.writer = std::move(*writer);
-  }
-  const auto writes = [](const Tier& tier) { return tier.writer != nullptr; };
-  const auto first = std::ranges::find_if(depot->tiers_, writes);
-  for (const Tier& tier : depot->tiers_) {
-    if (!tier.root->write_through() || !options.writer) continue;
-    const bool first_of_several = first != depot->tiers_.end() && tier.root == first->root &&
-                                  std::find_if(first + 1, depot->tiers_.end(), writes) != depot->tiers_.end();
-    if (first_of_several) continue;
-    return fail(
-        ErrorKind::invalid_argument,
-        "root \"{}\": write_through=true wants the first root that can be written, and another one that "
-        "can be written after it",
-        tier.root->path());
+  if (auto opened = depot->open_roots(options); !opened) return std::unexpected(opened.error());
+  if (options.writer) {
+    if (auto checked = depot->check_write_through(); !checked) return std::unexpected(checked.error());
   }
   if (std::ranges::none_of(depot->tiers_, [](const Tier& tier) { return tier.root->has_gds(); }))
     depot->cufile_.reset();  // nobody wants it: the device has its whole slab again

@@ -17,6 +17,7 @@
 
 #include "base/errors.h"
 #include "device/open_device.h"
+#include "open_depot.h"
 #include "store/root.h"
 #include "store/segment_table.h"
 #include "tokendepot/depot.h"
@@ -408,6 +409,25 @@ Result<Json> parse_json(std::string_view text) {
 }
 
 }  // namespace
+
+Status check_ranges(const Options& options) {
+  if (options.roots.empty() || options.roots.size() > kMaxRoots) {
+    return fail(ErrorKind::invalid_argument, "roots has {} entries; expected 1 to {}", options.roots.size(),
+                kMaxRoots);
+  }
+  if (options.device_threads < 1 || options.device_threads > 64) {
+    return fail(ErrorKind::invalid_argument, "device_threads={} is out of range; expected 1 to 64",
+                options.device_threads);
+  }
+  if (options.io_depth < 1 || options.io_depth > 128) {
+    return fail(ErrorKind::invalid_argument, "io_depth={} is out of range; expected 1 to 128",
+                options.io_depth);
+  }
+  if (options.poll_ms < 1)
+    return fail(ErrorKind::invalid_argument, "poll_ms={} is out of range; expected 1 or more",
+                options.poll_ms);
+  return {};
+}
 
 Result<uint64_t> parse_size(std::string_view text) {
   if (const auto bytes = size_from_text(text)) return *bytes;

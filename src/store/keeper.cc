@@ -2,12 +2,12 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdlib>
 
 #include "base/clock.h"
 #include "base/errors.h"
 #include "base/log.h"
 #include "io/io_thread.h"
+#include "store/copy_run.h"
 
 namespace tokendepot {
 namespace {
@@ -29,7 +29,6 @@ constexpr auto kTidyInterval = std::chrono::seconds(10);
 // Tidying lists the segments, which may take seconds where there are very many.
 constexpr int kTidyShare = 20;
 constexpr auto kRarestTidying = std::chrono::minutes(2);
-constexpr uint64_t kCopyPiece = 4ull << 20;
 
 }  // namespace
 
@@ -45,9 +44,7 @@ Keeper::Keeper(std::vector<Tier> tiers, SegmentTable& segments, Catalog* catalog
   // Before the first lookup and the first eviction.
   for (const Tier& tier : tiers_) tier.replay->tend(system_clock());
   if (RootWriter* const target = store_target(); target != nullptr && target->root().write_through()) {
-    const auto top = static_cast<size_t>(
-        std::ranges::find(tiers_, target, [](const Tier& t) { return t.writer; }) - tiers_.begin());
-    if (const auto below = tier_below(top)) {
+    if (const auto below = tier_below(tier_of(target->root().index()))) {
       write_through_ =
           std::make_unique<WriteThrough>(target->root(), *tiers_[*below].writer, segments_, system_clock(),
                                          [this, below = *below](uint32_t slot) { return save(below, slot); });
@@ -145,8 +142,7 @@ void Keeper::poll_journals() {
 bool Keeper::make_space_ready() {
   RootWriter* target = store_target();
   if (target == nullptr || !target->wants_spare()) return true;
-  const auto tier = static_cast<size_t>(
-      std::ranges::find(tiers_, target, [](const Tier& t) { return t.writer; }) - tiers_.begin());
+  const size_t tier = tier_of(target->root().index());
   if (lags_too_much(target->root())) {
     target->refuse_more();
     {
@@ -212,6 +208,11 @@ void Keeper::run_space() {
   }
 }
 
+size_t Keeper::tier_of(RootIndex root) const {
+  return static_cast<size_t>(std::ranges::find(tiers_, root, [](const Tier& t) { return t.root->index(); }) -
+                             tiers_.begin());
+}
+
 std::optional<size_t> Keeper::tier_below(size_t tier) const {
   for (size_t below = tier + 1; below < tiers_.size(); ++below) {
     if (tiers_[below].writer != nullptr) return below;
@@ -257,17 +258,8 @@ Status Keeper::copy_down(const File& source, const SegmentTable::Segment& segmen
   if (!size) return std::unexpected(size.error());
   auto copy = target.open_copy(segment.id, *size, [this, below](uint32_t next) { return save(below, next); });
   if (!copy) return std::unexpected(copy.error());
-  const std::unique_ptr<std::byte, void (*)(void*)> piece(
-      static_cast<std::byte*>(std::aligned_alloc(kPageBytes, kCopyPiece)), &std::free);
   used = std::min(align_up(used), *size);
-  Status moved;
-  for (uint64_t at = 0; at < used && moved; at += kCopyPiece) {
-    if (stop_) moved = fail(ErrorKind::closed, "the depot is closing");
-    if (!moved) break;
-    const std::span<std::byte> bytes(piece.get(), std::min(kCopyPiece, used - at));
-    moved = source.read_at(bytes, at);
-    if (moved) moved = copy->write_at(bytes, at);
-  }
+  auto moved = copy_run(source, *copy, 0, used, [this] { return !stop_; });
   // Somebody who evicted it meanwhile may have filled the same file anew, under another name.
   if (moved && !source.is_at_its_path())
     moved = fail(ErrorKind::busy, "{}: evicted while it was copied", source.path());
@@ -309,8 +301,7 @@ Status Keeper::save(size_t tier, uint32_t slot) {
 }
 
 Keeper::Lag Keeper::demotion_lag(RootIndex root) const {
-  const auto tier = static_cast<size_t>(
-      std::ranges::find(tiers_, root, [](const Tier& t) { return t.root->index(); }) - tiers_.begin());
+  const size_t tier = tier_of(root);
   Lag lag;
   if (tiers_[tier].writer == nullptr) return lag;
   size_t below = 0;
@@ -345,10 +336,9 @@ void Keeper::demote_all() {
 }
 
 void Keeper::promote() {
-  const RootWriter* target = store_target();
+  RootWriter* const target = store_target();
   if (target == nullptr) return;
-  const auto top = static_cast<size_t>(
-      std::ranges::find(tiers_, target, [](const Tier& tier) { return tier.writer; }) - tiers_.begin());
+  const size_t top = tier_of(target->root().index());
   promotion_.run_round([this, top](uint32_t slot) { return save(top, slot); }, stop_);
 }
 

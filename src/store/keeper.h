@@ -79,6 +79,7 @@ class Keeper {
   Status complete_copy(size_t tier, uint32_t slot, size_t below);
   bool is_wanted_below(const SegmentTable::Segment& segment, size_t tier, size_t* below) const;
   std::optional<size_t> tier_below(size_t tier) const;
+  size_t tier_of(RootIndex root) const;
   /// Before a segment goes: to the root below, or what is hot of it to where stores go. An error: it must not
   /// go now.
   Status save(size_t tier, uint32_t slot);

@@ -1,20 +1,13 @@
 // Copies of other roots' segments: made whole by demotion, or extent by extent as stores pass through.
-#include <algorithm>
-#include <cstdlib>
-#include <memory>
 #include <set>
 
 #include "base/errors.h"
 #include "base/log.h"
+#include "store/copy_run.h"
 #include "store/root_writer.h"
 #include "store/scan.h"
 
 namespace tokendepot {
-namespace {
-
-constexpr uint64_t kCopyPiece = 1 << 20;
-
-}  // namespace
 
 Result<File> RootWriter::open_copy(const SegmentId& id, uint64_t bytes,
                                    const BeforeEviction& before_eviction) {
@@ -156,15 +149,9 @@ Status RootWriter::add_missing(const File& copy, const File& source, const Segme
     puts.push_back(put_of(header, bytes));
   });
   if (!end) return std::unexpected(end.error());
-  const std::unique_ptr<std::byte, void (*)(void*)> piece(
-      static_cast<std::byte*>(std::aligned_alloc(kPageBytes, kCopyPiece)), &std::free);
   for (const Record& put : puts) {
     if (there.contains(put.where.offset)) continue;
-    for (uint64_t at = 0; at < put.where.bytes; at += kCopyPiece) {
-      const std::span<std::byte> bytes(piece.get(), std::min(kCopyPiece, put.where.bytes - at));
-      if (auto read = source.read_at(bytes, put.where.offset + at); !read) return read;
-      if (auto written = copy.write_at(bytes, put.where.offset + at); !written) return written;
-    }
+    if (auto copied = copy_run(source, copy, put.where.offset, put.where.bytes); !copied) return copied;
     written_bytes_ += put.where.bytes;
   }
   return {};

@@ -132,7 +132,10 @@ def _trial(campaign: Campaign, tally: Tally, where: str, roots: Roots, hinder, k
     if os.geteuid() == 0:
         for each in [path, *path.rglob("*")]:
             os.chown(each, NOBODY, NOBODY)
-    told = campaign.run(store_and_load(roots.with_root_keys(**keys), UNDER, BEFORE, hinder), tally, where)
+    # Where no file can be made, the oldest segments are written over: loads of some would make others the oldest.
+    evicts = hinder is fallocate_without_space
+    older = range(0) if evicts else BEFORE
+    told = campaign.run(store_and_load(roots.with_root_keys(**keys), UNDER, older, hinder), tally, where)
     tally.injected += 1
     if ["refused", None] in told:
         if not may_refuse:
@@ -143,5 +146,4 @@ def _trial(campaign: Campaign, tally: Tally, where: str, roots: Roots, hinder, k
     acknowledged += [what for kind, what in told if kind == "stored"]
     for found in filter(None, loads.values()):
         tally.fail("wrong", f"{where}: {found}")
-    # Where no file can be made, the oldest segments are written over.
-    campaign.check(roots, acknowledged, [], tally, where, spared_oldest=hinder is fallocate_without_space)
+    campaign.check(roots, acknowledged, [], tally, where, spared_oldest=evicts)

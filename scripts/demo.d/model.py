@@ -199,7 +199,11 @@ def write_tiny(directory: pathlib.Path) -> None:
         bos_token_id=1,
         eos_token_id=2,
     )
-    Gemma3ForCausalLM(config).float().save_pretrained(directory)
+    tiny = Gemma3ForCausalLM(config).float()
+    # Each token of an answer is a letter, a digit or a sign: an end at once, or a byte that is no UTF-8, would be no text.
+    silent = [i for token, i in vocab.items() if not (len(token) == 1 and token.isascii())]
+    tiny.lm_head.weight.data[[*silent, *range(len(vocab), config.vocab_size)]] = 0
+    tiny.save_pretrained(directory)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -7,7 +7,7 @@ import errno
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from campaign import Campaign, open_or_none
@@ -87,8 +87,8 @@ TRIALS: list[tuple[str, Callable[[], None], dict, bool]] = [
 ]
 
 
-def store_and_load(roots: Roots, prompts: range, older: range, hinder: Callable[[], None] | None = None):
-    """Stores `prompts`, tells which were acknowledged and what loads of them and of the older ones bring."""
+def store_and_load(roots: Roots, prompts: range, loads: Sequence[int], hinder: Callable[[], None] | None = None):
+    """Stores `prompts`, tells which were acknowledged and what `loads` bring."""
 
     def body(tell) -> None:
         if hinder:
@@ -107,7 +107,7 @@ def store_and_load(roots: Roots, prompts: range, older: range, hinder: Callable[
                     tell(["stored", prompt])
                 descriptors.add(len(os.listdir("/proc/self/fd")))
             tell(["descriptors", max(descriptors)])
-        for prompt in [*older, *prompts]:
+        for prompt in loads:
             tell(["loaded", [prompt, client.load(prompt)]])
         client.close()
 
@@ -127,23 +127,24 @@ def run(campaign: Campaign) -> Tally:
 
 def _trial(campaign: Campaign, tally: Tally, where: str, roots: Roots, hinder, keys: dict, may_refuse: bool) -> None:
     path = Path(roots.roots[0][0])
-    before = campaign.run(store_and_load(roots, BEFORE, range(0)), tally, where)
+    before = campaign.run(store_and_load(roots, BEFORE, BEFORE), tally, where)
     acknowledged = [what for kind, what in before if kind == "stored"]
     if os.geteuid() == 0:
         for each in [path, *path.rglob("*")]:
             os.chown(each, NOBODY, NOBODY)
-    # Where no file can be made, the oldest segments are written over: loads of some would make others the oldest.
+    # Where no file can be made, the oldest segments are written over, while the next one is made ahead: loads of some
+    # would make others the oldest.
     evicts = hinder is fallocate_without_space
-    older = range(0) if evicts else BEFORE
-    told = campaign.run(store_and_load(roots.with_root_keys(**keys), UNDER, older, hinder), tally, where)
+    loads = [] if evicts else [*BEFORE, *UNDER]
+    told = campaign.run(store_and_load(roots.with_root_keys(**keys), UNDER, loads, hinder), tally, where)
     tally.injected += 1
     if ["refused", None] in told:
         if not may_refuse:
             tally.fail("deaths", f"{where}: the depot refused to open, which should have gone another way")
         told = []
-    loads = dict(what for kind, what in told if kind == "loaded")
-    tally.checked += len(loads)
+    loaded = dict(what for kind, what in told if kind == "loaded")
+    tally.checked += len(loaded)
     acknowledged += [what for kind, what in told if kind == "stored"]
-    for found in filter(None, loads.values()):
+    for found in filter(None, loaded.values()):
         tally.fail("wrong", f"{where}: {found}")
     campaign.check(roots, acknowledged, [], tally, where, spared_oldest=evicts)

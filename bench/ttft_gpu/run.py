@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from typing import Any
 
 import report
 import workload
-from systems import PLACES, SYSTEMS, LMCacheServer, Place, end_session, lmcache_storage, transfer_config
+from systems import PLACES, SYSTEMS, LMCacheServer, Place, end_session, in_kit, lmcache_storage, transfer_config
 
 HERE = Path(__file__).parent
 LINK = """
@@ -85,13 +84,9 @@ class Run:
 
     def start(self, command: list[str], log: Path) -> subprocess.Popen:
         """With the kit's environment, in a session of its own, the package before the kit."""
-        script = (
-            f". {shlex.quote(str(self.options.kit / 'vllm_env.sh'))} && "
-            f"export PYTHONPATH={shlex.quote(str(self.options.tokendepot))}:$PYTHONPATH && exec {shlex.join(command)}"
-        )
         with open(log, "wb") as out:
             return subprocess.Popen(
-                ["bash", "-c", script],
+                in_kit(self.options.kit, self.options.tokendepot, command),
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=self.environment,

@@ -25,7 +25,7 @@ import urllib.request
 from pathlib import Path
 
 import workload
-from systems import end_session, transfer_config
+from systems import end_session, in_kit, transfer_config
 
 START_LIMIT_S = 300.0
 CLIENT = "from tokendepot.cli import main; main()"
@@ -63,10 +63,7 @@ class Server:
         if options.root:
             transfer = transfer_config("depot", str(options.root), options.capacity, "24GiB")
             command += ["--kv-transfer-config", json.dumps(transfer)]
-        self._script = (
-            f". {shlex.quote(str(options.kit / 'vllm_env.sh'))} && "
-            f"export PYTHONPATH={shlex.quote(str(options.tokendepot))}:$PYTHONPATH && exec {shlex.join(command)}"
-        )
+        self._command = in_kit(options.kit, options.tokendepot, command)
         self._stopping = False
         self._process = self._start()
         self._keeper = threading.Thread(target=self._keep_running, daemon=True)
@@ -75,7 +72,7 @@ class Server:
     def _start(self) -> subprocess.Popen:
         with open(self.log, "ab") as log:
             process = subprocess.Popen(
-                ["bash", "-c", self._script],
+                self._command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=dict(os.environ, VLLM_SERVER_DEV_MODE="1"),  # for /reset_prefix_cache

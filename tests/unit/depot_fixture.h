@@ -105,7 +105,7 @@ inline std::vector<int32_t> iota_blocks(int32_t first, size_t count) {
 }
 
 /// Waits for one job's completion.
-inline Completion wait_for(Depot& depot, uint64_t job, std::chrono::milliseconds limit = 10s) {
+inline Completion wait_for(Depot& depot, uint64_t job, std::chrono::milliseconds limit = 60s) {
   const auto end = std::chrono::steady_clock::now() + limit;
   while (std::chrono::steady_clock::now() < end) {
     for (Completion& done : depot.poll()) {
@@ -115,6 +115,32 @@ inline Completion wait_for(Depot& depot, uint64_t job, std::chrono::milliseconds
   }
   ADD_FAILURE() << "job " << job << " was not reported";
   return {};
+}
+
+/// Opens a depot, registers the tests' namespace with it as `ns`, and attaches `cache`.
+inline std::unique_ptr<Depot> open_attached(const Options& options, NamespaceDigest& ns, HostCache& cache) {
+  auto depot = Depot::open(options);
+  if (!depot) {
+    ADD_FAILURE() << depot.error().message;
+    std::abort();
+  }
+  ns = *(*depot)->register_namespace(R"({"model":"m"})");
+  EXPECT_TRUE((*depot)->attach(cache.paged()));
+  return std::move(*depot);
+}
+
+/// Calls `store` until it returns true: a depot drops stores while its next segment is made ready, which
+/// takes seconds on a disk that others keep busy.
+template <class Store>
+void until_stored(Store store) {
+  const auto end = std::chrono::steady_clock::now() + 60s;
+  while (!store()) {
+    if (std::chrono::steady_clock::now() > end) {
+      ADD_FAILURE() << "never stored";
+      return;
+    }
+    usleep(10'000);
+  }
 }
 
 /// Stores chunk i of the prompt from blocks [4 i, 4 i + 4). Returns the completion.
@@ -127,23 +153,19 @@ inline Completion store_chunks(Depot& depot, uint64_t job, const NamespaceDigest
                           iota_blocks(static_cast<int32_t>(i * kBlocksPerChunk), kBlocksPerChunk)});
   }
   EXPECT_TRUE(depot.submit_store(job, plan));
-  EXPECT_TRUE(depot.wait_gathered(10s));
+  EXPECT_TRUE(depot.wait_gathered(60s));
   return wait_for(depot, job);
 }
 
-/// The same, again until every chunk is stored: a depot drops stores while its next segment is made ready.
+/// The same, again until every chunk is stored.
 inline void store_until_all_are(Depot& depot, uint64_t& job, const NamespaceDigest& ns,
                                 std::span<const Key> keys, size_t first, size_t last) {
-  for (int attempt = 0; attempt < 500; ++attempt) {
-    if (store_chunks(depot, job++, ns, keys, first, last).items_ok == last - first) return;
-    usleep(20'000);
-  }
-  ADD_FAILURE() << "never stored";
+  until_stored([&] { return store_chunks(depot, job++, ns, keys, first, last).items_ok == last - first; });
 }
 
 inline Result<LoadPlan> plan_chunks(Depot& depot, const NamespaceDigest& ns, std::span<const Key> keys,
                                     const GroupWant& want, size_t first, size_t last, int32_t first_block,
-                                    std::chrono::nanoseconds deadline = 10s) {
+                                    std::chrono::nanoseconds deadline = 60s) {
   const auto blocks = iota_blocks(first_block, (last - first) * kBlocksPerChunk);
   const Depot::LoadGroup group{want, static_cast<uint32_t>(first), kBlocksPerChunk, blocks};
   return depot.plan_load(ns, keys, std::span(&group, 1), deadline);

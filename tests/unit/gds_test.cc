@@ -61,11 +61,7 @@ class GdsDepot : public ::testing::Test {
   /// Retries while a busy machine makes the depot drop stores.
   void store_all() {
     cache_.fill(1);
-    for (int attempt = 0; attempt < 100; ++attempt) {
-      if (store(0, kChunks).items_ok == kChunks) return;
-      usleep(20'000);
-    }
-    FAIL() << "never stored";
+    until_stored([&] { return store(0, kChunks).items_ok == kChunks; });
   }
   /// Loads all chunks to other blocks and compares every byte.
   Completion load_all(std::chrono::nanoseconds deadline = 0ns) {
@@ -341,10 +337,7 @@ TEST_F(GdsDepot, SegmentsThatAreClosedAndOpenedAgainAreRegisteredAnew) {
   cache_.fill(1);
   for (uint64_t prompt = 1; prompt <= 60; ++prompt) {
     keys_ = prompt_keys(ns_, prompt, kChunks);
-    for (int attempt = 0; store(0, kChunks).items_ok < kChunks; ++attempt) {
-      ASSERT_LT(attempt, 500) << "never stored";
-      usleep(20'000);
-    }
+    until_stored([&] { return store(0, kChunks).items_ok == kChunks; });
   }
   EXPECT_GT(depot_->stats().roots[0].evicted_segments, 0u);
   EXPECT_EQ(load_all().items_ok, kChunks);

@@ -128,12 +128,10 @@ class LongNames : public HostileRoot {
         StorePlan put;
         put.ns = *ns;
         put.items.push_back({keys[i], i, 0, iota_blocks(static_cast<int32_t>(i % 8 * kBlocksPerChunk), 4)});
-        for (int attempt = 0; attempt < 100; ++attempt) {
-          ASSERT_TRUE((*depot)->submit_store(++job, put));
-          if (wait_for(**depot, job).items_ok == 1) break;
-          ASSERT_LT(attempt, 99) << "never stored";
-          usleep(20'000);
-        }
+        until_stored([&] {
+          EXPECT_TRUE((*depot)->submit_store(++job, put));
+          return wait_for(**depot, job).items_ok == 1;
+        });
       }
       ASSERT_EQ((*depot)->longest_prefix(keys, want), 200u);
       for (uint32_t i = 0; i < 200; ++i) {

@@ -44,7 +44,7 @@ int store_until_killed(const Options& options, uint32_t first_prompt, int report
   for (uint32_t prompt = first_prompt;; ++prompt) {
     cache.fill(prompt);
     if (!(*depot)->submit_store(prompt, plan_of_prompt(*ns, prompt))) return 5;
-    if (!(*depot)->flush(10s)) return 6;
+    if (!(*depot)->flush(60s)) return 6;
     for (const Completion& done : (*depot)->poll()) {
       if (done.items_ok == kPromptChunks && write(report, &prompt, sizeof prompt) != sizeof prompt) return 7;
     }

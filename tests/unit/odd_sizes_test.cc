@@ -88,14 +88,14 @@ TEST_P(OddSizes, RoundTripExactlyAtEveryAddressAndSurviveARestart) {
     for (TwoPages& one : pages) {
       SCOPED_TRACE(one.shape().page_bytes);
       ASSERT_TRUE((*depot)->attach(one.paged()));
-      for (int attempt = 0; restarted == 0; ++attempt) {
+      if (restarted == 0) {
         StorePlan plan;
         plan.ns = *ns;
         plan.items.push_back({keys[0], 0, one.shape().group, {0}});
-        ASSERT_TRUE((*depot)->submit_store(++job, plan));
-        if (wait_for(**depot, job).items_ok == 1) break;
-        ASSERT_LT(attempt, 200) << "never stored";
-        usleep(10'000);
+        until_stored([&] {
+          EXPECT_TRUE((*depot)->submit_store(++job, plan));
+          return wait_for(**depot, job).items_ok == 1;
+        });
       }
       std::ranges::fill(one.page(1), std::byte{0});
       const std::vector<int32_t> blocks{1};

@@ -31,24 +31,12 @@ class PromotionTest : public ::testing::Test {
     options.eviction_grace_ms = 0;
     return options;
   }
-  std::unique_ptr<Depot> open(const Options& with) {
-    auto depot = Depot::open(with);
-    if (!depot) {
-      ADD_FAILURE() << depot.error().message;
-      std::abort();
-    }
-    ns_ = *(*depot)->register_namespace(R"({"model":"m"})");
-    EXPECT_TRUE((*depot)->attach(cache_.paged()));
-    return std::move(*depot);
-  }
+  std::unique_ptr<Depot> open(const Options& with) { return open_attached(with, ns_, cache_); }
   std::vector<Key> keys(uint32_t prompt) const { return prompt_keys(ns_, prompt, kChunks); }
   void store(Depot& depot, uint32_t prompt) {
     cache_.fill(prompt);
-    for (int attempt = 0; attempt < 200; ++attempt) {
-      if (store_chunks(depot, ++job_, ns_, keys(prompt), 0, kChunks).items_ok == kChunks) return;
-      usleep(10'000);
-    }
-    ADD_FAILURE() << "prompt " << prompt << " was not stored";
+    until_stored(
+        [&] { return store_chunks(depot, ++job_, ns_, keys(prompt), 0, kChunks).items_ok == kChunks; });
   }
   /// Loads the prompt, checks every byte, and returns the bytes that came from memory.
   uint64_t load(Depot& depot, uint32_t prompt, size_t chunks = kChunks) {

@@ -35,7 +35,7 @@ class Repair : public ::testing::Test {
     EXPECT_TRUE((*depot)->attach(cache.paged()));
     keys_ = prompt_keys(ns, 1, kChunks);
     EXPECT_EQ(store_chunks(**depot, 1, ns, keys_, 0, kChunks).items_ok, kChunks);
-    EXPECT_TRUE((*depot)->flush(10s));
+    EXPECT_TRUE((*depot)->flush(60s));
   }
 
   std::string journal() const { return root_ + "/journals/" + inspect_root(root_)->journals.at(0).file; }

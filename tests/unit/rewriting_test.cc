@@ -22,24 +22,14 @@ class RewritingTest : public ::testing::Test {
     options.eviction_grace_ms = 0;
     options.rewrite_percent = percent;
     options.poll_ms = 20;
-    auto depot = Depot::open(options);
-    if (!depot) {
-      ADD_FAILURE() << depot.error().message;
-      std::abort();
-    }
-    ns_ = *(*depot)->register_namespace(R"({"model":"m"})");
-    EXPECT_TRUE((*depot)->attach(cache_.paged()));
-    return std::move(*depot);
+    return open_attached(options, ns_, cache_);
   }
   std::vector<Key> keys(uint32_t prompt) const { return prompt_keys(ns_, prompt, kChunks); }
   void store(Depot& depot, uint32_t prompt) {
     cache_.fill(prompt);
-    for (int attempt = 0; attempt < 200; ++attempt) {
-      const bool stored = store_chunks(depot, ++job_, ns_, keys(prompt), 0, kChunks).items_ok == kChunks;
-      usleep(10'000);  // for the keeper: what is stored meanwhile takes the room beside it
-      if (stored) return;
-    }
-    ADD_FAILURE() << "prompt " << prompt << " was not stored";
+    until_stored(
+        [&] { return store_chunks(depot, ++job_, ns_, keys(prompt), 0, kChunks).items_ok == kChunks; });
+    usleep(10'000);  // for the keeper: what is stored meanwhile takes the room beside it
   }
   uint32_t load(Depot& depot, uint32_t prompt, size_t chunks) {
     const auto plan = plan_chunks(depot, ns_, keys(prompt), want_of(small_shape()), 0, chunks, 0);

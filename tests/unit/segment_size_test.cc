@@ -88,10 +88,7 @@ TEST_F(SegmentSize, SegmentsOfEarlierSizesAreServedRecoveredAndReplaced) {
   // Four times the capacity passes through; segments of both sizes make room for each other.
   for (uint32_t prompt = 2; prompt < 130; ++prompt) {
     const auto more = prompt_keys(ns_, prompt, 16);
-    for (int attempt = 0; attempt < 100; ++attempt) {
-      if (store_chunks(*depot, job++, ns_, more, 0, 16).items_ok == 16) break;
-      usleep(10'000);
-    }
+    store_until_all_are(*depot, job, ns_, more, 0, 16);
     ASSERT_EQ(depot->longest_prefix(more, std::vector{want}), 16u) << prompt;
     ASSERT_LE(depot->stats().roots[0].used_bytes, 16 * kMiB);
   }

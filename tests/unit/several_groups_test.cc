@@ -37,13 +37,11 @@ class SeveralGroups : public TransfersOn {
       plan.ns = ns_;
       plan.items.push_back({keys_[i], static_cast<uint32_t>(i), group,
                             iota_blocks(static_cast<int32_t>(i * kBlocksPerChunk), kBlocksPerChunk)});
-      for (int attempt = 0; attempt < 100; ++attempt) {
+      until_stored([&] {
         const uint64_t job = ++next_job_;
-        ASSERT_TRUE(depot.submit_store(job, plan));
-        if (wait_for(depot, job).items_ok == 1) break;
-        ASSERT_LT(attempt, 99) << "never stored";
-        usleep(20'000);
-      }
+        EXPECT_TRUE(depot.submit_store(job, plan));
+        return wait_for(depot, job).items_ok == 1;
+      });
     }
   }
   void fill() {

@@ -28,16 +28,7 @@ class TiersTest : public ::testing::Test {
     options.eviction_grace_ms = 0;
     return options;
   }
-  std::unique_ptr<Depot> open(const Options& with) {
-    auto depot = Depot::open(with);
-    if (!depot) {
-      ADD_FAILURE() << depot.error().message;
-      std::abort();
-    }
-    ns_ = *(*depot)->register_namespace(R"({"model":"m"})");
-    EXPECT_TRUE((*depot)->attach(cache_.paged()));
-    return std::move(*depot);
-  }
+  std::unique_ptr<Depot> open(const Options& with) { return open_attached(with, ns_, cache_); }
   static size_t files(const std::string& directory) {
     return static_cast<size_t>(std::distance(std::filesystem::directory_iterator(directory), {}));
   }
@@ -81,7 +72,7 @@ TEST_F(TiersTest, AfterMemoryIsLostTheDiskServesWhatWasDemoted) {
       cache_.fill(prompt);
       store_until_all_are(*depot, job, ns_, prompt_keys(ns_, prompt, 8), 0, 8);
     }
-    for (int i = 0; i < 100 && depot->stats().roots[0].demoted_segments == 0; ++i) usleep(100'000);
+    for (int i = 0; i < 300 && depot->stats().roots[0].demoted_segments == 0; ++i) usleep(100'000);
     EXPECT_GT(depot->stats().roots[0].demoted_segments, 0u);
   }
   std::filesystem::remove_all(memory_.path() + "/root");  // a reboot
@@ -99,7 +90,7 @@ TEST_F(TiersTest, ADamagedCopyInMemoryFallsBackToTheDisk) {
     cache_.fill(prompt);
     store_until_all_are(*depot, job, ns_, prompt_keys(ns_, prompt, 8), 0, 8);
   }
-  for (int i = 0; i < 100 && depot->stats().roots[0].demoted_segments == 0; ++i) usleep(100'000);
+  for (int i = 0; i < 300 && depot->stats().roots[0].demoted_segments == 0; ++i) usleep(100'000);
   for (const auto& entry : std::filesystem::directory_iterator(memory_.path() + "/root/segments")) {
     std::fstream file(entry.path(), std::ios::in | std::ios::out | std::ios::binary);
     file.seekp(4096 + 77);

@@ -35,7 +35,7 @@ class Tools : public ::testing::Test {
     cache.fill(1);
     EXPECT_TRUE((*depot)->attach(cache.paged()));
     EXPECT_EQ(store_chunks(**depot, 1, ns_, prompt_keys(ns_, 1, kChunks), 0, kChunks).items_ok, kChunks);
-    EXPECT_TRUE((*depot)->flush(10s));
+    EXPECT_TRUE((*depot)->flush(60s));
   }
 
   std::vector<StoredExtent> extents() const {

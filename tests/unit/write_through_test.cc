@@ -26,16 +26,7 @@ class WriteThroughTest : public ::testing::Test {
     options_.poll_ms = 20;
     options_.free_space_reserve = 0;
   }
-  std::unique_ptr<Depot> open() {
-    auto depot = Depot::open(options_);
-    if (!depot) {
-      ADD_FAILURE() << depot.error().message;
-      std::abort();
-    }
-    ns_ = *(*depot)->register_namespace(R"({"model":"m"})");
-    EXPECT_TRUE((*depot)->attach(cache_.paged()));
-    return std::move(*depot);
-  }
+  std::unique_ptr<Depot> open() { return open_attached(options_, ns_, cache_); }
   std::vector<Key> keys(uint32_t prompt) const { return prompt_keys(ns_, prompt, kChunks); }
   uint32_t store(Depot& depot, uint32_t prompt, size_t chunks = kChunks) {
     cache_.fill(prompt);
@@ -138,7 +129,7 @@ TEST_F(WriteThroughTest, ACopyThatStoresPassedThroughToIsBroughtToItsEnd) {
   {
     auto depot = open();
     for (uint32_t prompt = 1; prompt < 4; ++prompt) ASSERT_EQ(store(*depot, prompt), kChunks);
-    for (int i = 0; i < 100 && depot->stats().roots[0].demoted_segments == 0; ++i) usleep(100'000);
+    for (int i = 0; i < 300 && depot->stats().roots[0].demoted_segments == 0; ++i) usleep(100'000);
     EXPECT_GT(depot->stats().roots[0].demoted_segments, 0u);
   }
   lose_memory();
@@ -205,7 +196,7 @@ TEST_F(WriteThroughTest, StoresAreDroppedBeforeTheLagExceedsItsBound) {
   EXPECT_EQ(depot->stats().roots[0].evicted_segments, 0u) << "and nothing is given up for them";
   EXPECT_GT(depot->stats().drops.no_space, 0u);
   mend_disk();
-  for (int i = 0; i < 100 && store(*depot, 30) < kChunks; ++i) usleep(50'000);
+  until_stored([&] { return store(*depot, 30) == kChunks; });
   EXPECT_EQ(found(*depot, 30), kChunks) << "and they go on when the copies do";
   EXPECT_GT(depot->stats().roots[0].demoted_segments, 0u);
 }

@@ -93,11 +93,18 @@ Result<File> RootWriter::make_file(KeeperLock& keeper, const SegmentFileName& na
     keeper.renew();
     condemned_files_.see(inventory_, segments_, root_.index());
     const uint64_t used = inventory_.bytes();
-    const auto system = file_system_of(root_.path());
-    if (!system) return std::unexpected(system.error());
     const bool capacity_is_short = bytes > root_.capacity() || used > root_.capacity() - bytes;
-    bool medium_is_short =
-        bytes > system->available_bytes || free_space_reserve_ > system->available_bytes - bytes;
+    // A full root takes what may go without asking its file system, which costs a round trip where it is
+    // shared.
+    auto leaving = capacity_is_short ? take_condemned(bytes, false) : std::nullopt;
+    uint64_t available = 0;
+    bool medium_is_short = false;
+    if (!leaving) {
+      const auto system = file_system_of(root_.path());
+      if (!system) return std::unexpected(system.error());
+      available = system->available_bytes;
+      medium_is_short = bytes > available || free_space_reserve_ > available - bytes;
+    }
     if (!capacity_is_short && !medium_is_short) {
       if (auto told = inventory_.will_be(keeper, name, bytes); !told) return std::unexpected(told.error());
       auto file =
@@ -117,7 +124,7 @@ Result<File> RootWriter::make_file(KeeperLock& keeper, const SegmentFileName& na
       medium_is_short = true;
     }
     // Others have filled the medium: that waits for no grace.
-    auto leaving = take_condemned(bytes, medium_is_short);
+    if (!leaving && medium_is_short) leaving = take_condemned(bytes, true);
     if (!leaving) {
       const uint64_t waiting = condemned_files_.bytes();
       if (waiting < bytes_to_condemn(bytes)) {
@@ -155,7 +162,7 @@ Result<File> RootWriter::make_file(KeeperLock& keeper, const SegmentFileName& na
       if (capacity_is_short) continue;
       // Whoever has the file open or mapped keeps its space for a while; to go on would evict the whole root.
       const auto now = file_system_of(root_.path());
-      if (now && now->available_bytes <= system->available_bytes) {
+      if (now && now->available_bytes <= available) {
         return fail(ErrorKind::busy, "root \"{}\": the space of an evicted segment is not free yet",
                     root_.path());
       }

@@ -561,6 +561,7 @@ DepotStats OpenDepot::stats() const {
         root.promoted_bytes = promotion_->bytes();
         root.rewritten_extents = rewriting_->extents();
         root.rewritten_bytes = rewriting_->bytes();
+        root.written_bytes += root.promoted_bytes + root.rewritten_bytes;
       }
     }
     root.evicted_bytes = tier.replay->evicted();

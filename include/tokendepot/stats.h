@@ -105,7 +105,7 @@ struct RootStats {
   uint64_t rewritten_extents = 0;  // carried on into this root when their segment was evicted
   uint64_t rewritten_bytes = 0;
   EvictedBytes evicted_bytes;  // by this process; `manual` by anybody
-  uint64_t written_bytes = 0;  // by this process: stores, copies of demoted segments, journal records
+  uint64_t written_bytes = 0;  // by this process: stores, all kinds of copies, journal records
   RootTraffic loaded;
   RootTraffic stored;
   uint64_t timed_out_loads = 0;    // had not come by their deadline

@@ -11,7 +11,7 @@ namespace tokendepot {
 
 uint64_t Rewriting::budget(const RootWriter& target) const {
   const uint64_t allowed = target.stored_bytes() / 100 * percent_;
-  return allowed - std::min(allowed, bytes_.load());
+  return allowed - std::min(allowed, bytes_ + target.written_bytes());
 }
 
 void Rewriting::carry_on(const Promotion::Tier& from, uint32_t slot, RootWriter& target,

@@ -10,8 +10,8 @@
 namespace tokendepot {
 
 /// Extents that were loaded since they were stored go into the segment that is being filled, hottest first,
-/// verified like a load. Never more than `percent` of the bytes stored by this process, so the write
-/// amplification is at most 1 + percent / 100.
+/// verified like a load. Never more than `percent` of the bytes stored by this process, journal records and
+/// copies of demoted segments counted, so the write amplification is at most 1 + percent / 100.
 class Rewriting {
  public:
   Rewriting(uint32_t percent, const ExtentUse& use, SegmentTable& segments, const Clock& clock)

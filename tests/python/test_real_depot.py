@@ -110,3 +110,23 @@ def test_roots_without_room_are_refused_in_words(tmp_path):
     with pytest.raises(RootError, match="expected a directory that can be made: No such file or directory"):
         both(trace, [(tmp_path / "a/b/c", 16 << 20)])
     assert list(tmp_path.iterdir()) == []
+
+
+# The bound of the project's brief for what a depot writes beyond what stores bring, on the two traces.
+@pytest.mark.parametrize(("name", "requests"), [("synthetic", 400), ("conversation", 1200)])
+@pytest.mark.parametrize("rewrite_percent", [0, 10])
+def test_a_depot_writes_a_tenth_more_than_stores_bring_at_most(memory_root, name, requests, rewrite_percent):
+    trace = read_trace([str(TRACES / f"{name}_trace.jsonl.gz")], limit=requests)
+    geometry = Geometry.of_bytes(64 << 10)
+    capacity = int(trace.unique_blocks * 0.1) * geometry.extent_bytes
+    depot = RealDepot([(str(memory_root), capacity)], None, geometry, False, rewrite_percent)
+    played = RealOutcome()
+    try:
+        depot.play(trace, played, None, lambda requests: None)
+    finally:
+        depot.close()
+    root = played.stats["roots"][0]
+    assert root["evicted_segments"] > 10
+    assert (root["rewritten_bytes"] > 0) == (rewrite_percent > 0)
+    assert 1.0 < played.write_amplification <= 1.1
+    assert root["written_bytes"] >= played.stats["store"]["bytes"] + root["rewritten_bytes"]

@@ -249,7 +249,7 @@ class Outcome:
 
     @property
     def writes_per_unique(self) -> float:
-        """Write amplification: blocks written, copies to lower tiers included, for each different block that was stored."""
+        """Blocks written, copies to lower tiers included, for each different block: what is evicted and wanted again is written again."""
         return (self.stored + self.copied) / self.unique_stored if self.unique_stored else 0.0
 
 

@@ -59,6 +59,13 @@ class RealOutcome(Outcome):
     failures: dict[str, int] = field(default_factory=dict)
     stats: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def write_amplification(self) -> float:
+        """Bytes written into all roots for each byte that stores brought: journal records, extents carried on when their
+        segment is evicted, and copies to the next root are in it."""
+        written = sum(root["written_bytes"] for root in self.stats["roots"])
+        return written / self.stats["store"]["bytes"] if self.stats["store"]["bytes"] else 0.0
+
 
 class RealDepot:
     """An empty depot in directories of its own, which are emptied at the end.
@@ -69,9 +76,18 @@ class RealDepot:
     """
 
     def __init__(
-        self, roots: Sequence[tuple[str, int]], segment_bytes: int | None, geometry: Geometry, keep: bool
+        self,
+        roots: Sequence[tuple[str, int]],
+        segment_bytes: int | None,
+        geometry: Geometry,
+        keep: bool,
+        rewrite_percent: int = 0,
     ) -> None:
-        """roots: (directory, capacity in bytes), fastest first. keep: the directories stay as they are at the end."""
+        """
+        roots: (directory, capacity in bytes), fastest first.
+        keep: the directories stay as they are at the end.
+        rewrite_percent: the depot's option of that name.
+        """
         self._geometry = geometry
         self._keep = keep
         self._roots = [(os.path.abspath(path), capacity) for path, capacity in roots]
@@ -92,6 +108,7 @@ class RealDepot:
         try:
             # The models know neither time nor other processes, so no grace for what others were promised.
             config = {"roots": described, "slab": staging, "store_queue": staging, "eviction_grace_ms": 0}
+            config["rewrite_percent"] = rewrite_percent
             self._depot = _core.Depot.open(json.dumps(config))
             manifest = {"model": "replay of a trace", "geometry": vars(geometry)}
             self._namespace = self._depot.register_namespace(json.dumps(manifest))

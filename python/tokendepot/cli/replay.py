@@ -128,6 +128,9 @@ def replay(
         float | None,
         typer.Option(min=1e-6, show_default="as fast as it goes", help="With --root: 1 = at the trace's own times."),
     ] = None,
+    rewrite_percent: Annotated[
+        int, typer.Option(min=0, max=10, help="With --root: the depot's option of that name.")
+    ] = 0,
     keep: Annotated[bool, typer.Option("--keep", help="With --root: leave the depot there.")] = False,
     chunk_tokens: ChunkTokens = None,
     requests: Requests = None,
@@ -144,7 +147,7 @@ def replay(
     asked, roots = capacity or ["10%"], root or []
     if roots and len(roots) != len(asked):
         raise _refuse("--capacity", f"expected one for each of the {len(roots)} roots, got {len(asked)}")
-    for option, given in (("--speed", speed is not None), ("--keep", keep)):
+    for option, given in (("--speed", speed is not None), ("--rewrite-percent", rewrite_percent > 0), ("--keep", keep)):
         if given and not roots:
             raise _refuse(option, "expected a --root with it")
     shape = _shape(model, dtype)
@@ -160,7 +163,8 @@ def replay(
     interrupted = False
     try:
         if roots:
-            _play_really(trace, list(zip(roots, capacities, strict=True)), segment_bytes, geometry, speed, keep, outcomes)
+            tiers = list(zip(roots, capacities, strict=True))
+            _play_really(trace, tiers, segment_bytes, geometry, speed, rewrite_percent, keep, outcomes)
         with show.progress_of_count("playing", len(trace.requests) * len(caches)) as advance:
             for name, cache in caches.items():
                 outcomes[name] = Outcome()
@@ -210,6 +214,7 @@ def _play_really(
     segment_bytes: int | None,
     geometry: Geometry,
     speed: float | None,
+    rewrite_percent: int,
     keep: bool,
     outcomes: dict[str, Outcome],
 ) -> None:
@@ -219,7 +224,7 @@ def _play_really(
         raise _missing(error) from None
 
     try:
-        depot = RealDepot(roots, segment_bytes, geometry, keep)
+        depot = RealDepot(roots, segment_bytes, geometry, keep, rewrite_percent)
         try:
             outcome = outcomes["depot (real)"] = RealOutcome()
             with show.progress_of_count("storing and loading", len(trace.requests)) as advance:

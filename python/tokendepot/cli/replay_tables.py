@@ -139,6 +139,7 @@ def _measured(outcome: RealOutcome) -> dict[str, Any]:
     return {
         "read_bytes": load["bytes"],
         "written_bytes": store["bytes"],
+        "write_amplification": outcome.write_amplification,
         "evicted_segments": sum(root["evicted_segments"] for root in outcome.stats["roots"]),
         "demoted_segments": sum(root["demoted_segments"] for root in outcome.stats["roots"]),
         "promoted_bytes": sum(root["promoted_bytes"] for root in outcome.stats["roots"]),
@@ -168,7 +169,9 @@ def _say_measured(outcome: RealOutcome) -> None:
                 f"  {what} of a prompt: p50 {each['p50']:.3f} ms, p99 {each['p99']:.3f} ms, most {each['p100']:.3f} ms{rate}"
             )
     if found["store_gb_per_s"] is not None:
-        show.say(f"  stores: {found['store_gb_per_s']:.2f} GB/s")
+        show.say(
+            f"  stores: {found['store_gb_per_s']:.2f} GB/s, {found['write_amplification']:.3f} bytes written for each byte stored"
+        )
     show.say(
         f"  {show.number(found['evicted_segments'], 'segment')} evicted, {found['demoted_segments']:,} copied down, "
         f"{show.size(found['promoted_bytes'])} promoted, {show.size(found['rewritten_bytes'])} rewritten; "

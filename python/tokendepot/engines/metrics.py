@@ -127,7 +127,7 @@ ROOT_METRICS = {
     ),
     "written_bytes": (
         "tokendepot_root_written_bytes",
-        "Bytes that engines wrote into a root: stores, copies of demoted segments, journal records.",
+        "Bytes that engines wrote into a root: stores, copies, rewritten extents, journal records.",
         (),
     ),
     "evicted_bytes": ("tokendepot_root_evicted_bytes", "Bytes of extents that went from a root, by cause.", ("cause",)),

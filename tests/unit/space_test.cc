@@ -34,7 +34,7 @@ TEST_P(SpaceOn, AfterAnyOperationsTheUsedBytesAreThoseOfTheFiles) {
   auto depot = open(small);
   ASSERT_TRUE(depot->attach(cache_.paged()));
   std::mt19937 random(20261127);
-  const auto below = [&](uint32_t n) { return random() % n; };
+  const auto below = [&](uint32_t n) { return static_cast<uint32_t>(random() % n); };
   const auto check_at_rest = [&] {
     // At rest for a moment: the keeper makes the next segment ready, and what is evicted goes after its
     // grace.

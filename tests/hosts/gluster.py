@@ -2,7 +2,7 @@
 """Two hosts on one GlusterFS volume: what is stored, seen, lost and waited for when hosts, bricks and links fail.
 
 usage: tests/hosts/gluster.py [--short] [--dir DIR] [--python PYTHON] [--keep-logs]
-   --short      leaves out what waits for time-outs of GlusterFS (bricks that stop answering, a link that is cut)
+   --short      leaves out bricks that stop answering and a link that is cut, which wait for time-outs of GlusterFS
    --dir        where the bricks are made; removed again (default: the temporary directory)
    --python     the Python that has tokendepot (default: the one that runs this)
    --keep-logs  leaves the directory
@@ -29,20 +29,26 @@ import threading
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "python"))
+
+from metadata import A_CHUNK, strace_works, traced  # noqa: E402 found by the line above
+
 TOOLS = ("glusterd", "gluster", "glusterfs", "glusterfsd", "ip", "unshare", "nsenter")
 PING_TIMEOUT_S = 14  # GlusterFS's own default is 42: operations on a brick that is gone hang for so long
+LOCKS_FREE_S = 5  # of a host that has gone: when its server gives up a connection that says nothing
 OPTIONS = {
     "network.ping-timeout": PING_TIMEOUT_S,
-    # How soon the server frees the locks of a host that has gone: 2 + 3 x 1 s.
+    "server.tcp-user-timeout": LOCKS_FREE_S,
+    # When and how often it asks where nothing is under way; how often in vain, server.keepalive-count, does not count beside the above.
     "server.keepalive-time": 2,
     "server.keepalive-interval": 1,
-    "server.keepalive-count": 3,
 }
 CLOSE_S = 12.0  # the depot's patience is 10
 LOAD_TIMEOUT_S = 3.0
 GRACE_S = 5.0  # for a busy machine; what hangs takes as long as GlusterFS or for ever
 CHUNKS = 8  # of a prompt, as in host.py
 SERVER = "10.77.0.1"
+GLUSTERD_PORT = 24007
 HOSTS = {"a": "10.77.0.2", "b": "10.77.0.3"}
 
 
@@ -121,14 +127,22 @@ class Volume:
 
     def mount(self, host):
         self.at(host).mkdir(exist_ok=True)
+        self.until(lambda: self.reaches_the_server(host))  # the client ends when its first connection fails
         client = ["glusterfs", "-N", f"--volfile-server={SERVER}", "--volfile-id=depot", str(self.at(host))]
         self.clients[host] = subprocess.Popen(
             ["nsenter", f"--net=/run/netns/{host}", *client], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         self.until(lambda: os.path.ismount(self.at(host)))
 
+    @staticmethod
+    def reaches_the_server(host):
+        connect = f"import socket; socket.create_connection(('{SERVER}', {GLUSTERD_PORT}), 1)"
+        command = ["nsenter", f"--net=/run/netns/{host}", sys.executable, "-c", connect]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
     def kill_host(self, host):
-        """The client process goes without a word, as the whole machine would."""
+        """The client process goes without a word, as the whole machine would: its kernel cannot close the connections."""
+        self.link(host, "down")
         self.clients[host].kill()
         self.clients[host].wait()
         subprocess.run(["umount", "-l", str(self.at(host))], capture_output=True)
@@ -324,6 +338,15 @@ class Trials:
         for process in processes:
             process.kill()
 
+    def metadata(self):
+        """What one client asks of the volume, as tests/python/test_metadata_operations.py has it of a disk."""
+        if not strace_works():
+            print("metadata operations: not here, strace is missing or ptrace is forbidden")
+            return
+        _, phases = traced(self.volume.at("a") / "traced", self.volume.base / "trace", python=self.python)
+        for doing, phase in zip(("stored", "loaded"), phases, strict=True):
+            self.table.row(f"metadata operations while one client {doing}", phase.a_chunk <= A_CHUNK, str(phase))
+
     def process_killed(self):
         prompts = self.fresh(200)
         self.a.send("store", prompts=prompts)
@@ -442,13 +465,29 @@ class Trials:
         self.all_exact("host a loads everything", self.restart("a"))
 
     def host_killed(self):
-        prompts = self.fresh(200)
-        self.a.send("store", prompts=prompts)
+        """At the worst moment: while it stores, and while its keeper has the lock without which nobody makes segments."""
+        held = self.a.ask("hold_keeper_lock")
+        self.a.send("store", prompts=self.fresh(200))
         time.sleep(0.7)
+        begin = time.monotonic()
         self.volume.kill_host("a")
         self.a.kill()
-        chunks, _ = self.store(self.b, 10)
-        self.table.row("host a dies while it stores: host b stores", chunks == 10 * CHUNKS, f"{chunks} chunks")
+        chunks, _ = self.store(self.b, 2)
+        self.table.row("host a dies silently while it stores: host b stores", chunks == 2 * CHUNKS, f"{chunks} chunks")
+        segments = self.b.ask("stats")["stats"]["roots"][0]["segments"]
+        wanted = segments + 3  # the one that is filled, a next one that was ready, and one that needed the lock
+        took = 0.0
+        while segments < wanted and took < 10 * LOCKS_FREE_S:
+            prompts = self.fresh(4)
+            self.note(prompts, self.b.ask("store_all", prompts=prompts))
+            segments = self.b.ask("stats")["stats"]["roots"][0]["segments"]
+            took = time.monotonic() - begin
+        self.table.row(
+            "host b takes over the keeper's lock that it held",
+            held is not None and segments >= wanted and took < LOCKS_FREE_S + GRACE_S,
+            f"makes segments again after {took:.1f} s of {LOCKS_FREE_S} s, on a busy machine {LOCKS_FREE_S + GRACE_S:.0f} s",
+        )
+        self.volume.link("a", "up")
         self.volume.mount("a")
         begin = time.monotonic()
         self.a = self.open("a")
@@ -472,6 +511,7 @@ def inside(arguments):
         trials.seen()
         trials.all_exact("each loads what the other stored", trials.a)
         trials.capacity_holds()
+        trials.metadata()
         trials.process_killed()
         trials.brick_killed()
         if not arguments.short:

@@ -7,9 +7,11 @@
 
 #include <fstream>
 #include <map>
+#include <set>
 #include <thread>
 
 #include "depot_fixture.h"
+#include "forked_child.h"
 
 namespace tokendepot::testing {
 namespace {
@@ -329,6 +331,54 @@ TEST_P(DepotOn, AfterForkTheChildAnswersClosedAndTheParentGoesOn) {
   waitpid(child, &status, 0);
   EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
   EXPECT_EQ(store_chunks(*depot, 1, ns_, keys, 0, 2).items_ok, 2u);
+}
+
+// E8. The children are born while threads of the parent hold locks that nobody will ever release in them.
+TEST_P(DepotOn, AfterForkWithStoresUnderWayNoChildHangsAndTheParentLosesNothing) {
+  constexpr uint32_t kRounds = 200;
+  constexpr size_t kChunks = 2;      // a round; together they leave room for what is evicted ahead
+  constexpr unsigned kPatience = 5;  // seconds, then the child is killed
+  auto depot = open();
+  ASSERT_TRUE(depot->attach(cache_.paged()));
+  cache_.fill(10);
+  const HostCache expected = cache_;
+  for (uint32_t round = 0; round < kRounds; ++round) {
+    const auto keys = prompt_keys(ns_, round, kChunks);
+    StorePlan plan;
+    plan.ns = ns_;
+    for (uint32_t i = 0; i < kChunks; ++i)
+      plan.items.push_back({keys[i], i, 0, iota_blocks(static_cast<int32_t>(i * 4), 4)});
+    ASSERT_TRUE(depot->submit_store(round, plan));
+    const int code = exit_code_of_child([&] {
+      alarm(kPatience);
+      const auto refused = depot->submit_store(kRounds, plan);
+      if (refused || refused.error().kind != ErrorKind::closed) return 1;
+      if (!depot->flush(60s) || !depot->poll().empty()) return 2;
+      if (depot->longest_prefix(keys, std::vector{want_of(small_shape())}) > 0) return 3;
+      depot.reset();
+      return 0;
+    });
+    ASSERT_EQ(code, 0) << "round " << round;
+  }
+  ASSERT_TRUE(depot->flush(60s));
+  std::set<uint64_t> acknowledged;
+  for (const Completion& done : depot->poll()) {
+    if (done.items_ok == kChunks) acknowledged.insert(done.job);
+  }
+  EXPECT_GT(acknowledged.size(), kRounds / 2) << "others may have been dropped for want of a segment in time";
+  depot.reset();
+  depot = open();
+  ASSERT_TRUE(depot->attach(cache_.paged()));
+  for (const uint64_t job : acknowledged) {
+    cache_.clear();
+    const auto keys = prompt_keys(ns_, static_cast<uint32_t>(job), kChunks);
+    const auto plan = plan_chunks(*depot, ns_, keys, want_of(small_shape()), 0, kChunks, 0);
+    ASSERT_TRUE(plan) << plan.error().message;
+    ASSERT_TRUE(depot->submit_load(job, *plan));
+    ASSERT_EQ(wait_for(*depot, job).items_ok, kChunks);
+    for (int32_t b = 0; b < static_cast<int32_t>(kChunks * kBlocksPerChunk); ++b)
+      ASSERT_EQ(cache_.block(b), expected.block(b)) << "prompt " << job;
+  }
 }
 
 TEST_P(DepotOn, ADirectoryThatHoldsSomethingElseIsRefusedByName) {

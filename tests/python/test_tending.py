@@ -74,6 +74,15 @@ def test_a_pinned_prompt_outlives_stores_that_fill_the_root_many_times(memory_ro
     assert run_json("unpin", memory_root, "--namespace", namespace.hex(), "--prompt", prompt)["removed"] == 1
 
 
+def test_a_prompt_cannot_be_pinned_in_a_namespace_of_lmcache(memory_root, tmp_path):
+    namespace, _, _ = filled_root(memory_root, chunks=1, manifest='{"engine":"lmcache","model":"m"}')
+    prompt = tmp_path / "prompt.json"
+    prompt.write_text(json.dumps(range_of(0, CHUNK_TOKENS)))
+    result = run("pin", memory_root, "--namespace", namespace.hex(), "--prompt", prompt, "--capacity", "16MiB")
+    assert result.returncode == 2 and "cannot be made" in result.stderr
+    assert not (memory_root / "policies").exists()
+
+
 def test_a_pin_beyond_half_of_the_capacity_is_refused_with_the_figures_and_changes_nothing(memory_root):
     namespace, _, _ = filled_root(memory_root, chunks=60)
     result = run("pin", memory_root, "--namespace", namespace.hex(), "--capacity", "3MiB")

@@ -339,6 +339,9 @@ def test_wrong_usage_of_import_ends_with_2_and_changes_nothing(site, tmp_path):
     assert "no export file" in refused("import", "/etc/hostname", tmp_path / "missing", *capacity, "--create")
     assert "--capacity" in refused("import", file, tmp_path / "missing", "--create")
     assert "8G" in refused("import", file, tmp_path / "missing", "--create", "--capacity", "8G")
+    for capacity_refused, said in (("100TiB", "larger than its file system"), ("2MiB", "fewer than 3 segments")):
+        assert said in refused("import", file, tmp_path / "missing", "--create", "--capacity", capacity_refused)
+        assert not (tmp_path / "missing").exists()
     assert "cannot be read" in refused("import", "/nonexistent", tmp_path / "missing", *capacity)
     assert "directory" in refused("import", tmp_path, site[0], *capacity)
     future = bytearray(file.read_bytes())

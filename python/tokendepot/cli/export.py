@@ -233,7 +233,12 @@ def import_command(
     _core.log_warnings_only()
     with _source(source) as (fd, total):
         began = time.monotonic()
-        importer = _core.Importer.begin(fd, root, capacity, create, free_space_reserve)
+        try:
+            importer = _core.Importer.begin(fd, root, capacity, create, free_space_reserve)
+        except _core.DepotError as error:
+            if error.kind in ("invalid_argument", "unsupported") and root not in str(error):
+                raise _refuse(f"{source!r}: {error}") from None
+            raise
         done = importer.report()["file_bytes"]
         try:
             with show.progress_of_bytes("importing", total or importer.report()["planned_bytes"]) as advance:

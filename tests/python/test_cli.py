@@ -124,7 +124,7 @@ def test_damaged_files_are_named_whole_with_what_is_wrong_at_80_columns(memory_r
     shown = "".join(result.stdout.split())
     if command == "stat":
         reason = tokendepot.inspect_policies(str(memory_root))["damage"]
-        assert re.search(r"^policies\b", result.stdout, re.MULTILINE)
+        assert re.search(r"^ *policies\b", result.stdout, re.MULTILINE)
         assert all(word in shown for word in reason.split())
     for line in result.stdout.splitlines():
         assert "\u2026" not in line

@@ -98,7 +98,7 @@ def test_values_of_rules_are_told_to_programs_with_their_units(memory_root):
     assert run_json("quota", memory_root, "1MiB", "--namespace", namespace)["quota_bytes"] == 1 << 20
     forever = run_json("pin", memory_root, "--namespace", namespace, "--capacity", "16MiB")
     assert forever["until"] is None
-    ends = datetime.fromisoformat(run_json("pin", memory_root, "--namespace", namespace, "--for", "8h")["until"])
+    ends = datetime.fromisoformat(run_json("pin", memory_root, "--namespace", namespace, "--for", "8h", "--capacity", "16MiB")["until"])
     assert 0 < ends.timestamp() - time.time() <= 8 * 3600
     known = {rule["kind"]: rule for rule in run_json("stat", memory_root)["roots"][0]["tending"]["rules"]}
     assert (known["ttl"]["ttl_seconds"], known["quota"]["quota_bytes"]) == (36 * 3600, 1 << 20)

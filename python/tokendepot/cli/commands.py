@@ -93,6 +93,10 @@ def _show_root(root: dict[str, Any]) -> None:
         sealed = [s for s in root["segments"] if s["sealed"]]
         coldest = min((s["last_used"] for s in sealed), default=0.0)
         show.say(f"  {len(sealed)} sealed" + (f", the coldest used {show.age(coldest)}" if sealed else ""))
+    tended = root["tending"]
+    if tended["scrub_finished"]:
+        found = show.number(tended["scrub_finished_bad"], "extent")
+        show.say(f"  last scrubbed {show.age(tended['scrub_finished'])}: {found} condemned")
     show.say()
     if root["namespaces"]:
         rows = [
@@ -100,10 +104,6 @@ def _show_root(root: dict[str, Any]) -> None:
             for n in root["namespaces"]
         ]
         show.table("Namespaces", ("digest", "model", ">extents", ">bytes"), rows, wide=1)
-    tended = root["tending"]
-    if tended["scrub_finished"]:
-        found = show.number(tended["scrub_finished_bad"], "extent")
-        show.say(f"  last scrubbed {show.age(tended['scrub_finished'])}: {found} condemned")
     if tended["rules"]:
         show.table("Policies", tending.COLUMNS, tending.rows_of(tended["rules"]))
     if root["differences"]:

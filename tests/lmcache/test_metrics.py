@@ -191,6 +191,17 @@ def test_objects_that_are_looked_up_and_found_are_counted_also_without_a_depot(m
         assert grown(lambda: storage.found([key(1)])) == [1, 0]
 
 
+def test_the_log_of_the_start_names_every_option_and_where_its_value_is_from(
+    memory_root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "tokendepot.lmcache"):
+        DepotConnector(roots=[f"{memory_root}?capacity=64MiB"], load_timeout=7, on_error="fail").close()
+    (line,) = [text for text in caplog.messages if "options given" in text]
+    given, by_default = line.split("by default: ")
+    assert "load_timeout=7" in given and "roots[0].capacity=67108864" in given and 'on_error="fail"' in given
+    assert f"store_queue={1 << 40}" in by_default and "namespace={}" in by_default
+
+
 def test_a_forked_child_shows_nothing_of_its_parents_depots(memory_root: Path) -> None:
     with Storage(spec([f"{memory_root}?capacity=64MiB"])) as storage:
         assert storage.store([key(1)], [memory(MIB, 1)])

@@ -117,8 +117,8 @@ enum class KeyHistory : uint8_t {
 class Depot {
  public:
   /// Opens (and where needed creates) every root, replays the journals and starts the background work.
-  /// Errors: invalid_argument (option or a root that holds something else), permission, no_space (capacity
-  /// larger than the file system, device slab larger than the free device memory), unsupported (format
+  /// Errors: invalid_argument (option, capacity larger than the file system, or a root that holds something
+  /// else), permission, no_space (device slab larger than the free device memory), unsupported (format
   /// version, no such device). Nothing is left behind on failure but empty directories.
   static Result<std::unique_ptr<Depot>> open(const Options& options);
 

@@ -24,12 +24,6 @@ struct CloseDirectory {
   void operator()(DIR* directory) const { ::closedir(directory); }
 };
 
-std::string parent_of(const std::string& path) {
-  const size_t slash = path.rfind('/');
-  if (slash == std::string::npos) return ".";
-  return slash == 0 ? "/" : path.substr(0, slash);
-}
-
 struct KnownFileSystem {
   uint32_t magic;
   const char* type;
@@ -94,6 +88,14 @@ Result<std::vector<DirectoryEntry>> list_directory(
     const bool regular = S_ISREG(info.st_mode);
     entries.push_back({found->d_name, regular ? static_cast<uint64_t>(info.st_size) : 0, regular});
   }
+}
+
+std::string parent_of(const std::string& path) {
+  const size_t end = path.find_last_not_of('/');
+  if (end == std::string::npos) return path.empty() ? "." : "/";
+  const size_t slash = path.rfind('/', end);
+  if (slash == std::string::npos) return ".";
+  return slash == 0 ? "/" : path.substr(0, slash);
 }
 
 Status make_directory(const std::string& path) {

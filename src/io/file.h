@@ -77,6 +77,8 @@ struct DirectoryEntry {
 Result<std::vector<DirectoryEntry>> list_directory(
     const std::string& path,
     const std::function<std::optional<uint64_t>(const std::string& name)>& known_bytes = {});
+/// The directory that `path` is in, by its text alone: "." for a name without one, "/" for "/".
+std::string parent_of(const std::string& path);
 /// mkdir with mode 0700; fine when it exists as a directory; a link or another kind of file is
 /// invalid_argument.
 Status make_directory(const std::string& path);

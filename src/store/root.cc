@@ -215,13 +215,11 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
         "appends",
         options.path.substr(0, 64), options.path.size(), kMaxRootPathBytes);
   }
-  const bool missing = access(options.path.c_str(), F_OK) != 0;
-  if (missing && !options.read_only) {
-    if (auto made = make_directory(options.path); !made) return std::unexpected(made.error());
-  }
-  const auto system = file_system_of(options.path);
+  const bool make = !options.read_only && access(options.path.c_str(), F_OK) != 0;
+  // What is to be made is judged where it will be, so that a refusal leaves no directory behind.
+  const auto system = file_system_of(make ? parent_of(options.path) : options.path);
   if (!system) return std::unexpected(system.error());
-  root->writable_ = !options.read_only && !system->read_only && writable_directory(options.path);
+  root->writable_ = !options.read_only && !system->read_only && (make || writable_directory(options.path));
   root->network_ = system->network;
   root->election_ = std::make_unique<KeeperElection>(options.path + "/keeper.lock", KeeperElection::kStuckMs,
                                                      root->network_);
@@ -230,7 +228,7 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
         options.path, system->read_only ? "read-only file system" : "no permission");
   }
   if (options.capacity_bytes > system->total_bytes) {
-    return fail(ErrorKind::no_space,
+    return fail(ErrorKind::invalid_argument,
                 "root \"{}\": capacity={} is larger than its file system ({} bytes of {})", options.path,
                 options.capacity_bytes, system->total_bytes, system->type);
   }
@@ -248,6 +246,9 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
   }
   root->segment_bytes_ = align_up(wanted);
   root->base_segment_bytes_ = root->segment_bytes_;
+  if (make) {
+    if (auto made = make_directory(options.path); !made) return std::unexpected(made.error());
+  }
   if (auto marked = root->open_marker(); !marked) return std::unexpected(marked.error());
   if (auto chosen = root->choose_transport(*system, depot.io_depth); !chosen)
     return std::unexpected(chosen.error());

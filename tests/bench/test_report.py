@@ -332,5 +332,8 @@ def test_the_numbers_are_there_for_programs_too(report):
     code, output, _ = report(*runs, options=["--json", "--gpu-hour", "3.6"])
     numbers = json.loads(output[output.index("{") :])
     assert numbers["cells"][-1]["faster"] == pytest.approx(20.0)
+    times = numbers["cells"][-1]
+    assert times["p50_seconds"][0] / times["p50_seconds"][1] == pytest.approx(times["faster"])
+    assert times.keys() >= {"p99_seconds", "found_tokens_per_second"} and not times.keys() & {"p50", "p99", "found_per_s"}
     assert numbers["usage"][1]["saved_gpu_s"] == pytest.approx(43.85)
     assert numbers["metrics"] is None and numbers["refused"] == []

@@ -20,7 +20,7 @@ from storage import Storage, key, memory, spec, value
 
 from tokendepot.engines.lmcache import DepotConnector
 from tokendepot.engines.lmcache.metrics import StorageCollector, storages
-from tokendepot.engines.metrics import COUNTERS, GAUGE, LABELLED, OF_PROMPTS, ROOT_METRICS, readings
+from tokendepot.engines.metrics import COUNTERS, GAUGE, LABELLED, OF_OBJECTS, OF_PROMPTS, ROOT_METRICS, readings
 
 MIB = 1 << 20
 
@@ -127,6 +127,10 @@ def test_names_help_labels_and_buckets_are_those_under_vllm(memory_root: Path) -
             if not s.name.endswith("_created")
         }
 
+    of_objects = {COUNTERS[key][0] for key in OF_OBJECTS}
+    assert ours.keys() - theirs.keys() == of_objects
+    for name in of_objects:
+        del ours[name]
     assert len(ours) > 20
     for name, family in ours.items():
         assert (family.type, family.documentation) == (theirs[name].type, theirs[name].documentation)
@@ -169,6 +173,33 @@ def test_a_refused_depot_counts_as_switched_off(memory_root: Path) -> None:
     assert value(scraped(), "tokendepot_switched_off_total") == before + 1
     refused.close()
     assert value(scraped(), "tokendepot_switched_off_total") == before + 1
+
+
+def test_objects_that_are_looked_up_and_found_are_counted_also_without_a_depot(memory_root: Path) -> None:
+    names = ("tokendepot_queried_objects_total", "tokendepot_found_objects_total")
+
+    def grown(look_up: Callable[[], Any]) -> list[float]:
+        before = [value(scraped(), name) for name in names]
+        look_up()
+        return [value(scraped(), name) - old for name, old in zip(names, before, strict=True)]
+
+    with Storage(spec([f"{memory_root}?capacity=64MiB"])) as storage:
+        assert storage.store([key(1), key(2)], [memory(MIB, 1), memory(MIB, 2)])
+        assert grown(lambda: storage.found([key(1), key(2), key(9)])) == [3, 2]
+        assert grown(lambda: storage.load([key(1)], [memory(MIB)])) == [0, 0]
+    with Storage(spec(["/nonexistent/root?capacity=64MiB"])) as storage:
+        assert grown(lambda: storage.found([key(1)])) == [1, 0]
+
+
+def test_the_log_of_the_start_names_every_option_and_where_its_value_is_from(
+    memory_root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "tokendepot.lmcache"):
+        DepotConnector(roots=[f"{memory_root}?capacity=64MiB"], load_timeout=7, on_error="fail").close()
+    (line,) = [text for text in caplog.messages if "options given" in text]
+    given, by_default = line.split("by default: ")
+    assert "load_timeout=7" in given and "roots[0].capacity=67108864" in given and 'on_error="fail"' in given
+    assert f"store_queue={1 << 40}" in by_default and "namespace={}" in by_default
 
 
 def test_a_forked_child_shows_nothing_of_its_parents_depots(memory_root: Path) -> None:

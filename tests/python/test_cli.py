@@ -52,6 +52,18 @@ def test_the_console_script_is_installed():
     assert subprocess.run([script, "version"], capture_output=True, timeout=60).returncode == 0
 
 
+def test_the_package_runs_as_a_module_and_tells_its_version_as_an_option():
+    command = [sys.executable, "-m", "tokendepot", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and result.stdout == run("version").stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["bench"]])
+def test_a_command_of_commands_without_one_shows_its_help(arguments):
+    result = run(*arguments)
+    assert result.returncode == 2 and "Usage: tokendepot" in result.stdout and result.stderr == ""
+
+
 def test_every_command_documents_its_exit_codes():
     for command in ("stat", "ls", "du", "verify", "evict", "rm", "export", "import", "explain", "repair", "doctor", "replay", "plan", "version"):
         assert "Exit codes: 0" in run(command, "--help").stdout
@@ -98,6 +110,24 @@ def test_a_closed_pipe_ends_quietly(two_models):
 
 
 # --- stat ---
+
+
+@pytest.mark.parametrize("command", ["stat", "verify", "du"])
+def test_damaged_files_are_named_whole_with_what_is_wrong_at_80_columns(memory_root, command):
+    filled_root(memory_root, chunks=1)
+    (memory_root / "policies").write_bytes(b"not policies")
+    flip_byte(next((memory_root / "manifests").iterdir()), 3)
+    journal = next((memory_root / "journals").glob("*.log"))
+    flip_byte(journal, 60)
+    result = run(command, memory_root)
+    assert result.returncode == 1
+    shown = "".join(result.stdout.split())
+    if command == "stat":
+        reason = tokendepot.inspect_policies(str(memory_root))["damage"]
+        assert re.search(r"^ *policies\b", result.stdout, re.MULTILINE)
+        assert all(word in shown for word in reason.split())
+    for line in result.stdout.splitlines():
+        assert "\u2026" not in line
 
 
 def test_stat_shows_what_is_in_a_root(two_models):
@@ -323,7 +353,7 @@ def test_evict_frees_the_coldest_segments(memory_root):
     assert tokendepot.inspect_root(str(memory_root))["segments"] == before["segments"]
 
     done = run_json("evict", memory_root, "--bytes", "1.5MiB")
-    assert (done["segments"], done["bytes"]) == (2, 2 << 20)
+    assert (done["segments"], done["bytes"], done["asked"], done["enough"]) == (2, 2 << 20, 3 << 19, True)
     left = {s["segment"] for s in tokendepot.inspect_root(str(memory_root))["segments"]}
     assert left == {s["segment"] for s in before["segments"]} - {s["segment"] for s in sealed[:2]}
     assert run("verify", memory_root).returncode == 0
@@ -336,7 +366,7 @@ def test_what_was_evicted_is_a_miss_and_never_wrong(root):
     cache.lend_to(running)
     blocks = list(range(40 * BLOCKS_PER_CHUNK))
     old_plan = running.plan_load(namespace, keys, [(WANT, 0, BLOCKS_PER_CHUNK, blocks)], 10.0)
-    evicted = run_json("evict", root, "--bytes", "1GiB")
+    evicted = run_json("evict", root, "--bytes", "1GiB", code=3)
     assert evicted["segments"] > 0
 
     running.submit_load(1, old_plan)
@@ -358,8 +388,10 @@ def test_what_was_evicted_is_a_miss_and_never_wrong(root):
 def test_evict_says_when_there_is_less_than_asked_for(memory_root):
     filled_root(memory_root, chunks=2)
     result = run("evict", memory_root, "--bytes", "1GiB")
-    assert result.returncode == 0
-    assert "evicted 0 segments" in result.stdout and "less than" in result.stdout
+    assert result.returncode == 3
+    assert "evicted 0 segments" in result.stdout and "less than" in result.stdout and "open segments" in result.stdout
+    told = run_json("evict", memory_root, "--bytes", "1GiB", "--dry-run", code=3)
+    assert (told["asked"], told["bytes"], told["enough"]) == (1 << 30, 0, False)
 
 
 def test_evict_gives_up_with_3_while_an_engine_makes_space(memory_root):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import command_line
 import pytest
 from command_line import flip_byte, run, run_json
 from paged import BLOCKS_PER_CHUNK, MANIFEST, Cache, config, filled_root, keys_of, store
@@ -373,6 +374,47 @@ def test_a_missing_directory_is_not_made_and_judged_by_its_parent(tmp_path):
     assert state_of(tmp_path) == before
     assert found["path"].state == OK and "would make it" in found["path"].value
     assert "transport" in found and "content" not in found
+
+
+class Sized(Host):
+    def __init__(self, total, free, limit=None):
+        self._space, self._limit = (total, free), limit
+
+    def space(self, path):
+        answer = list(os.statvfs(path))
+        total, free = self._space
+        answer[0] = answer[1] = 4096
+        answer[2], answer[3], answer[4] = total // 4096, free // 4096, free // 4096
+        return os.statvfs_result(answer)
+
+    def memory_limit(self):
+        return self._limit and (self._limit, "/sys/fs/cgroup/memory.max")
+
+
+@pytest.mark.parametrize(
+    ("keys", "sizes", "state", "words"),
+    [
+        ("capacity=8GiB", (100 * GIB, 50 * GIB), OK, "8.0 GiB"),
+        ("capacity=101GiB", (100 * GIB, 50 * GIB), PROBLEM, "larger than its file system of 100.0 GiB"),
+        ("capacity=60GiB", (100 * GIB, 50 * GIB), FALLBACK, "more than is free"),
+        ("capacity=2MiB", (100 * GIB, 50 * GIB), PROBLEM, "less than 3 segments"),
+        ("capacity=1GiB&segment=512MiB", (100 * GIB, 50 * GIB), PROBLEM, "less than 3 segments"),
+    ],
+)
+def test_a_capacity_that_is_given_is_judged_by_the_file_system(tmp_path, monkeypatch, keys, sizes, state, words):
+    monkeypatch.setattr("tokendepot.doctor.host.Host", lambda: Sized(*sizes))
+    found = json.loads(command_line.call("doctor", f"{tmp_path}/new?{keys}", "--json").stdout)["roots"][0]
+    assert found["path"] == f"{tmp_path}/new"
+    capacity = next(finding for finding in found["findings"] if finding["name"] == "capacity")
+    assert capacity["state"] == state and words in capacity["value"] and bool(capacity["fix"]) == (state != OK)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_capacity_beyond_the_share_of_a_memory_limit_is_a_fallback(memory_root):
+    options = {"capacity": 8 * GIB, "segment": "auto"}
+    findings = roots.examine(Sized(100 * GIB, 50 * GIB, limit=8 * GIB), str(memory_root), options)
+    capacity = next(finding for finding in findings if finding.name == "capacity")
+    assert capacity.state == FALLBACK and "3/4 of the limit of 8.0 GiB" in capacity.value
 
 
 def test_an_empty_directory_stays_empty(tmp_path):

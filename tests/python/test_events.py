@@ -1,7 +1,9 @@
 """`tokendepot events` on roots that a real engine fills: a router that listens knows what they hold, at any time."""
 
 import contextlib
+import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -107,6 +109,23 @@ def publishing(*arguments):
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def test_where_it_publishes_is_one_object_with_json(memory_root):
+    filled_root(memory_root, chunks=1)
+    endpoints = ["--endpoint", "tcp://127.0.0.1:0", "--replay", "tcp://127.0.0.1:0", "--metrics", "127.0.0.1:0"]
+    with subprocess.Popen([*COMMAND, str(memory_root), *endpoints, "--json"], stdout=subprocess.PIPE, text=True) as process:
+        lines = ""
+        while not lines.endswith("\n}\n"):
+            line = process.stdout.readline()
+            assert line, lines
+            lines += line
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+    told = json.loads(lines)
+    assert [root["path"] for root in told["roots"]] == [str(memory_root)]
+    assert told["events"] != told["replays"] and told["events"].startswith("tcp://127.0.0.1:")
+    assert told["metrics"].endswith("/metrics")
 
 
 def held(*roots, number=True):

@@ -94,9 +94,52 @@ def test_damage_is_seen_with_verify_only(filled):
     assert [bool(e["damaged"]) for e in report["extents"]] == [i == 3 for i in range(CHUNKS)]
 
 
+def test_what_is_left_of_a_prompt_says_in_which_namespace_its_front_was_evicted(memory_root):
+    root, prompt = memory_root, prompt_of(memory_root.parent, 0, CHUNKS * CHUNK_TOKENS)
+    namespace, keys, _ = filled_root(root, CHUNKS, manifest=json.dumps({"model": "m", "chunk_tokens": CHUNK_TOKENS}))
+    namespace = namespace.hex()
+    filled_root(root, 3 * CHUNKS, manifest='{"model":"another"}', first_token=90_000)
+    gone = [e for e in tokendepot.list_extents(str(root)) if e["key"] in split(keys)[:2]]
+    tokendepot.remove_extents(str(root), gone)
+    report = call_json("explain", prompt, root, code=1)
+    assert (report["namespace"], report["usable_chunks"]) == (namespace, 0)
+    assert f"removed from {root}" in reasons(report) and "never stored" not in reasons(report)
+    tokendepot.remove_extents(str(root), [e for e in tokendepot.list_extents(str(root)) if e["key"] in split(keys)])
+    report = call_json("explain", prompt, root, code=1)
+    assert report["namespace"] == namespace and "never stored" not in reasons(report)
+
+
+@pytest.mark.parametrize("groups", [[{"layout": "canonical", "layers": 2, "heads": 2, "tokens": CHUNK_TOKENS, "window": 0, "attention": "full"}], None])
+def test_a_root_whose_only_namespace_lost_everything_still_says_when(memory_root, groups):
+    stated = {"model": "m", "chunk_tokens": CHUNK_TOKENS, **({"groups": groups} if groups else {})}
+    filled_root(memory_root, 3, manifest=json.dumps(stated))
+    tokendepot.remove_extents(str(memory_root), tokendepot.list_extents(str(memory_root)))
+    report = call_json("explain", prompt_of(memory_root.parent, 0, 3 * CHUNK_TOKENS), memory_root, code=1)
+    assert report["chunks"] == 3 and f"removed from {memory_root}" in reasons(report)
+
+
+def test_where_nothing_tells_how_long_a_chunk_was_that_is_said(filled):
+    root, _, _, prompt = filled
+    tokendepot.remove_extents(str(root), tokendepot.list_extents(str(root)))
+    result = call("explain", prompt, root)
+    assert result.returncode == 2 and "how long a chunk" in result.stderr
+
+
+def test_a_namespace_of_lmcache_is_refused_and_does_not_hide_others(memory_root):
+    lmcache = filled_root(memory_root, 3, manifest='{"engine":"lmcache","model":"m","kv_rank":1}', first_token=90_000)[0].hex()
+    prompt = prompt_of(memory_root.parent, 0, 3 * CHUNK_TOKENS)
+    refused = call("explain", prompt, memory_root)
+    assert refused.returncode == 2 and refused.stdout == "" and "cannot be made from a prompt" in refused.stderr
+    filled_root(memory_root, 3)
+    assert call_json("explain", prompt, memory_root)["usable_chunks"] == 3
+    named = call("explain", prompt, memory_root, "--namespace", lmcache[:10])
+    assert named.returncode == 2 and "cannot be made from a prompt" in named.stderr
+
+
 def test_a_sound_copy_in_another_root_makes_up_for_damage(filled, tmp_path):
-    root, _, keys, prompt = filled
-    shutil.copytree(root, tmp_path / "copy")
+    root, namespace, keys, prompt = filled
+    assert call("export", root, "--namespace", namespace, "--out", tmp_path / "file").returncode == 0
+    assert call("import", tmp_path / "file", tmp_path / "copy", "--capacity", "16MiB", "--create").returncode == 0
     hit = next(e for e in tokendepot.list_extents(str(root)) if e["key"] == split(keys)[3])
     flip_byte(root / "segments" / (hit["segment"] + ".seg"), hit["offset"] + hit["bytes"] - 1)
     report = call_json("explain", prompt, root, tmp_path / "copy", "--verify")
@@ -195,6 +238,7 @@ def test_wrong_usage_ends_with_2(filled, tmp_path):
     (tmp_path / "large").write_text("[4294967296]")
     (tmp_path / "short").write_text("1 2 3")
     (tmp_path / "empty").write_text("")
+    shutil.copytree(root, tmp_path / "copy")
     for arguments, said in (
         ((prompt, tmp_path), "is not the root"),
         ((prompt, root, "--frobnicate"), "--frobnicate"),
@@ -205,6 +249,7 @@ def test_wrong_usage_ends_with_2(filled, tmp_path):
         ((tmp_path / "empty", root), "holds no token"),
         ((prompt, root, "--namespace", "0000"), "no namespace"),
         ((prompt, root, "--lora", "name"), "NAME=PATH"),
+        ((prompt, root, tmp_path / "copy"), "both have the id"),
         ((prompt, root, "--tokenizer", "/nonexistent"), "tokenizer.json"),
     ):
         result = call("explain", *arguments)

@@ -94,13 +94,44 @@ def test_only_the_prompts_chunks_are_exported_with_prompt(site, tmp_path):
     prompt = directory / "prompt"
     prompt.write_text(json.dumps({"tokens": range_of(0, 5 * CHUNK_TOKENS + 3)}))
     file, report = exported(site, "--prompt", prompt)
-    assert report["extents"] == 5
+    assert (report["extents"], report["prompt_chunks"], report["missing_chunks"]) == (5, 5, 0)
     import_json(file, tmp_path / "new", "--create")
     stored = {e["key"] for e in tokendepot.list_extents(str(tmp_path / "new"))}
     assert stored == set(split(keys)[:5])
-    salted, report = exported(site, "--prompt", prompt, "--salt", "other tenant", name="salted.tdx")
-    assert report["extents"] == 0
-    assert import_json(salted, tmp_path / "new")["whole"]
+
+
+def test_chunks_of_a_prompt_that_are_not_there_end_with_1_and_are_counted(site):
+    root, namespace, keys, _, directory = site
+    tokendepot.remove_extents(str(root), [e for e in tokendepot.list_extents(str(root)) if e["key"] in split(keys)[:2]])
+    prompt = directory / "prompt"
+    prompt.write_text(json.dumps(range_of(0, 5 * CHUNK_TOKENS)))
+    export = ["export", root, "--namespace", namespace, "--prompt", prompt, "--out"]
+    report = call_json(*export, directory / "part", code=1)
+    assert (report["extents"], report["prompt_chunks"], report["missing_chunks"]) == (3, 5, 2)
+    assert (directory / "part").stat().st_size == report["file_bytes"]
+    said = call(*export, directory / "again")
+    assert said.returncode == 1 and "2 of the prompt's 5 chunks are not there" in said.stdout
+
+
+def test_a_prompt_of_which_nothing_is_there_makes_no_file(site):
+    root, namespace, _, _, directory = site
+    prompt = directory / "prompt"
+    prompt.write_text(json.dumps(range_of(0, 5 * CHUNK_TOKENS)))
+    export = ["export", root, "--namespace", namespace, "--prompt", prompt, "--salt", "other tenant", "--out", directory / "none"]
+    report = call_json(*export, code=1)
+    assert (report["extents"], report["missing_chunks"], report["file_bytes"]) == (0, 5, 0)
+    assert "no file is written" in call(*export).stdout
+    assert not (directory / "none").exists()
+
+
+def test_a_prompt_cannot_be_exported_from_a_namespace_of_lmcache(tmp_path, memory_root):
+    namespace = filled_root(memory_root, 2, manifest='{"engine":"lmcache","model":"m"}')[0].hex()
+    prompt = memory_root.parent / "prompt"
+    prompt.write_text(json.dumps(range_of(0, 2 * CHUNK_TOKENS)))
+    assert "cannot be made from a prompt" in refused(
+        "export", memory_root, "--namespace", namespace, "--prompt", prompt, "--out", tmp_path / "file"
+    )
+    assert not (tmp_path / "file").exists()
 
 
 def test_a_file_streams_from_stdout_to_stdin(site, tmp_path):
@@ -308,6 +339,9 @@ def test_wrong_usage_of_import_ends_with_2_and_changes_nothing(site, tmp_path):
     assert "no export file" in refused("import", "/etc/hostname", tmp_path / "missing", *capacity, "--create")
     assert "--capacity" in refused("import", file, tmp_path / "missing", "--create")
     assert "8G" in refused("import", file, tmp_path / "missing", "--create", "--capacity", "8G")
+    for capacity_refused, said in (("100TiB", "larger than its file system"), ("2MiB", "fewer than 3 segments")):
+        assert said in refused("import", file, tmp_path / "missing", "--create", "--capacity", capacity_refused)
+        assert not (tmp_path / "missing").exists()
     assert "cannot be read" in refused("import", "/nonexistent", tmp_path / "missing", *capacity)
     assert "directory" in refused("import", tmp_path, site[0], *capacity)
     future = bytearray(file.read_bytes())

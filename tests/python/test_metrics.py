@@ -264,17 +264,41 @@ def test_scrapes_at_once_read_a_root_once(memory_root, complaints, monkeypatch):
 # --- serving ---
 
 
-def test_it_serves_until_sigterm_and_a_second_one_says_that_the_port_is_taken(memory_root):
+def test_it_serves_until_sigterm_and_seven_others_say_that_the_port_is_taken(memory_root):
     filled_root(memory_root)
     with serving(memory_root) as (process, url):
         with urllib.request.urlopen(url, timeout=20) as answer:
             assert values(parsed(answer.read().decode()), root=label_of(memory_root))["extents"] == 8
         port = re.search(r":(\d+)/", url)[1]
-        second = run(memory_root, "--port", port)
-        assert second.returncode == 3
-        assert second.stdout == ""
-        assert re.fullmatch(rf"tokendepot: .*port {port}: .*--port.*\n", second.stderr)
+        with ThreadPoolExecutor(7) as pool:
+            others = list(pool.map(lambda _: run(memory_root, "--port", port), range(7)))
+        for other in others:
+            assert other.returncode == 3
+            assert other.stdout == ""
+            assert re.fullmatch(rf"tokendepot: .*port {port}: .*--port.*\n", other.stderr)
+        with urllib.request.urlopen(url, timeout=20) as answer:
+            assert values(parsed(answer.read().decode()), root=label_of(memory_root))["extents"] == 8
         assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+
+
+def test_the_same_is_told_as_json(memory_root):
+    filled_root(memory_root)
+    told = json.loads(run(memory_root, "--once", "--json").stdout)
+    assert told["roots"] == [{"root": label_of(memory_root), "path": str(memory_root)}]
+    as_text = [f"{name}{sorted(dict(labels).items())}" for name, labels in parsed(run(memory_root, "--once").stdout)]
+    assert sorted(f"{m['name']}{sorted(m['labels'].items())}" for m in told["metrics"]) == sorted(as_text)
+    assert {m["name"]: m["value"] for m in told["metrics"]}["tokendepot_root_extents"] == 8
+    command = [sys.executable, "-m", "tokendepot", "metrics", str(memory_root), "--port", "0", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        lines = ""
+        while not lines.endswith("\n}\n"):
+            line = process.stdout.readline()
+            assert line, lines
+            lines += line
+        with urllib.request.urlopen(json.loads(lines)["url"], timeout=20) as answer:
+            assert "tokendepot_root_up" in answer.read().decode()
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
 

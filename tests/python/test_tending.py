@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from datetime import datetime
 
 import pytest
 from command_line import flip_byte, run, run_json
@@ -74,6 +75,15 @@ def test_a_pinned_prompt_outlives_stores_that_fill_the_root_many_times(memory_ro
     assert run_json("unpin", memory_root, "--namespace", namespace.hex(), "--prompt", prompt)["removed"] == 1
 
 
+def test_a_prompt_cannot_be_pinned_in_a_namespace_of_lmcache(memory_root, tmp_path):
+    namespace, _, _ = filled_root(memory_root, chunks=1, manifest='{"engine":"lmcache","model":"m"}')
+    prompt = tmp_path / "prompt.json"
+    prompt.write_text(json.dumps(range_of(0, CHUNK_TOKENS)))
+    result = run("pin", memory_root, "--namespace", namespace.hex(), "--prompt", prompt, "--capacity", "16MiB")
+    assert result.returncode == 2 and "cannot be made" in result.stderr
+    assert not (memory_root / "policies").exists()
+
+
 def test_a_pin_beyond_half_of_the_capacity_is_refused_with_the_figures_and_changes_nothing(memory_root):
     namespace, _, _ = filled_root(memory_root, chunks=60)
     result = run("pin", memory_root, "--namespace", namespace.hex(), "--capacity", "3MiB")
@@ -82,11 +92,38 @@ def test_a_pin_beyond_half_of_the_capacity_is_refused_with_the_figures_and_chang
     assert not (memory_root / "policies").exists()
 
 
+def test_values_of_rules_are_told_to_programs_with_their_units(memory_root):
+    namespace = filled_root(memory_root, chunks=1)[0].hex()
+    assert run_json("ttl", memory_root, "36h")["ttl_seconds"] == 36 * 3600
+    assert run_json("quota", memory_root, "1MiB", "--namespace", namespace)["quota_bytes"] == 1 << 20
+    forever = run_json("pin", memory_root, "--namespace", namespace, "--capacity", "16MiB")
+    assert forever["until"] is None
+    ends = datetime.fromisoformat(run_json("pin", memory_root, "--namespace", namespace, "--for", "8h", "--capacity", "16MiB")["until"])
+    assert 0 < ends.timestamp() - time.time() <= 8 * 3600
+    known = {rule["kind"]: rule for rule in run_json("stat", memory_root)["roots"][0]["tending"]["rules"]}
+    assert (known["ttl"]["ttl_seconds"], known["quota"]["quota_bytes"]) == (36 * 3600, 1 << 20)
+    assert rules(memory_root, "ttl")[0]["ttl_seconds"] == 36 * 3600
+    assert not any("value" in rule for rule in known.values())
+
+
+def test_what_names_nothing_that_is_there_says_so_and_ends_with_1(memory_root):
+    namespace = filled_root(memory_root, chunks=1)[0].hex()
+    for kind in ("pin", "ttl", "quota"):
+        assert run(kind, memory_root).stdout.splitlines()[0].endswith(": none")
+    pinned = run("pin", memory_root, "--namespace", namespace, "--key", "ab" * 32, "--capacity", "16MiB")
+    assert pinned.returncode == 1 and "is not there" in pinned.stdout
+    assert run_json("pin", memory_root, "--namespace", namespace, "--key", "cd" * 32, "--dry-run", "--capacity", "16MiB", code=1)["absent_chunks"] == 1
+    for arguments in (["ttl", "--remove"], ["quota", "--remove", "--namespace", namespace], ["unpin", "--namespace", namespace, "--key", "cd" * 32]):
+        command, *rest = arguments
+        nothing = run(command, memory_root, *rest)
+        assert nothing.returncode == 1 and "there is no such" in nothing.stdout, arguments
+
+
 def test_evict_leaves_pinned_segments(memory_root):
     namespace, keys, _ = filled_root(memory_root, chunks=60)
     coldest = tokendepot.list_extents(str(memory_root))[0]
     run_json("pin", memory_root, "--namespace", namespace.hex(), "--key", coldest["key"].hex(), "--capacity", "16MiB")
-    run_json("evict", memory_root, "--bytes", "1GiB")
+    run_json("evict", memory_root, "--bytes", "1GiB", code=3)
     assert coldest["segment"] in {s["segment"] for s in tokendepot.inspect_root(str(memory_root))["segments"]}
 
 

@@ -140,6 +140,7 @@ def test_a_live_depot_without_an_engine_s_metrics_and_a_table_for_people(root):
     assert now["roots"][0]["writers"] == 1 and now["roots"][0]["extents"] == 40
     assert now["rates"]["load_bytes"] is None and now["hit_ratio"] is None
     table = run(root, "--once").stdout
+    assert "rates need --url" in table
     assert re.search(r"root +used +of +extents +writers", table) and re.search(r" 40 +1 ", table)
     assert max(len(line) for line in table.splitlines() if "is /" not in line) <= 80
     depot.close()

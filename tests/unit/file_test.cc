@@ -303,6 +303,13 @@ TEST(FileLock, IsFreedByKill) {
   EXPECT_TRUE(*file->try_lock_exclusive());
 }
 
+TEST(Directories, TheParentOfAPathIsToldByItsText) {
+  const std::pair<const char*, const char*> known[] = {{"/a/b", "/a"}, {"/a/b/", "/a"}, {"/a", "/"},
+                                                       {"/a/", "/"},   {"/", "/"},      {"a", "."},
+                                                       {"a/b", "a"},   {"", "."}};
+  for (const auto& [path, parent] : known) EXPECT_EQ(parent_of(path), parent) << path;
+}
+
 TEST(Directory, ListsFilesAndDoesNotFollowLinks) {
   const TemporaryDirectory directory;
   ASSERT_TRUE(write_file_atomically(directory / "file", pattern(123)));

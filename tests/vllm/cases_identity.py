@@ -279,6 +279,15 @@ def refusals_name_key_value_and_what_is_allowed(lab: Lab) -> None:
 
 
 @case
+def the_start_names_every_option_and_where_its_value_is_from(lab: Lab) -> None:
+    lab.engine(extra={"load_timeout": 7.0})
+    (line,) = lines.having("options given", "INFO")  # the scheduler alone says it
+    given, by_default = line.split("by default: ")
+    assert "load_timeout=7.0" in given and f'roots[0].path="{lab.root}"' in given, line
+    assert 'store="all"' in by_default and "io_depth=16" in by_default, line
+
+
+@case
 def a_vllm_too_old_runs_without_the_depot(lab: Lab) -> None:
     running, versions.VLLM = versions.VLLM, (0, 19)
     try:

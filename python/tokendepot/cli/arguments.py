@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Annotated, Any
+import re
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -17,11 +18,36 @@ EXIT_CODES = (
 
 
 def absolute(path: str) -> str:
+    _refuse_odd_bytes(path)
+    if re.search(r"\?\w+=", path) and not os.path.exists(path):
+        raise typer.BadParameter(f"{path!r} has keys of a root behind the ?, expected the directory alone")
+    return os.path.abspath(path)
+
+
+def root_and_options(text: str) -> tuple[str, dict[str, Any]]:
+    """"/path", or "/path?capacity=SIZE" as in the configuration of an engine -> path, and all its keys where one is given."""
+    _refuse_odd_bytes(text)
+    path, question, keys = text.partition("?")
+    if not question or os.path.isdir(text):
+        return os.path.abspath(text), {}
+    try:
+        options = _core.parse_options(json.dumps({"roots": [f"{os.path.abspath(path)}?{keys}"]}))["roots"][0]
+    except _core.DepotError as error:
+        raise typer.BadParameter(str(error)) from None
+    return options["path"], options
+
+
+def _refuse_odd_bytes(path: str) -> None:
     try:
         path.encode()
     except UnicodeEncodeError:
         raise typer.BadParameter("the path is not UTF-8") from None
-    return os.path.abspath(path)
+
+
+def help_of(context: typer.Context) -> NoReturn:
+    """What a command that has commands answers when it is given none."""
+    typer.echo(context.get_help())
+    raise typer.Exit(2)
 
 
 def size(text: str) -> int:
@@ -33,7 +59,12 @@ def size(text: str) -> int:
 
 
 def size_or_zero(text: str) -> int:
-    return 0 if text.strip() == "0" else size(text)
+    if text.strip() == "0":
+        return 0
+    try:
+        return size(text)
+    except typer.BadParameter as error:
+        raise typer.BadParameter(f"{error}; 0 is allowed, too") from None
 
 
 Root = Annotated[str, typer.Argument(metavar="ROOT", help="Directory of a root.", parser=absolute)]

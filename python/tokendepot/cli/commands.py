@@ -10,20 +10,33 @@ import typer
 
 from .. import _core
 from . import bench, damage, doctor, du, events, explain, export, metrics, namespaces, repair, replay, report, show, tending, top
-from .arguments import EXIT_CODES, Json, Namespace, Root, Roots, print_json, size, size_or_zero
+from .arguments import EXIT_CODES, Json, Namespace, Root, Roots, help_of, print_json, size, size_or_zero
 
+NOT_DONE = 3
 ROWS_SHOWN = 50
 BATCH_BYTES = 64 << 20  # of one verify call: short enough to show progress and to be interrupted
 
 app = typer.Typer(
     help=f"Look into and tend the roots of a depot. Safe while engines run.\n\n{EXIT_CODES}",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 # What a user wants to do -> panel of --help.
 LOOK, TEND, MOVE, WATCH, MEASURE = "Look", "Tend", "Move between sites", "Watch", "Measure and plan"
 app.add_typer(bench.app, name="bench", rich_help_panel=MEASURE)
+
+
+@app.callback()
+def tokendepot(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the versions of package and format, and end.")] = False,
+) -> None:
+    if show_version:
+        version()
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        help_of(context)
 
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
@@ -58,6 +71,7 @@ def stat(roots: Roots, as_json: Json = False) -> None:
         for root in inspected:
             for namespace in root["namespaces"]:
                 namespace["manifest"] = namespaces.manifest_of(namespace)
+            root["tending"]["rules"] = [tending.in_units(rule) for rule in root["tending"]["rules"]]
         print_json({"roots": inspected})
     else:
         for root in inspected:
@@ -79,6 +93,10 @@ def _show_root(root: dict[str, Any]) -> None:
         sealed = [s for s in root["segments"] if s["sealed"]]
         coldest = min((s["last_used"] for s in sealed), default=0.0)
         show.say(f"  {len(sealed)} sealed" + (f", the coldest used {show.age(coldest)}" if sealed else ""))
+    tended = root["tending"]
+    if tended["scrub_finished"]:
+        found = show.number(tended["scrub_finished_bad"], "extent")
+        show.say(f"  last scrubbed {show.age(tended['scrub_finished'])}: {found} condemned")
     show.say()
     if root["namespaces"]:
         rows = [
@@ -86,10 +104,6 @@ def _show_root(root: dict[str, Any]) -> None:
             for n in root["namespaces"]
         ]
         show.table("Namespaces", ("digest", "model", ">extents", ">bytes"), rows, wide=1)
-    tended = root["tending"]
-    if tended["scrub_finished"]:
-        found = show.number(tended["scrub_finished_bad"], "extent")
-        show.say(f"  last scrubbed {show.age(tended['scrub_finished'])}: {found} condemned")
     if tended["rules"]:
         show.table("Policies", tending.COLUMNS, tending.rows_of(tended["rules"]))
     if root["differences"]:
@@ -102,7 +116,7 @@ def _show_root(root: dict[str, Any]) -> None:
         rows = [(j["writer"], f"{j['records']:,}", damage.journal_state(j)) for j in root["journals"]]
         show.table("Journals", ("writer", ">records", "state"), rows)
     if root["damaged_files"]:
-        show.table("Damaged", ("file", "what"), [(d["file"], d["reason"]) for d in root["damaged_files"]], wide=0)
+        show.table("Damaged", ("file", "what"), [(d["file"], d["reason"]) for d in root["damaged_files"]], wide=(0, 1))
     if root["foreign_files"]:
         show.table("Not the depot's, left alone", ("file",), [(name,) for name in root["foreign_files"]], wide=0)
 
@@ -214,7 +228,7 @@ def verify(root: Root, namespace: Namespace = "", as_json: Json = False) -> None
     else:
         _say_checked(extents, damaged, gone, seconds)
         if files:
-            show.table("Damaged files", ("file", "what"), [(f["file"], f["reason"]) for f in files], wide=0)
+            show.table("Damaged files", ("file", "what"), [(f["file"], f["reason"]) for f in files], wide=(0, 1))
         if not damaged and not files:
             show.say("nothing is damaged")
     if damaged or files:
@@ -261,13 +275,16 @@ def evict(
 ) -> None:
     """Removes the coldest sealed segments that are not pinned, until SIZE was freed. Engines drop them at their next poll."""
     evicted = _core.evict_segments(root, count, dry_run)
+    enough = evicted["bytes"] >= count
     if as_json:
-        print_json({"root": root, "dry_run": dry_run, **evicted})
-        return
-    verb = "would evict" if dry_run else "evicted"
-    show.say(f"{verb} {show.number(evicted['segments'], 'segment')}, {show.size(evicted['bytes'])}")
-    if evicted["bytes"] < count:
-        show.say(f"less than the {show.size(count)} asked for: segments being filled, and pinned ones, stay")
+        print_json({"root": root, "dry_run": dry_run, "asked": count, **evicted, "enough": enough})
+    else:
+        verb = "would evict" if dry_run else "evicted"
+        show.say(f"{verb} {show.number(evicted['segments'], 'segment')}, {show.size(evicted['bytes'])}")
+        if not enough:
+            show.say(f"less than the {show.size(count)} asked for: open segments and pinned ones stay")
+    if not enough:
+        raise typer.Exit(NOT_DONE)
 
 
 @app.command(epilog=EXIT_CODES, rich_help_panel=TEND)
@@ -289,7 +306,7 @@ def rm(
         for n in found:
             show.say(f"{n['digest'][: show.SHORT_DIGEST]}  {show.clean(namespaces.model_of(n))}")
         if not typer.confirm(f"Remove {what} from {show.clean(root)}?"):
-            raise typer.Exit(3)
+            raise typer.Exit(NOT_DONE)
     removed = 0 if dry_run else _core.remove_extents(root, extents)
     if as_json:
         digests = [n["digest"] for n in found]
@@ -319,10 +336,10 @@ app.command(epilog=explain.EXIT_CODES, rich_help_panel=LOOK)(explain.explain)
 app.command(epilog=repair.EXIT_CODES, rich_help_panel=TEND)(repair.repair)
 app.command(epilog=EXIT_CODES, rich_help_panel=WATCH)(metrics.metrics)
 app.command(epilog=EXIT_CODES, rich_help_panel=WATCH)(top.top)
-app.command(epilog=EXIT_CODES, rich_help_panel=TEND)(tending.pin)
-app.command(epilog=EXIT_CODES, rich_help_panel=TEND)(tending.unpin)
-app.command(epilog=EXIT_CODES, rich_help_panel=TEND)(tending.ttl)
-app.command(epilog=EXIT_CODES, rich_help_panel=TEND)(tending.quota)
+app.command(epilog=tending.EXIT_CODES, rich_help_panel=TEND)(tending.pin)
+app.command(epilog=tending.EXIT_CODES, rich_help_panel=TEND)(tending.unpin)
+app.command(epilog=tending.EXIT_CODES, rich_help_panel=TEND)(tending.ttl)
+app.command(epilog=tending.EXIT_CODES, rich_help_panel=TEND)(tending.quota)
 app.command(epilog=EXIT_CODES, rich_help_panel=MEASURE)(replay.replay)
 app.command(epilog=EXIT_CODES, rich_help_panel=MEASURE)(replay.plan)
 app.command(epilog=report.EXIT_CODES, rich_help_panel=MEASURE)(report.report)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import show
-from .arguments import Json, absolute, once_each, print_json
+from .arguments import Json, once_each, print_json, root_and_options
 
 if TYPE_CHECKING:
     from ..doctor.findings import Finding
@@ -20,7 +20,7 @@ PROBLEMS_FOUND = 1
 def doctor(
     roots: Annotated[
         list[str] | None,
-        typer.Argument(metavar="ROOT", help="Directories that are roots, or are to be.", parser=absolute),
+        typer.Argument(metavar="ROOT", help="Directories that are roots, or are to be, each with ?capacity=SIZE if known."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -32,7 +32,8 @@ def doctor(
 
     host = Host()
     on_host = machine.examine(host)
-    on_roots = {path: directories.examine(host, path) for path in once_each(roots or [])}
+    options = {path: keys for path, keys in map(root_and_options, roots or [])}
+    on_roots = {path: directories.examine(host, path, options[path]) for path in once_each([*options])}
     everything = [*on_host, *(finding for found in on_roots.values() for finding in found)]
     problems = sum(finding.state == PROBLEM for finding in everything)
     fallbacks = sum(finding.state == FALLBACK for finding in everything)

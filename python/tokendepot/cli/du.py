@@ -51,7 +51,7 @@ def du(
         _show(by, rows, total)
         if damaged:
             rows_of_damage = [(d["file"], d["reason"]) for d in damaged]
-            show.table("Damaged, so that the figures are not exact", ("file", "what"), rows_of_damage, wide=0)
+            show.table("Damaged, so that the figures are not exact", ("file", "what"), rows_of_damage, wide=(0, 1))
     if damaged:
         raise typer.Exit(1)
 

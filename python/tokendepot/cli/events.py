@@ -12,7 +12,7 @@ import typer
 
 from ..holdings import Holdings
 from . import show
-from .arguments import Roots, once_each
+from .arguments import Json, Roots, once_each, print_json
 
 if TYPE_CHECKING:
     from ..publisher import Publisher
@@ -49,6 +49,7 @@ def events(
     metrics: Annotated[
         str | None, typer.Option(metavar="ADDRESS:PORT", help="Serve what is published to Prometheus there. [default: none]")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Publishes what comes into roots and what goes as KV events, in vLLM's format, until SIGTERM."""
     try:
@@ -77,11 +78,16 @@ def events(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    for path, root_id in zip(once_each(roots), holdings.root_ids, strict=True):
-        show.say(f"root {root_id[:8]} is {show.clean(path)}")
-    show.say(f"events on {' and replays on '.join(publisher.endpoints)}")
-    if served:
-        show.say(f"metrics on {served}")
+    named = [{"root": root_id[:8], "path": path} for path, root_id in zip(once_each(roots), holdings.root_ids, strict=True)]
+    if as_json:
+        events_on, *replays_on = publisher.endpoints
+        print_json({"roots": named, "events": events_on, "replays": next(iter(replays_on), None), "metrics": served})
+    else:
+        for root in named:
+            show.say(f"root {root['root']} is {show.clean(root['path'])}")
+        show.say(f"events on {' and replays on '.join(publisher.endpoints)}")
+        if served:
+            show.say(f"metrics on {served}")
     sys.stdout.flush()
     try:
         follow(holdings, publisher, wire, stop.is_set)

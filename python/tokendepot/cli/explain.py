@@ -20,6 +20,7 @@ EXIT_CODES = (
     "the root of a depot."
 )
 NEVER = "no journal speaks of it: never stored here, or evicted before the journals were last compacted"
+Traces = dict[bytes, list[dict[str, Any]]]  # key -> its extents, live and gone, of all roots
 
 
 @dataclass
@@ -52,11 +53,11 @@ def explain(
     paths = once_each(roots)
     asked = prompts.read(prompt, tokenizer, salt, lora, "PROMPT")
     inspected = [_core.inspect_root(path) for path in paths]
-    views = _views(paths, inspected, asked)
+    _refuse_equal_ids(inspected)
+    views, candidates, traces = _views(paths, inspected, asked, namespace)
     depot = _core.Depot.open(_read_only(inspected), catalog=True, writer=False)
     try:
-        chosen = _choose(depot, views, namespace, paths)
-        traces = _trace(paths, [key for view in views for key in view.keys])
+        chosen = _choose(depot, candidates, traces)
         damaged = _verify(depot, chosen, traces) if verify else {}
         keys = b"".join(chosen.keys)
         groups = []
@@ -94,13 +95,32 @@ def explain(
         raise typer.Exit(MISSING)
 
 
+def _refuse_equal_ids(inspected: list[dict[str, Any]]) -> None:
+    """A copy gives the same ids to other segments: a look-up over both would not be that of any engine."""
+    known: dict[str, str] = {}
+    for root in inspected:
+        other = known.setdefault(root["root_id"], root["path"])
+        if other != root["path"]:
+            raise typer.BadParameter(
+                f"{other} and {root['path']} both have the id {root['root_id']}, expected different roots; one is a copy",
+                param_hint="'ROOT'",
+            )
+
+
 def _read_only(inspected: list[dict[str, Any]]) -> str:
     # A root that is only read needs a capacity for the form's sake.
     roots = [{"path": root["path"], "capacity": "1MiB", "read_only": True} for root in inspected]
     return json.dumps({"roots": roots, "slab": "1MiB"})
 
 
-def _views(paths: list[str], inspected: list[dict[str, Any]], asked: prompts.Prompt) -> list[View]:
+
+def _views(
+    paths: list[str], inspected: list[dict[str, Any]], asked: prompts.Prompt, prefix: str
+) -> tuple[list[View], list[View], Traces]:
+    """All namespaces whose keys of the prompt can be made, those of them that `prefix` means, and what journals say of the keys.
+
+    A namespace that holds nothing any more is among them: journals may still know what became of it.
+    """
     extents = [e for path in paths for e in _core.list_extents(path)]
     whole: dict[str, dict[str, Any]] = {}
     for root in inspected:
@@ -108,26 +128,47 @@ def _views(paths: list[str], inspected: list[dict[str, Any]], asked: prompts.Pro
             if n["manifest"]:
                 known = whole.setdefault(n["digest"], {**n, "extents": 0})
                 known["extents"] += n["extents"]
+    meant = _meant(whole, prefix, paths) if prefix else whole.keys()
+    refusal = typer.BadParameter(
+        f"nothing tells how long a chunk of a namespace in {', '.join(paths)} is: no manifest says it, and no extent is left",
+        param_hint="'ROOT'",
+    )
+    keys: dict[str, tuple[int, list[bytes]]] = {}
+    for digest, n in whole.items():
+        try:
+            chunk_tokens = prompts.chunk_tokens_of(n, namespaces.of_extents(extents, [n]))
+        except typer.BadParameter as error:
+            refusal = error if digest in meant else refusal
+            continue
+        if chunk_tokens:
+            keys[digest] = chunk_tokens, asked.keys(digest, chunk_tokens)
+    traces = _trace(paths, [key for _, mine in keys.values() for key in mine])
     views = []
-    for n in whole.values():
-        mine = namespaces.of_extents(extents, [n])
-        chunk_tokens = prompts.chunk_tokens_of(n, mine)
-        wants = _wants(n, mine, chunk_tokens)
-        if chunk_tokens and wants:
+    for digest, (chunk_tokens, mine) in keys.items():
+        held = namespaces.of_extents(extents, [whole[digest]]) or [e for key in mine for e in traces.get(key, [])]
+        if wants := _wants(whole[digest], held, chunk_tokens):
             groups = [group for group, _ in wants]
-            views.append(View(n, chunk_tokens, [want for _, want in wants], groups, asked.keys(n["digest"], chunk_tokens)))
-    if not views:
-        raise typer.BadParameter(f"no namespace in {', '.join(paths)} has both a manifest and extents", param_hint="'ROOT'")
-    if not any(view.keys for view in views):
-        least = min(view.chunk_tokens for view in views)
+            views.append(View(whole[digest], chunk_tokens, [want for _, want in wants], groups, mine))
+    candidates = [view for view in views if view.namespace["digest"] in meant]
+    if not candidates:
+        raise refusal
+    if not any(view.keys for view in candidates):
+        least = min(view.chunk_tokens for view in candidates)
         raise typer.BadParameter(
             f"{len(asked.tokens)} tokens are less than one chunk ({least} tokens): nothing of it is ever stored", param_hint="'PROMPT'"
         )
-    return views
+    return views, candidates, traces
+
+
+def _meant(whole: dict[str, dict[str, Any]], prefix: str, paths: list[str]) -> list[str]:
+    try:
+        return [n["digest"] for n in namespaces.select({"path": ", ".join(paths), "namespaces": [*whole.values()]}, prefix)]
+    except namespaces.NoSuchNamespace as error:
+        raise typer.BadParameter(str(error), param_hint="'--namespace'") from None
 
 
 def _wants(n: dict[str, Any], extents: list[dict[str, Any]], chunk_tokens: int) -> list[tuple[int, _core.GroupWant]]:
-    """What an engine of this namespace asks for: as its manifest says, else what the extents of each group add up to."""
+    """What an engine of this namespace asks for: as its manifest says, else what these extents of each group add up to."""
     stated = namespaces.manifest_of(n).get("groups")
     try:
         return [
@@ -150,29 +191,27 @@ def _window(group: dict[str, Any], chunk_tokens: int) -> int:
     return max(1, -(-(group["window"] - 1) // chunk_tokens)) if group["attention"] == "window" else 0
 
 
-def _choose(depot: Any, views: list[View], prefix: str, paths: list[str]) -> View:
-    if prefix:
-        known = {"path": ", ".join(paths), "namespaces": [view.namespace for view in views]}
-        try:
-            found = [n["digest"] for n in namespaces.select(known, prefix)]
-        except namespaces.NoSuchNamespace as error:
-            raise typer.BadParameter(str(error), param_hint="'--namespace'") from None
-        views = [view for view in views if view.namespace["digest"] in found]
+def _choose(depot: Any, views: list[View], traces: Traces) -> View:
+    """The namespace that has most of the prompt; where none has its front, the one that has or had most of its chunks."""
     return max(
         views,
-        key=lambda view: (depot.longest_prefix(b"".join(view.keys), view.wants) * view.chunk_tokens, view.namespace["extents"]),
+        key=lambda view: (
+            depot.longest_prefix(b"".join(view.keys), view.wants) * view.chunk_tokens,
+            sum(key in traces for key in view.keys),
+            view.namespace["extents"],
+        ),
     )
 
 
-def _trace(paths: list[str], keys: list[bytes]) -> dict[bytes, list[dict[str, Any]]]:
-    found: dict[bytes, list[dict[str, Any]]] = {}
+def _trace(paths: list[str], keys: list[bytes]) -> Traces:
+    found: Traces = {}
     for path in paths:
         for e in _core.trace_extents(path, b"".join(keys)):
             found.setdefault(e["key"], []).append({**e, "root": path})
     return found
 
 
-def _verify(depot: Any, chosen: View, traces: dict[bytes, list[dict[str, Any]]]) -> dict[tuple[str, str, int], str]:
+def _verify(depot: Any, chosen: View, traces: Traces) -> dict[tuple[str, str, int], str]:
     """What is damaged, which the depot then counts as missing, as an engine does that met it."""
     live = [e for key in chosen.keys for e in traces.get(key, []) if e["fate"] == "live"]
     damaged = {}
@@ -196,7 +235,7 @@ def _when(seconds: float) -> str:
 
 
 def _fates(
-    key: bytes, group: int, traces: dict[bytes, list[dict[str, Any]]], damaged: dict[tuple[str, str, int], str]
+    key: bytes, group: int, traces: Traces, damaged: dict[tuple[str, str, int], str]
 ) -> list[str]:
     """What became of the extents that this chunk and group had in each root."""
     past = [e for e in traces.get(key, []) if e["group"] == group]
@@ -236,7 +275,7 @@ def _owners(chunk: int, chosen: View, asked: prompts.Prompt, paths: list[str]) -
     return reasons
 
 
-def _elsewhere(chunk: int, chosen: View, views: list[View], traces: dict[bytes, list[dict[str, Any]]]) -> list[str]:
+def _elsewhere(chunk: int, chosen: View, views: list[View], traces: Traces) -> list[str]:
     """Other namespaces that have the chunk with these tokens, and the fields of the manifests that differ."""
     reasons = []
     for view in views:

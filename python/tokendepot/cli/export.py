@@ -19,7 +19,7 @@ from .arguments import Json, Root, Roots, once_each, print_json, size, size_or_z
 
 STEP_BYTES = 64 << 20  # between two looks at progress and interrupts
 EXIT_CODES_EXPORT = (
-    "Exit codes: 0 all of it is in the file; 1 something was damaged or is gone, and was left out; 2 wrong usage, no "
+    "Exit codes: 0 all of it is in the file; 1 something was damaged or is not there, and is missing in it; 2 wrong usage, no "
     "permission, or a path that is not the root of a depot; 3 the file could not be written."
 )
 EXIT_CODES_IMPORT = (
@@ -57,24 +57,30 @@ def export(
         raise _refuse("--tokenizer, --salt and --lora go with --prompt only")
     chosen, sources = _namespace(paths, namespace)
     wanted = _candidates(sources, chosen)
+    of_prompt: dict[str, int] = {}
     if prompt is not None:
-        wanted = _of_prompt(wanted, chosen, prompts.read(prompt, tokenizer, salt, lora, "--prompt"))
+        asked = prompts.read(prompt, tokenizer, salt, lora, "--prompt")
+        wanted, keys = _of_prompt(wanted, chosen, asked)
+        present = {copies[0][1]["key"] for copies in wanted}
+        of_prompt = {"prompt_chunks": len(keys), "missing_chunks": sum(key not in present for key in keys)}
     total = sum(copies[0][1]["bytes"] for copies in wanted)
     failed: list[dict[str, Any]] = []
+    written = file_bytes = 0
     began = time.monotonic()
-    with _target(out) as fd:
-        exporter = _core.Exporter.begin(fd, chosen["manifest"], len(wanted), total)
-        with show.progress_of_bytes("exporting", total) as advance:
-            written = _write(exporter, wanted, failed, advance)
-        exporter.finish()
-        file_bytes = exporter.file_bytes
+    if wanted or not of_prompt:
+        with _target(out) as fd:
+            exporter = _core.Exporter.begin(fd, chosen["manifest"], len(wanted), total)
+            with show.progress_of_bytes("exporting", total) as advance:
+                written = _write(exporter, wanted, failed, advance)
+            exporter.finish()
+            file_bytes = exporter.file_bytes
     seconds = time.monotonic() - began
     summary = {
-        "roots": paths, "namespace": chosen["digest"], "out": out, "extents": len(wanted) - len(failed),
+        "roots": paths, "namespace": chosen["digest"], "out": out, **of_prompt, "extents": len(wanted) - len(failed),
         "bytes": written, "file_bytes": file_bytes, "seconds": seconds, "left_out": failed,
     }  # fmt: skip
     _tell(summary, as_json, out == "-", _say_export)
-    if failed:
+    if failed or of_prompt.get("missing_chunks"):
         raise typer.Exit(DAMAGED)
 
 
@@ -118,11 +124,19 @@ def _candidates(sources: list[tuple[str, dict[str, Any]]], chosen: dict[str, Any
     return sorted(found.values(), key=lambda copies: copies[0][1]["stored_at"])
 
 
-def _of_prompt(wanted: list[Copies], chosen: dict[str, Any], prompt: prompts.Prompt) -> list[Copies]:
+def _of_prompt(
+    wanted: list[Copies], chosen: dict[str, Any], prompt: prompts.Prompt
+) -> tuple[list[Copies], list[bytes]]:
+    """Those of the prompt, in its order, and the keys of all its chunks."""
     chunk_tokens = prompts.chunk_tokens_of(chosen, [copies[0][1] for copies in wanted])
-    order = {key: i for i, key in enumerate(prompt.keys(chosen["digest"], chunk_tokens))} if chunk_tokens else {}
+    if not chunk_tokens:
+        raise _refuse(f"nothing tells how long a chunk of namespace {chosen['digest'][: show.SHORT_DIGEST]} is", "--prompt")
+    keys = prompt.keys(chosen["digest"], chunk_tokens)
+    if not keys:
+        raise _refuse(f"{len(prompt.tokens)} tokens are less than one chunk ({chunk_tokens} tokens), so it has no key", "--prompt")
+    order = {key: i for i, key in enumerate(keys)}
     mine = [copies for copies in wanted if copies[0][1]["key"] in order]
-    return sorted(mine, key=lambda copies: order[copies[0][1]["key"]])
+    return sorted(mine, key=lambda copies: order[copies[0][1]["key"]]), keys
 
 
 def _write(exporter: Any, wanted: list[Copies], failed: list[dict[str, Any]], advance: Any) -> int:
@@ -185,6 +199,11 @@ def _rate(count: int, seconds: float) -> str:
 
 
 def _say_export(s: dict[str, Any]) -> None:
+    if missing := s.get("missing_chunks"):
+        show.say(f"{missing:,} of the prompt's {show.number(s['prompt_chunks'], 'chunk')} are not there; tokendepot explain says why")
+    if not s["file_bytes"]:
+        show.say("no file is written: nothing would be in it")
+        return
     where = "stdout" if s["out"] == "-" else show.clean(s["out"])
     show.say(
         f"{show.number(s['extents'], 'extent')}, {show.size(s['bytes'])} of namespace {s['namespace'][: show.SHORT_DIGEST]} "
@@ -214,7 +233,12 @@ def import_command(
     _core.log_warnings_only()
     with _source(source) as (fd, total):
         began = time.monotonic()
-        importer = _core.Importer.begin(fd, root, capacity, create, free_space_reserve)
+        try:
+            importer = _core.Importer.begin(fd, root, capacity, create, free_space_reserve)
+        except _core.DepotError as error:
+            if error.kind in ("invalid_argument", "unsupported") and root not in str(error):
+                raise _refuse(f"{source!r}: {error}") from None
+            raise
         done = importer.report()["file_bytes"]
         try:
             with show.progress_of_bytes("importing", total or importer.report()["planned_bytes"]) as advance:

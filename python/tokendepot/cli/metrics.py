@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import threading
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import _core
 from . import show
+from .arguments import Json, print_json, root_and_options
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
 
 EXTRA = "tokendepot metrics needs the package {}: pip install 'tokendepot[metrics]'"
 
 
 def root_and_capacity(text: str) -> tuple[str, int | None]:
-    """"/path", or "/path?capacity=SIZE" as in the configuration of an engine -> path and capacity."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise typer.BadParameter("the path is not UTF-8") from None
-    path, question, keys = text.partition("?")
-    if not question or os.path.isdir(text):
-        return os.path.abspath(text), None
-    try:
-        root = _core.parse_options(json.dumps({"roots": [f"{os.path.abspath(path)}?{keys}"]}))["roots"][0]
-    except _core.DepotError as error:
-        raise typer.BadParameter(str(error)) from None
-    return root["path"], root["capacity"]
+    path, options = root_and_options(text)
+    return path, options.get("capacity")
 
 
 def metrics(
@@ -41,6 +32,7 @@ def metrics(
     port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 = any that is free.")] = 9477,
     address: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 = on all interfaces.")] = "127.0.0.1",
     once: Annotated[bool, typer.Option("--once", help="Print the metrics and end.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Serves what roots say about themselves to Prometheus, until SIGTERM. Engines' own metrics are on theirs."""
     try:
@@ -53,6 +45,10 @@ def metrics(
         registry, collector = registry_of([root_and_capacity(text) for text in roots], show.complain)
     except BadRoots as error:
         raise typer.BadParameter(str(error)) from None
+    named = [{"root": root.label, "path": root.path} for root in collector.roots]
+    if once and as_json:
+        print_json({"roots": named, "metrics": _values(registry)})
+        return
     if once:
         sys.stdout.write(prometheus_client.generate_latest(registry).decode())
         return
@@ -65,10 +61,22 @@ def metrics(
     except OSError as error:
         show.complain(f"cannot listen on {address} port {port}: {error.strerror}; name another with --port or --address")
         raise typer.Exit(3) from None
-    for root in collector.roots:
-        show.say(f"root {root.label} is {show.clean(root.path)}")
-    show.say(f"metrics on http://{address}:{server.server_port}/metrics")
+    url = f"http://{address}:{server.server_port}/metrics"
+    if as_json:
+        print_json({"roots": named, "url": url})
+    else:
+        for root in collector.roots:
+            show.say(f"root {root.label} is {show.clean(root.path)}")
+        show.say(f"metrics on {url}")
     sys.stdout.flush()
     stop.wait()
     # Not by the interpreter's own end, which would tear down a thread that is inspecting a root inside native code.
     os._exit(0)
+
+
+def _values(registry: CollectorRegistry) -> list[dict[str, Any]]:
+    return [
+        {"name": sample.name, "labels": sample.labels, "value": sample.value}
+        for family in registry.collect()
+        for sample in family.samples
+    ]

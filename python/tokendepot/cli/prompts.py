@@ -16,6 +16,7 @@ from . import namespaces
 
 MOST_TOKENS = 1 << 26  # as text about half a GiB
 MAX_TOKEN = (1 << 32) - 1
+LMCACHE = "lmcache"  # "engine" in the manifests that python/src/lmcache.cc makes
 
 Tokenizer = Annotated[
     str | None,
@@ -144,8 +145,17 @@ def _digest_of_adapter(path: str) -> str:
 
 
 def chunk_tokens_of(namespace: dict[str, Any], extents: list[dict[str, Any]]) -> int:
-    """What the manifest says; else that of the longest extent, because an extent holds at most its chunk."""
-    stated = namespaces.manifest_of(namespace).get("chunk_tokens")
+    """What the manifest says; else that of the longest extent, because an extent holds at most its chunk; else 0.
+
+    Refuses a namespace of LMCache's server, whose extents are objects under LMCache's own chunk hashes.
+    """
+    manifest = namespaces.manifest_of(namespace)
+    if manifest.get("engine") == LMCACHE:
+        raise _refuse(
+            f"namespace {namespace['digest'][: namespaces.PREFIX_DIGITS]} is of LMCache: the keys of its chunks cannot be made "
+            "from a prompt, because LMCache makes them of hashes of its own"
+        )
+    stated = manifest.get("chunk_tokens")
     if type(stated) is int and 0 < stated <= 1 << 20:
         return stated
     return max((e["tokens"] for e in namespaces.of_extents(extents, [namespace])), default=0)

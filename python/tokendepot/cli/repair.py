@@ -71,6 +71,6 @@ def _say(report: dict[str, Any], applied: bool) -> None:
     if report["damaged_extents"]:
         show.say(f"{show.number(report['damaged_extents'], 'extent')} in no journal have wrong digests and stay out")
     if report["left"]:
-        show.table("Left alone", ("file", "why"), [(item["file"], item["why"]) for item in report["left"]], wide=0)
+        show.table("Left alone", ("file", "why"), [(item["file"], item["why"]) for item in report["left"]], wide=(0, 1))
     if not rows:
         show.say("nothing to do")

@@ -69,14 +69,15 @@ def complain(text: str) -> None:
     err.print(Text(f"tokendepot: {clean(text)}"), soft_wrap=True)
 
 
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], wide: int = -1) -> None:
-    """Columns whose name starts with ">" are right-aligned. Column `wide` is the one that gives way to the width."""
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], wide: int | tuple[int, ...] = ()) -> None:
+    """Columns whose name starts with ">" are right-aligned. Only `wide` ones give way to the width."""
+    flexible = (wide,) if isinstance(wide, int) else wide
     out.print(Text(title, style="bold"))
     view = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for i, column in enumerate(columns):
         right = column.startswith(">")
         view.add_column(
-            Text(column.removeprefix(">")), justify="right" if right else "left", no_wrap=i != wide, overflow="fold"
+            Text(column.removeprefix(">")), justify="right" if right else "left", no_wrap=i not in flexible, overflow="fold"
         )
     for row in rows:
         view.add_row(*(Text(clean(cell)) for cell in row))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from datetime import datetime, timezone
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,11 @@ from .arguments import Json, Namespace, Root, print_json, size
 NS = 1_000_000_000
 UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 MOST_SECONDS = 100 * 366 * 86400
+NOTHING_OF_IT = 1
+EXIT_CODES = (
+    "Exit codes: 0 all well; 1 the rules are damaged, or something that was named is not there; 2 wrong usage, no permission, "
+    "or a path that is not the root of a depot; 3 it could not be done."
+)
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
 
@@ -95,7 +101,18 @@ def pin(
     of = _one_namespace(root, namespace)
     chunks = _chunk_keys(root, of, keys or [], prompt, (tokenizer, salt, lora))
     _core.set_policy(root, "pin", bytes.fromhex(of["digest"]), until, chunks, size(capacity) if capacity else 0, dry_run)
-    _say_set(root, "pin", of["digest"], until, len(chunks) // _core.KEY_BYTES, dry_run, as_json)
+    absent = _absent(root, chunks)
+    _say_set(root, "pin", of["digest"], until, len(chunks) // _core.KEY_BYTES, dry_run, as_json, absent)
+    if absent:
+        raise typer.Exit(NOTHING_OF_IT)
+
+
+def _absent(root: str, chunks: bytes) -> int:
+    """How many of these keys no extent of the root has."""
+    if not chunks:
+        return 0
+    there = {e["key"] for e in _core.list_extents(root)}
+    return sum(chunks[i : i + _core.KEY_BYTES] not in there for i in range(0, len(chunks), _core.KEY_BYTES))
 
 
 def unpin(
@@ -121,7 +138,7 @@ def unpin(
 
 def ttl(
     root: Root,
-    time_to_live: Annotated[str, typer.Argument(metavar="[TIME]", help="E.g. 36h or 30d. Without it: lists.")] = "",
+    time_to_live: Annotated[str, typer.Argument(metavar="TIME", help="E.g. 36h or 30d. Without it: lists.")] = "",
     namespace: Namespace = "",
     remove: Remove = False,
     dry_run: DryRun = False,
@@ -134,7 +151,7 @@ def ttl(
 
 def quota(
     root: Root,
-    bytes_allowed: Annotated[str, typer.Argument(metavar="[SIZE]", help="E.g. 40GiB. Without it: lists.")] = "",
+    bytes_allowed: Annotated[str, typer.Argument(metavar="SIZE", help="E.g. 40GiB. Without it: lists.")] = "",
     namespace: Namespace = "",
     remove: Remove = False,
     dry_run: DryRun = False,
@@ -186,6 +203,17 @@ def value_of(rule: dict[str, Any]) -> str:
     return f"{lasting(float(max(1, round(left))))} more" if left > 0 else "ended"
 
 
+def in_units(rule: dict[str, Any]) -> dict[str, Any]:
+    """The rule for programs: its value under a name that tells the unit."""
+    value = rule["value"]
+    named: dict[str, Any] = {"quota_bytes": value}
+    if rule["kind"] == "ttl":
+        named = {"ttl_seconds": value / NS}
+    elif rule["kind"] == "pin":
+        named = {"until": datetime.fromtimestamp(value / NS, timezone.utc).isoformat(timespec="seconds") if value else None}
+    return {key: item for key, item in rule.items() if key != "value"} | named
+
+
 def rows_of(rules: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """kind, namespace, what, value, bytes in use."""
     rows = []
@@ -206,10 +234,13 @@ def _list(root: str, kind: str, as_json: bool) -> None:
     info = _core.inspect_policies(root)
     rules = [rule for rule in info["rules"] if rule["kind"] == kind]
     if as_json:
-        extra = {"pinned_bytes": info["pinned_bytes"], "pin_limit": info["pin_limit"]} if kind == "pin" else {}
-        print_json({"root": root, "rules": rules, **extra, "damage": info["damage"]})
+        extra = {"pinned_bytes": info["pinned_bytes"], "pin_limit_bytes": info["pin_limit"]} if kind == "pin" else {}
+        print_json({"root": root, "rules": [in_units(rule) for rule in rules], **extra, "damage": info["damage"]})
     elif not info["damage"]:
-        show.table(f"{kind} in {show.clean(root)}", COLUMNS, rows_of(rules))
+        if rules:
+            show.table(f"{kind} in {show.clean(root)}", COLUMNS, rows_of(rules))
+        else:
+            show.say(f"{kind} in {show.clean(root)}: none")
         if kind == "pin":
             limit = f" of {show.size(info['pin_limit'])} allowed" if info["pin_limit"] else ""
             show.say(f"pins hold segments of {show.size(info['pinned_bytes'])}{limit}")
@@ -218,19 +249,28 @@ def _list(root: str, kind: str, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _say_set(root: str, kind: str, digest: str, value: int, chunks: int, dry_run: bool, as_json: bool) -> None:
+def _say_set(
+    root: str, kind: str, digest: str, value: int, chunks: int, dry_run: bool, as_json: bool, absent: int = 0
+) -> None:
     rule = {"kind": kind, "namespace": digest, "value": value, "chunks": chunks}
     if as_json:
-        print_json({"root": root, "dry_run": dry_run, **rule})
+        extra = {"absent_chunks": absent} if kind == "pin" else {}
+        print_json({"root": root, "dry_run": dry_run, **in_units(rule), **extra})
         return
     verb = "would set" if dry_run else "set"
     what = show.number(chunks, "chunk") + " of " if chunks else ""
     whose = f"namespace {digest[: show.SHORT_DIGEST]}" if digest else "the root"
     show.say(f"{verb} {kind} of {what}{whose}: {value_of(rule)}")
+    if absent:
+        show.say(f"{absent:,} of them {'is' if absent == 1 else 'are'} not there: held from when stored")
 
 
 def _say_dropped(root: str, kind: str, digest: str, dropped: int, dry_run: bool, as_json: bool) -> None:
     if as_json:
         print_json({"root": root, "dry_run": dry_run, "kind": kind, "namespace": digest, "removed": dropped})
-    else:
+    elif dropped:
         show.say(f"{'would remove' if dry_run else 'removed'} {dropped} {kind}{'' if dropped == 1 else 's'}")
+    else:
+        show.say(f"there is no such {kind} to remove")
+    if not dropped:
+        raise typer.Exit(NOTHING_OF_IT)

@@ -145,6 +145,8 @@ def _drawn(now: Now, url: str | None) -> RenderableType:
                 str(root["writers"]),
                 *(_bytes(root[f"{what}_per_second"]) for what in ("load_bytes", "store_bytes", "evicted_bytes")),
             )
+        if url is None:
+            parts.append(Text("rates need --url, the metrics of an engine"))
         parts += [view, *(Text(show.clean(f"{root['root']} is {root['path']}")) for root in now.roots)]
     parts += [Text(show.clean(text), style="red") for text in now.trouble]
     return Group(*parts)

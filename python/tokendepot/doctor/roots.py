@@ -18,12 +18,17 @@ from .machine import guarded
 
 MEMORY = ("tmpfs", "ramfs", "hugetlbfs")
 RESERVE = _core.parse_options('{"roots":["/depot?capacity=1GiB"]}')["free_space_reserve"]  # what engines leave free
+SMALLEST_SEGMENT = 1 << 20  # of those that engines choose by themselves
+SEGMENTS_LEAST = 3
 FEW_INODES = 1000
 CLOCK_TOLERANCE_S = 60.0  # file servers stamp files with clocks of their own
 
 
-def examine(host: Host, path: str) -> list[Finding]:
-    """Findings on `path`, absolute. Where there is none yet, its parent is examined, in which the depot would make it."""
+def examine(host: Host, path: str, options: dict[str, Any] | None = None) -> list[Finding]:
+    """Findings on `path`, absolute, and on "capacity" and "segment" of `options` where they are given.
+
+    Where there is no such path yet, its parent is examined, in which the depot would make it.
+    """
     place, below = _place(path)
     if below is None:
         return [place]
@@ -39,6 +44,8 @@ def examine(host: Host, path: str) -> list[Finding]:
     elif missing or info is not None or (content is not None and content.state != PROBLEM):
         findings.append(guarded("transport", lambda: _transport(host, below, missing, info)))
     findings.append(guarded("space", lambda: _space(host, below, info)))
+    if options:
+        findings.append(guarded("capacity", lambda: _capacity(host, below, system, options, info)))
     findings.append(guarded("inodes", lambda: _inodes(host, below)))
     if info is not None:
         findings.append(guarded("clock", lambda: _clock(host, path, info)))
@@ -149,7 +156,7 @@ def _transport(host: Host, directory: str, missing: bool, info: dict[str, Any] |
         return Finding("transport", f"buffered: O_DIRECT refused, {reason(error)}", FALLBACK, fix)
     if smallest is None:
         return Finding("transport", "buffered: O_DIRECT wants more than 4096 bytes alignment", FALLBACK, fix)
-    return Finding("transport", f"direct: O_DIRECT takes {smallest} bytes")
+    return Finding("transport", f"direct: O_DIRECT, alignment {smallest} bytes")
 
 
 def _space(host: Host, path: str, info: dict[str, Any] | None) -> Finding:
@@ -162,6 +169,28 @@ def _space(host: Host, path: str, info: dict[str, Any] | None) -> Finding:
     if info is not None and info["segments"]:
         return Finding("space", f"{value}, {why}", FALLBACK, "Free space there: no segment can be added, old ones are reused.")
     return Finding("space", f"{value}, {why}", PROBLEM, "Free space there or enlarge it: nothing would be stored.")
+
+
+def _capacity(host: Host, path: str, kind: str, options: dict[str, Any], info: dict[str, Any] | None) -> Finding:
+    name = "capacity"
+    space, wanted = host.space(path), options["capacity"]
+    total, free = space.f_blocks * space.f_frsize, space.f_bavail * space.f_frsize
+    value = size(wanted)
+    if wanted > total:
+        return Finding(name, f"{value}, larger than its file system of {size(total)}", PROBLEM, "Lower capacity, or enlarge the file system.")
+    segment = SMALLEST_SEGMENT if options["segment"] == "auto" else options["segment"]
+    if wanted < SEGMENTS_LEAST * segment:
+        least = size(SEGMENTS_LEAST * segment)
+        return Finding(name, f"{value}, less than {SEGMENTS_LEAST} segments", PROBLEM, f"Give {least} at least, or a smaller segment.")
+    limited = host.memory_limit() if kind in MEMORY else None
+    if limited is not None and wanted > limited[0] // 4 * 3:
+        fix = "Lower capacity, or raise the memory limit."
+        return Finding(name, f"{value}, of which engines use 3/4 of the limit of {size(limited[0])}", FALLBACK, fix)
+    held = info["file_bytes"] if info is not None else 0
+    if wanted > held + max(0, free - RESERVE):
+        fix = "Free space there, or lower capacity: stores stop, or use old segments again, where the file system ends."
+        return Finding(name, f"{value}, more than is free", FALLBACK, fix)
+    return Finding(name, value)
 
 
 def _inodes(host: Host, path: str) -> Finding:

@@ -84,6 +84,8 @@ COUNTERS = {
         "tokendepot_saved_seconds",
         "Seconds of prefill that loads saved, at the measured prefill rate and less the time of the load; an estimate.",
     ),
+    "queried_objects": ("tokendepot_queried_objects", "Objects that were looked up."),
+    "found_objects": ("tokendepot_found_objects", "Of them, those that the depot holds."),
     "failed_requests": (
         "tokendepot_failed_load_requests",
         "Requests with at least one chunk that failed to load.",
@@ -171,6 +173,8 @@ OF_PROMPTS = frozenset((
     "queried_tokens", "hit_tokens", "not_worth_tokens", "shared_loads", "missed_repeats", "broken_promises",
     "saved_seconds", "failed_requests", "tokens_by", "missed", "moved_tokens",
 ))  # fmt: skip
+# Keys of what only a store of objects counts, which sees neither.
+OF_OBJECTS = frozenset(("queried_objects", "found_objects"))
 
 
 def labelled_keys(word: str) -> Iterator[tuple[str, tuple[str, ...]]]:

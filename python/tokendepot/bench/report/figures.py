@@ -29,11 +29,11 @@ class Cell:
     turn: int
     tokens: float | None  # of the prompt, as the server counts
     samples: tuple[int, int]
-    p50: tuple[float | None, float | None]
-    p99: tuple[float | None, float | None]
+    p50_seconds: tuple[float | None, float | None]
+    p99_seconds: tuple[float | None, float | None]
     faster: float | None  # median before over median after
     hit_ratio: tuple[float | None, float | None]
-    found_per_s: float | None  # prompt tokens found in a cache, over TTFT (medians, after)
+    found_tokens_per_second: float | None  # prompt tokens found in a cache, over TTFT (medians, after)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Stability:
     failed: int
     kinds: dict[str, int]  # of failures
     drift: float | None  # TTFT of the later half of each cell's requests over that of the earlier half, less 1
-    last_turn_p50: dict[int, float]  # context -> seconds
+    last_turn_p50_seconds: dict[int, float]  # context -> seconds
 
 
 def _percentile(cell: dict[str, Any] | None, name: str) -> float | None:
@@ -81,11 +81,11 @@ def cells(before: dict[str, Any], after: dict[str, Any]) -> list[Cell]:
                 turn=turn,
                 tokens=next((c["prompt_tokens"] for c in reversed(both) if c and c.get("prompt_tokens")), None),
                 samples=tuple(cell["complete"] if cell else 0 for cell in both),
-                p50=p50,
-                p99=tuple(_percentile(cell, "p99") for cell in both),
+                p50_seconds=p50,
+                p99_seconds=tuple(_percentile(cell, "p99") for cell in both),
                 faster=p50[0] / p50[1] if p50[0] and p50[1] else None,
                 hit_ratio=tuple(cell.get("hit_ratio") if cell else None for cell in both),
-                found_per_s=cached / p50[1] if cached is not None and p50[1] else None,
+                found_tokens_per_second=cached / p50[1] if cached is not None and p50[1] else None,
             )
         )
     return found
@@ -170,7 +170,7 @@ def spread_of_runs(runs: Iterable[Stability]) -> float | None:
     """Largest over smallest median TTFT of the last turn among runs, at the context where that is worst; less 1."""
     known: dict[int, list[float]] = {}
     for run in runs:
-        for context, seconds in run.last_turn_p50.items():
+        for context, seconds in run.last_turn_p50_seconds.items():
             known.setdefault(context, []).append(seconds)
     ratios = [max(times) / min(times) - 1 for times in known.values() if len(times) > 1 and min(times) > 0]
     return max(ratios, default=None)

@@ -45,8 +45,8 @@ def window(runs: list[figures.Stability]) -> str:
     """Median TTFT of the last turn, run after run, one line a context."""
     figure, axes = pyplot.subplots(figsize=(8, 3.4), layout="constrained")
     places = range(1, len(runs) + 1)
-    for context in sorted({context for run in runs for context in run.last_turn_p50}):
-        times = [run.last_turn_p50.get(context) for run in runs]
+    for context in sorted({context for run in runs for context in run.last_turn_p50_seconds}):
+        times = [run.last_turn_p50_seconds.get(context) for run in runs]
         axes.plot(places, [None if t is None else t * 1e3 for t in times], "o-", label=f"{context:,}")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

@@ -13,7 +13,8 @@ from typing import Any
 
 from tokendepot import _core
 from tokendepot.engines.lmcache.metrics import storages
-from tokendepot.engines.lmcache.settings import RefusedError, on_error_choice, read_settings
+from tokendepot.engines.lmcache.settings import DEFAULTS, RefusedError, on_error_choice, read_settings
+from tokendepot.engines.options import effective
 
 log = logging.getLogger("tokendepot.lmcache")
 
@@ -31,6 +32,7 @@ class DepotConnector:
         self._depot: _core.LMCacheConnector | _Closed
         try:
             settings = read_settings(params)
+            log.info("tokendepot: %s", effective(params, DEFAULTS, settings.engine_json))
             self._depot = _core.LMCacheConnector.open(
                 settings.engine_json,
                 namespace_json=settings.namespace_json,
@@ -43,6 +45,8 @@ class DepotConnector:
             log.error("tokendepot: not used, LMCache runs without it: %s", error)
             self._depot = _Closed(str(error))
             storages.refused()
+        self._lock = threading.Lock()
+        self._lookups: set[int] = set()  # batches whose answers are to be counted
         # The engine's threads must end before the interpreter does.
         atexit.register(_close, weakref.ref(self._depot))
 
@@ -56,13 +60,22 @@ class DepotConnector:
         return self._depot.submit_batch_get(keys, buffers)
 
     def submit_batch_exists(self, keys: Sequence[str]) -> int:
-        return self._depot.submit_batch_exists(keys)
+        with self._lock:  # its answer may be drained by another thread before this one knows its number
+            job = self._depot.submit_batch_exists(keys)
+            self._lookups.add(job)
+        return job
 
     def submit_batch_delete(self, keys: Sequence[str]) -> int:
         return self._depot.submit_batch_delete(keys)
 
     def drain_completions(self) -> list[tuple[int, bool, str, list[bool]]]:
-        return self._depot.drain_completions()
+        ended = self._depot.drain_completions()
+        with self._lock:
+            answers = [found for job, _, _, found in ended if job in self._lookups]
+            self._lookups.difference_update(job for job, *_ in ended)
+        if answers:
+            storages.looked_up(sum(map(len, answers)), sum(map(sum, answers)))
+        return ended
 
     def stats(self) -> dict[str, Any]:
         """The fields of include/tokendepot/stats.h by their names; empty where no depot is open."""

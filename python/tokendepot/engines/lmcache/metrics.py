@@ -74,6 +74,11 @@ class StorageCollector(Collector):
         with self._lock:
             _add(self._ended, {"switched_off": 1})
 
+    def looked_up(self, asked: int, found: int) -> None:
+        """One batch of objects of any storage."""
+        with self._lock:
+            _add(self._ended, {"queried_objects": asked, "found_objects": found})
+
     def closed(self, depot: Any) -> None:
         """To be called before the depot is closed: it cannot be asked later."""
         with self._lock:

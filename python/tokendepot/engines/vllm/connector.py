@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,10 +17,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from tokendepot import _core
+from tokendepot.engines.options import effective
 from tokendepot.engines.vllm import versions
 from tokendepot.engines.vllm.messages import LoadOrder, StepOrders, StepReport
 from tokendepot.engines.vllm.scheduler import SchedulerHalf
-from tokendepot.engines.vllm.settings import RefusedError, on_error_choice, read_settings
+from tokendepot.engines.vllm.settings import DEFAULTS, RefusedError, on_error_choice, read_settings
 from tokendepot.engines.vllm.stats import DepotPromMetrics, DepotStats
 from tokendepot.engines.vllm.worker import WorkerHalf
 
@@ -64,6 +66,7 @@ class TokendepotConnector(KVConnectorBase_V1, SupportsHMA):
         settings = read_settings(extra)
         if role == KVConnectorRole.SCHEDULER:
             versions.warn_if_untested()
+            versions.log.info("tokendepot: %s", effective(extra, DEFAULTS, json.dumps(settings.engine)))
             self._scheduler_half = SchedulerHalf(settings, vllm_config, kv_cache_config)
         else:
             self._worker_half = WorkerHalf(settings, vllm_config, kv_cache_config)

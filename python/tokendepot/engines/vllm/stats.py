@@ -15,6 +15,7 @@ from tokendepot.engines.metrics import (
     GAUGES,
     HISTOGRAMS,
     LABELLED,
+    OF_OBJECTS,
     OPERATIONS,
     ROOT,
     ROOT_GAUGE,
@@ -104,6 +105,8 @@ class DepotPromMetrics(KVConnectorPromMetrics):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._counters: dict[str, dict[int, Any]] = {}
         for key, (name, text) in COUNTERS.items():
+            if key in OF_OBJECTS:
+                continue
             metric = self._metric(self._counter_cls, Counter, name, text, labelnames)
             self._counters[key] = {
                 engine: metric.labels(*values) for engine, values in per_engine_labelvalues.items()

@@ -1,0 +1,5 @@
+"""`python -m tokendepot`: the command line."""
+
+from .cli import main
+
+main()

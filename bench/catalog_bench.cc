@@ -35,6 +35,13 @@ Key key_of(uint64_t n) {
   return key;
 }
 
+// Header and one page: the smallest there is. A replay takes no more extents than a file and a root can hold.
+constexpr uint64_t kExtentBytes = 8192;
+
+uint64_t room_for(size_t entries) {
+  return std::max<uint64_t>(16 << 20, entries * kExtentBytes);
+}
+
 /// Random reads a second from `bytes` of memory; dependent: the next address needs the last value.
 double random_reads(uint64_t bytes, bool dependent) {
   std::vector<uint64_t> lines(bytes / 8);
@@ -110,7 +117,7 @@ void run(const std::string& base, size_t entries) {
   if (mkdtemp(pattern.data()) == nullptr) stop("cannot make a directory in " + base);
   Options options;
   const RootOptions root_options{
-      .path = pattern + "/root", .capacity_bytes = 16 << 20, .segment_bytes = 1 << 20};
+      .path = pattern + "/root", .capacity_bytes = room_for(entries), .segment_bytes = 1 << 20};
   auto root = Root::open(root_options, 0, options);
   if (!root) stop(root.error().message);
   {
@@ -119,12 +126,13 @@ void run(const std::string& base, size_t entries) {
     auto segment = File::open((*root)->segments_dir() + "/" + segment_name({journal->writer(), 0}),
                               {.write = true, .create = true});
     if (!segment) stop(segment.error().message);
+    if (auto sized = segment->truncate(room_for(entries)); !sized) stop(sized.error().message);
     std::vector<Record> records(1000);
     for (size_t at = 0; at < entries; at += records.size()) {
       for (size_t i = 0; i < records.size(); ++i) {
         Record& record = records[i];
         record.key = keys[std::min(at + i, entries - 1)];
-        record.where = {{journal->writer(), 0}, (at + i) * 4096, 4096};
+        record.where = {{journal->writer(), 0}, (at + i) * kExtentBytes, kExtentBytes};
         record.part = shape.part;
         record.tokens = shape.tokens;
         record.time_ns = 1;

@@ -36,6 +36,8 @@ Key key_of(uint64_t writer, uint64_t n) {
   return key;
 }
 
+constexpr uint64_t kExtentBytes = 8192;  // the smallest there is: header and one page
+
 /// One writer on some host: its journal, and puts into one segment.
 struct Writer {
   JournalWriter journal;
@@ -45,7 +47,7 @@ struct Writer {
     std::vector<Record> records(count);
     for (Record& record : records) {
       record.key = key_of(journal.writer(), puts);
-      record.where = {{journal.writer(), 0}, puts++ * 4096, 4096};
+      record.where = {{journal.writer(), 0}, puts++ * kExtentBytes, kExtentBytes};
       record.part = kShape.part;
       record.tokens = kShape.tokens;
       record.time_ns = 1;
@@ -76,15 +78,19 @@ void run(const std::string& base, size_t hosts, size_t records, size_t polls) {
   std::string pattern = base + "/tokendepot-bench-XXXXXX";
   if (mkdtemp(pattern.data()) == nullptr) stop("cannot make a directory in " + base);
   const Options options;
+  // A replay takes no more extents than a file and a root can hold.
+  const uint64_t capacity = std::max<uint64_t>(16 << 20, records * kExtentBytes);
   auto root = unwrap(Root::open(
-      {.path = pattern + "/root", .capacity_bytes = 16 << 20, .segment_bytes = 1 << 20}, 0, options));
+      {.path = pattern + "/root", .capacity_bytes = capacity, .segment_bytes = 1 << 20}, 0, options));
   const std::string name = "hosts_" + std::to_string(hosts);
   std::vector<Writer> writers;
   const size_t own_descriptors = open_descriptors();
   for (size_t i = 0; i < hosts; ++i) {
     Writer& writer = writers.emplace_back(unwrap(JournalWriter::create(root->journals_dir())));
-    unwrap(File::open(root->segments_dir() + "/" + segment_name({writer.journal.writer(), 0}),
-                      {.write = true, .create = true}));
+    const File segment =
+        unwrap(File::open(root->segments_dir() + "/" + segment_name({writer.journal.writer(), 0}),
+                          {.write = true, .create = true}));
+    if (auto sized = segment.truncate(capacity); !sized) stop(sized.error().message);
     for (size_t left = records / hosts; left > 0; left -= std::min<size_t>(left, 1000))
       writer.append(std::min<size_t>(left, 1000));
   }

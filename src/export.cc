@@ -12,6 +12,7 @@
 #include "io/stream.h"
 #include "store/extent_check.h"
 #include "store/journal_file.h"
+#include "store/scan.h"
 
 namespace tokendepot {
 namespace {
@@ -77,11 +78,11 @@ Status FileExporter::read_extent(const std::string& root, const StoredExtent& ex
   const auto file = File::open(name, {});
   if (!file) return std::unexpected(file.error());
   // Nothing is allocated for a claim that the file does not bear out.
-  const auto size = file->size();
+  const auto size = credible_bytes(*file);
   if (!size) return std::unexpected(size.error());
   if (extent.where.offset > *size || extent.where.bytes > *size - extent.where.offset) {
-    return fail(ErrorKind::corrupt, "{}: the extent of {} bytes ends behind the file of {} bytes", where,
-                extent.where.bytes, *size);
+    return fail(ErrorKind::corrupt, "{}: the extent of {} bytes ends behind the {} bytes that are there",
+                where, extent.where.bytes, *size);
   }
   buffer_.resize(extent.where.bytes);
   if (auto read = file->read_at(buffer_, extent.where.offset); !read) return read;

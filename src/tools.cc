@@ -20,6 +20,7 @@
 #include "root_files.h"
 #include "store/extent_check.h"
 #include "store/journal_file.h"
+#include "store/scan.h"
 
 namespace tokendepot {
 namespace {
@@ -122,8 +123,7 @@ Result<Replay> replay_root(const std::string& path) {
   std::erase_if(replay.extents,
                 [&](const StoredExtent& e) { return !replay.files.contains(e.where.segment); });
   std::ranges::sort(replay.extents, {}, place_of);
-  const auto doubles = std::ranges::unique(replay.extents, {}, place_of);
-  replay.extents.erase(doubles.begin(), doubles.end());
+  drop_overlapping(replay.extents);  // copies of records among them
   return replay;
 }
 
@@ -270,7 +270,7 @@ Status verify_extent(const std::string& path, const StoredExtent& extent) {
       return fail(ErrorKind::not_found, "{}: {}", where, kMovedAway);
     return std::unexpected(file.error());
   }
-  const auto bytes = file->size();
+  const auto bytes = credible_bytes(*file);
   if (!bytes) return std::unexpected(bytes.error());
   return check_extent(*file, *bytes, extent, where);
 }

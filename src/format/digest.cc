@@ -14,6 +14,21 @@
 
 namespace tokendepot {
 
+namespace {
+
+void add_pages(XXH3_state_t& state, std::span<const std::byte> pages) {
+  constexpr size_t kBatch = 64;
+  uint64_t digests[kBatch];
+  while (!pages.empty()) {
+    const size_t count = std::min(kBatch, pages.size() / kPageBytes);
+    digest_pages(pages.first(count * kPageBytes), digests);
+    XXH3_64bits_update(&state, digests, count * sizeof(uint64_t));
+    pages = pages.subspan(count * kPageBytes);
+  }
+}
+
+}  // namespace
+
 uint64_t xxh3(std::span<const std::byte> bytes) {
   return XXH3_64bits(bytes.data(), bytes.size());
 }
@@ -32,15 +47,24 @@ uint64_t shard_digest(std::span<const std::byte> shard) {
   TD_CHECK(shard.size() % kPageBytes == 0);
   XXH3_state_t state;
   XXH3_64bits_reset(&state);
-  constexpr size_t kBatch = 64;
-  uint64_t pages[kBatch];
-  while (!shard.empty()) {
-    const size_t count = std::min(kBatch, shard.size() / kPageBytes);
-    digest_pages(shard.first(count * kPageBytes), pages);
-    XXH3_64bits_update(&state, pages, count * sizeof(uint64_t));
-    shard = shard.subspan(count * kPageBytes);
-  }
+  add_pages(state, shard);
   return XXH3_64bits_digest(&state);
+}
+
+ShardDigest::ShardDigest() : state_(XXH3_createState(), [](XXH3_state_s* state) { XXH3_freeState(state); }) {
+  TD_CHECK(state_ != nullptr);
+  XXH3_64bits_reset(state_.get());
+}
+
+void ShardDigest::add(std::span<const std::byte> pages) {
+  TD_CHECK(pages.size() % kPageBytes == 0);
+  add_pages(*state_, pages);
+}
+
+uint64_t ShardDigest::take() {
+  const uint64_t digest = XXH3_64bits_digest(state_.get());
+  XXH3_64bits_reset(state_.get());
+  return digest;
 }
 
 }  // namespace tokendepot

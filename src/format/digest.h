@@ -4,7 +4,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
+
+struct XXH3_state_s;
 
 namespace tokendepot {
 
@@ -16,6 +19,19 @@ void digest_pages(std::span<const std::byte> pages, std::span<uint64_t> digests)
 
 /// Digest of one shard as it lies in a payload, its zero padding included: whole pages of 4 KiB.
 uint64_t shard_digest(std::span<const std::byte> shard);
+
+/// The same of a shard that comes in pieces, in memory that does not depend on its size. Not thread-safe.
+class ShardDigest {
+ public:
+  ShardDigest();
+  /// The next pages, whole ones.
+  void add(std::span<const std::byte> pages);
+  /// Of everything since the last call; what is added next begins another shard.
+  uint64_t take();
+
+ private:
+  std::unique_ptr<XXH3_state_s, void (*)(XXH3_state_s*)> state_;
+};
 
 /// The same from page digests computed elsewhere (e.g. while copying).
 uint64_t shard_digest_of_pages(std::span<const uint64_t> page_digests);

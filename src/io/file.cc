@@ -104,6 +104,12 @@ Result<uint64_t> File::size() const {
   return static_cast<uint64_t>(info.st_size);
 }
 
+Result<uint64_t> File::allocated() const {
+  struct stat info;
+  if (::fstat(fd_, &info) != 0) return fail_errno(errno, "cannot stat {}", path_);
+  return static_cast<uint64_t>(info.st_blocks) * 512;  // whatever st_blksize says
+}
+
 Status File::read_at(std::span<std::byte> out, uint64_t offset) const {
   while (!out.empty()) {
     const size_t wanted = std::min(out.size(), kMostPerCall);

@@ -36,6 +36,9 @@ class File {
   bool is_open() const { return fd_ >= 0; }
 
   Result<uint64_t> size() const;
+  /// What it occupies on the medium: less than size() where it has holes or the file system compresses. Some
+  /// file systems tell too little, or late.
+  Result<uint64_t> allocated() const;
   /// Reads or writes everything, repeating short transfers; a transfer that ends early is `io` (end of file:
   /// `not_found`). Retries EINTR.
   Status read_at(std::span<std::byte> out, uint64_t offset) const;

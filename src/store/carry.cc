@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <vector>
 
 #include "base/errors.h"
 #include "format/digest.h"
@@ -49,17 +48,17 @@ Status carry_extent(const File& source, const Record& put, RootWriter& target, c
     return fail(ErrorKind::not_found, "{} holds an extent of another size at {} than the journal says",
                 segment_name(from.segment), from.offset);
   }
-  std::vector<uint64_t> digests(shape.shard_stride() / kPageBytes);
+  ShardDigest digest;
   for (uint32_t shard = 0; shard < shape.shards(); ++shard) {
     for (uint64_t at = 0; at < shape.shard_stride(); at += kPiece) {
       if (!go_on()) return fail(ErrorKind::closed, "interrupted");
       const auto piece = std::span(memory.get(), std::min(kPiece, shape.shard_stride() - at));
       const uint64_t offset = header_bytes + shard * shape.shard_stride() + at;
       if (auto read = source.read_at(piece, from.offset + offset); !read) return read;
-      digest_pages(piece, std::span(digests).subspan(at / kPageBytes));
+      digest.add(piece);
       if (auto written = write_there(target, place, piece, offset); !written) return written;
     }
-    if (shard_digest_of_pages(digests) != header->shard_digests[shard]) {
+    if (digest.take() != header->shard_digests[shard]) {
       return fail(ErrorKind::corrupt, "{} holds other bytes at {} than were stored",
                   segment_name(from.segment), from.offset);
     }

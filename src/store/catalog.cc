@@ -122,11 +122,11 @@ void Catalog::erase(Shard& shard, Entry* entry) {
   --shard.size;
 }
 
-void Catalog::put(const Key& key, PartId part, uint32_t slot, const ExtentRef& where) {
+bool Catalog::put(const Key& key, PartId part, uint32_t slot, const ExtentRef& where, bool may_add) {
   const uint64_t page = where.offset / kPageBytes;
   const uint64_t pages = where.bytes / kPageBytes;
   if (pages == 0 || page > UINT32_MAX || pages > UINT32_MAX)
-    return;  // no segment of ours holds such an extent
+    return false;  // no segment of ours holds such an extent
   const Probe probe = probe_of(key, part);
   Entry fresh{probe.high, probe.low, slot, static_cast<uint32_t>(page), static_cast<uint32_t>(pages),
               part,       0};
@@ -138,12 +138,16 @@ void Catalog::put(const Key& key, PartId part, uint32_t slot, const ExtentRef& w
     return entry.slot == slot || others == 0 || std::countr_zero(others) == std::countr_zero(roots);
   };
   if (Entry* entry = seek(shard.table, probe, replaceable)) {
+    const bool adds = entry->slot != slot;
+    if (adds && !may_add) return false;
     *entry = fresh;
-    return;
+    return adds;
   }
+  if (!may_add) return false;
   if ((shard.size + 1) * 5 > shard.table.size() * 4) grow(shard);
   insert(shard.table, fresh);
   ++shard.size;
+  return true;
 }
 
 void Catalog::erase_at(const Key& key, PartId part, uint32_t slot, uint64_t offset) {

@@ -45,7 +45,9 @@ class Catalog {
 
   /// The newest put of a key and part wins among those whose segments lie in the same root; one that lies in
   /// a lower root is kept beside it and answers when the higher one has gone.
-  void put(const Key& key, PartId part, uint32_t slot, const ExtentRef& where);
+  /// `may_add` false: an entry of the same slot is brought up to date, no other one is made or replaced.
+  /// Returns whether the slot has one entry more than before.
+  bool put(const Key& key, PartId part, uint32_t slot, const ExtentRef& where, bool may_add = true);
   /// Starts fetching what put() or find() will look at: in a large catalog that is not in any cache.
   void prefetch(const Key& key, PartId part) const { prefetch(probe_of(key, part)); }
   /// Forgets this place of a key and part.

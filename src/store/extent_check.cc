@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
-#include <vector>
 
 #include "base/errors.h"
 #include "format/digest.h"
@@ -30,6 +29,21 @@ Record record_of(const StoredExtent& extent) {
   record.part = extent.part;
   record.tokens = extent.tokens;
   return record;
+}
+
+void drop_overlapping(std::vector<StoredExtent>& extents) {
+  const auto end_of = [](const StoredExtent& extent) { return extent.where.offset + extent.where.bytes; };
+  size_t kept = 0;
+  for (size_t i = 0; i < extents.size(); ++i) {
+    const StoredExtent extent = extents[i];
+    if (kept > 0 && extents[kept - 1].where.segment == extent.where.segment &&
+        extent.where.offset < end_of(extents[kept - 1])) {
+      if (end_of(extent) < end_of(extents[kept - 1])) extents[kept - 1] = extent;
+      continue;
+    }
+    extents[kept++] = extent;
+  }
+  extents.erase(extents.begin() + static_cast<ptrdiff_t>(kept), extents.end());
 }
 
 Status check_header(const ExtentHeader& header, const StoredExtent& extent, const std::string& where) {
@@ -65,8 +79,8 @@ Status check_extent(const File& file, uint64_t file_bytes, const StoredExtent& e
   const uint64_t header_bytes = extent_header_bytes(shards);
   if (extent.where.offset > file_bytes || extent.where.bytes > file_bytes - extent.where.offset ||
       header_bytes > extent.where.bytes) {
-    return fail(ErrorKind::corrupt, "{}: the extent of {} bytes ends behind the file of {} bytes", where,
-                extent.where.bytes, file_bytes);
+    return fail(ErrorKind::corrupt, "{}: the extent of {} bytes ends behind the {} bytes that are there",
+                where, extent.where.bytes, file_bytes);
   }
   const uint64_t room = std::max(header_bytes, std::min(kPiece, extent.where.bytes));
   const std::unique_ptr<std::byte, void (*)(void*)> memory(
@@ -82,14 +96,14 @@ Status check_extent(const File& file, uint64_t file_bytes, const StoredExtent& e
 
   const uint64_t stride = header->shape().shard_stride();
   const uint64_t payload_at = extent.where.offset + header_bytes;
-  std::vector<uint64_t> pages(stride / kPageBytes);
+  ShardDigest digest;
   for (size_t shard = 0; shard < header->shard_digests.size(); ++shard) {
     for (uint64_t at = 0; at < stride; at += kPiece) {
       const uint64_t bytes = std::min(kPiece, stride - at);
       if (auto got = read(bytes, payload_at + shard * stride + at); !got) return got;
-      digest_pages({memory.get(), bytes}, std::span(pages).subspan(at / kPageBytes));
+      digest.add({memory.get(), bytes});
     }
-    if (shard_digest_of_pages(pages) != header->shard_digests[shard]) {
+    if (digest.take() != header->shard_digests[shard]) {
       return fail(ErrorKind::corrupt, "{}: shard {} of {} differs from its digest", where, shard,
                   header->shard_digests.size());
     }

@@ -13,6 +13,7 @@ namespace {
 constexpr size_t kBatch = 64;
 constexpr size_t kAhead = 12;  // records in which a line of memory arrives
 constexpr size_t kMostBadPlaces = 1 << 20;
+constexpr size_t kMostDisplaced = 1 << 20;
 constexpr uint64_t kOutOfOrderNs =
     100'000'000;                          // a writer's threads append in nearly the order of their times
 constexpr size_t kMostOpenJournals = 64;  // hundreds of hosts must not use up the descriptors of a process
@@ -26,6 +27,8 @@ Replay::Replay(Root& root, SegmentTable& segments, Catalog* catalog)
     : root_(root),
       segments_(segments),
       catalog_(catalog),
+      bound_(root.capacity()),
+      contents_(root.capacity() / (2 * kPageBytes) + IndexBound::kOnTheirWord),
       policies_(root.path(), root.index(), root.capacity(), segments, contents_) {}
 
 std::optional<std::map<uint64_t, uint64_t>> Replay::find_journals() {
@@ -113,38 +116,44 @@ LatencyCounts Replay::lag() const {
 
 Status Replay::first() {
   std::lock_guard lock(read_mutex_);
+  // Before the journals are read: what they say is held against the files that are there.
+  const auto entries = list_directory(root_.segments_dir());
+  if (!entries && entries.error().kind != ErrorKind::not_found)  // a read-only root may have none
+    return std::unexpected(entries.error());
   find_journals();
   {
     std::lock_guard applying(apply_mutex_);
     first_ = true;
+    for (const DirectoryEntry& entry : entries ? *entries : std::vector<DirectoryEntry>()) {
+      const auto id = segment_of_name(entry.name);
+      if (id && entry.regular) listed_.emplace(*id, entry.bytes);
+    }
   }
   for (auto& [writer, reader] : journals_) {
     auto whole = read(reader);
     if (!whole && whole.error().kind == ErrorKind::unsupported) return whole;
     if (!whole) log(LogLevel::warning, "root \"{}\": {}", root_.path(), whole.error().message);
   }
+  std::map<SegmentId, uint64_t> listed;
   {
     std::lock_guard applying(apply_mutex_);
     first_ = false;
-  }
-  // Listed after reading: a record follows the file that it speaks of.
-  const auto entries = list_directory(root_.segments_dir());
-  if (!entries) {
-    if (entries.error().kind == ErrorKind::not_found) return {};  // a read-only root without segments
-    return std::unexpected(entries.error());
-  }
-  std::map<SegmentId, uint64_t> files;
-  for (const DirectoryEntry& entry : *entries) {
-    const auto id = segment_of_name(entry.name);
-    if (id && entry.regular) files.emplace(*id, entry.bytes);
+    listed = std::exchange(listed_, {});
   }
   for (const auto& [slot, segment] : segments_.present_segments(root_.index())) {
-    if (const auto file = files.find(segment.id); file != files.end()) {
-      segments_.set_present(slot, root_.index(), file->second);
+    std::optional<uint64_t> bytes;
+    if (const auto file = listed.find(segment.id); file != listed.end()) {
+      bytes = file->second;
+    } else {
+      bytes = size_on_medium(segment.id);  // a record follows its file: made since they were listed
+    }
+    if (bytes) {
+      segments_.set_present(slot, root_.index(), *bytes);
+      std::lock_guard applying(apply_mutex_);
+      bound_.found(slot, *bytes);
     } else if (!root_.network()) {  // there a listing may be older than a journal
-      segments_.condemn(slot, root_.index());
-      contents_.condemn_segment(slot);
-      condemned_ = true;
+      std::lock_guard applying(apply_mutex_);
+      condemn_segment(slot);
     }
   }
   put_back_displaced();
@@ -152,10 +161,17 @@ Status Replay::first() {
   return {};
 }
 
+std::optional<uint64_t> Replay::size_on_medium(const SegmentId& id) const {
+  const auto file = File::open(root_.files().path_of(id), {});
+  const auto size = file ? file->size() : Result<uint64_t>(std::unexpected(file.error()));
+  return size ? std::optional(*size) : std::nullopt;
+}
+
 void Replay::note_displaced(const Record& record, uint32_t slot, PartId part) {
   const auto before = catalog_->find(record.key, part);
   if (!before || (before->slot == slot && before->offset == record.where.offset)) return;
-  displaced_.push_back({record.key, part, before->slot, before->offset, before->bytes});
+  if (displaced_.size() < kMostDisplaced)
+    displaced_.push_back({record.key, part, before->slot, before->offset, before->bytes});
 }
 
 void Replay::put_back_displaced() {
@@ -163,7 +179,9 @@ void Replay::put_back_displaced() {
   for (const Displaced& copy : std::exchange(displaced_, {})) {
     if (bad_places_.contains({copy.slot, copy.offset}) || !segments_.alive(copy.slot)) continue;
     if (catalog_->find(copy.key, copy.part)) continue;
-    catalog_->put(copy.key, copy.part, copy.slot, {segments_.id_of(copy.slot), copy.offset, copy.bytes});
+    const ExtentRef where{segments_.id_of(copy.slot), copy.offset, copy.bytes};
+    if (catalog_->put(copy.key, copy.part, copy.slot, where, bound_.has_room(copy.slot)))
+      bound_.added(copy.slot);
   }
 }
 
@@ -171,6 +189,10 @@ bool Replay::poll() {
   std::lock_guard lock(read_mutex_);
   const auto listed = find_journals();
   if (!listed) return false;
+  {
+    std::lock_guard applying(apply_mutex_);
+    bound_.new_round();
+  }
   bool whole = true;
   for (const auto& [writer, bytes] : *listed) {
     const auto reader = journals_.find(writer);
@@ -212,6 +234,8 @@ std::optional<uint32_t> Replay::slot_of(const SegmentId& id) {
     last_segment_ = id;
     last_slot_ = segments_.find(id);
     if (!last_slot_ && deserves_a_slot(id)) last_slot_ = segments_.slot_of(id);
+    if (const auto file = listed_.find(id); last_slot_ && file != listed_.end())
+      bound_.found(*last_slot_, file->second);
   }
   return last_slot_;
 }
@@ -219,7 +243,30 @@ std::optional<uint32_t> Replay::slot_of(const SegmentId& id) {
 bool Replay::deserves_a_slot(const SegmentId& id) const {
   const size_t known = segments_.size();
   if (known < kSegmentsOnTheirWord) return true;
-  return known < SegmentTable::kMost && File::open(root_.files().path_of(id), {}).has_value();
+  return known < SegmentTable::kMost && (listed_.contains(id) || size_on_medium(id));
+}
+
+bool Replay::fits(uint32_t slot, const Record& put) {
+  const uint64_t end = put.where.offset + put.where.bytes;
+  if (!bound_.knows(slot) && segments_.condemned(slot, root_.index())) return true;  // not indexed anyway
+  if (bound_.must_ask(slot, end)) {
+    if (const auto bytes = size_on_medium(put.where.segment)) bound_.found(slot, *bytes);
+  }
+  return bound_.fits(slot, end);
+}
+
+uint64_t Replay::condemn_segment(uint32_t slot) {
+  segments_.condemn(slot, root_.index());
+  bound_.condemned(slot);
+  condemned_ = true;
+  return contents_.condemn_segment(slot);
+}
+
+bool Replay::take_condemned() {
+  if (!condemned_.exchange(false)) return false;
+  std::lock_guard lock(apply_mutex_);
+  bound_.swept();
+  return true;
 }
 
 std::optional<PartId> Replay::part_of(const Record& record) {
@@ -255,6 +302,7 @@ void Replay::apply_locked(const Record& record) {
       segments_.set_present(slot, root, record.where.bytes);
       break;
     case RecordType::put: {
+      if (!fits(slot, record)) break;
       const uint64_t end = record.where.offset + record.where.bytes;
       const bool alive = segments_.add_extent(slot, root, end, record.time_ns);
       const bool served = alive && !bad_places_.contains({slot, record.where.offset});
@@ -268,7 +316,7 @@ void Replay::apply_locked(const Record& record) {
         // Journals are read one after the other, in no order of time: this put may be of a copy that is long
         // gone or condemned, and then the one whose place it takes still counts.
         if (first_) note_displaced(record, slot, *part);
-        catalog_->put(record.key, *part, slot, record.where);
+        if (catalog_->put(record.key, *part, slot, record.where, bound_.has_room(slot))) bound_.added(slot);
       }
       break;
     }
@@ -283,10 +331,8 @@ void Replay::apply_locked(const Record& record) {
       if (const auto part = part_of(record)) catalog_->erase_at(record.key, *part, slot, record.where.offset);
       break;
     case RecordType::condemn_segment:
-      segments_.condemn(slot, root);
-      count_evicted(record, contents_.condemn_segment(slot));
+      count_evicted(record, condemn_segment(slot));
       root_.files().drop(record.where.segment);
-      condemned_ = true;
       break;
     case RecordType::touch:
       segments_.touch(slot, record.time_ns);

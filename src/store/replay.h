@@ -15,6 +15,7 @@
 
 #include "base/clock.h"
 #include "store/catalog.h"
+#include "store/index_bound.h"
 #include "store/journal_file.h"
 #include "store/root.h"
 #include "store/root_policies.h"
@@ -64,7 +65,8 @@ class Replay {
   /// journal's first reading is not counted.
   LatencyCounts lag() const;
   /// A segment was condemned since the last call: its catalog entries want sweeping.
-  bool take_condemned() { return condemned_.exchange(false); }
+  /// What was condemned counts against the bound of the index until then.
+  bool take_condemned();
 
  private:
   /// One listing of the directory: opens what is new, forgets what has gone. Returns the sizes listed, which
@@ -77,6 +79,12 @@ class Replay {
   void apply(std::span<const Record> records);
   void apply_locked(const Record& record);
   void note_lag(const Record& record);
+  /// Of its file, as the file system says now. nullopt: it is not there, or cannot be opened.
+  std::optional<uint64_t> size_on_medium(const SegmentId& id) const;
+  /// Returns the bytes of its live extents.
+  uint64_t condemn_segment(uint32_t slot);
+  /// Whether the extent can be there as far as the size of its file is known.
+  bool fits(uint32_t slot, const Record& put);
   /// nullopt: a segment that is not there, after more such ones than an honest root has.
   std::optional<uint32_t> slot_of(const SegmentId& id);
   bool deserves_a_slot(const SegmentId& id) const;
@@ -97,6 +105,8 @@ class Replay {
   std::vector<Record> batch_;           // read and not applied yet
   std::atomic<uint64_t> own_journal_ = 0;
   mutable std::mutex apply_mutex_;  // all up to displaced_
+  IndexBound bound_;
+  std::map<SegmentId, uint64_t> listed_;  // segment files and their sizes, while first() is reading
   std::optional<uint32_t> last_slot_;
   SegmentId last_segment_;
   std::optional<PartId> last_part_;

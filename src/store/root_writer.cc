@@ -4,13 +4,13 @@
 
 #include "base/errors.h"
 #include "base/log.h"
-#include "store/scan.h"
 
 namespace tokendepot {
 namespace {
 
 constexpr uint32_t kKeeperPatienceMs = 2000;
 constexpr uint64_t kCompactBytes = 4ull << 20;
+constexpr size_t kRecoveredAtOnce = 4096;  // records; a forged segment may hold any number of extents
 
 }  // namespace
 
@@ -85,6 +85,7 @@ Status RootWriter::adopt_or_create() {
   // What the dead writer left: half-filled segments go on, files it never opened become spares.
   const auto entries = list_directory(root_.segments_dir());
   if (!entries) return std::unexpected(entries.error());
+  ScanBudget budget;
   for (const DirectoryEntry& entry : *entries) {
     const auto id = segment_of_name(entry.name);
     if (!id || id->writer != journal_.writer() || !entry.regular) continue;
@@ -96,7 +97,7 @@ Status RootWriter::adopt_or_create() {
     const bool journaled = state.present;
     uint64_t used = state.used_bytes;
     if (journaled) {
-      const auto end = recover_tail(journal_, *id, used);
+      const auto end = recover_tail(journal_, *id, used, budget);
       if (!end) {
         log(LogLevel::warning, "root \"{}\": segment {} is left alone: {}", root_.path(), entry.name,
             end.error().message);
@@ -106,9 +107,10 @@ Status RootWriter::adopt_or_create() {
     }
     // Over a network "dead" may mean cut off: a segment into which its owner may still write is not filled
     // up.
-    // Nor one whose copy in the next root may be sealed already.
-    const bool fill =
-        !root_.network() && !root_.write_through() && !state.copies && !current_ && used < entry.bytes;
+    // Nor one whose copy in the next root may be sealed already, nor one that is larger than any of this
+    // root.
+    const bool fill = !root_.network() && !root_.write_through() && !state.copies && !current_ &&
+                      used < entry.bytes && entry.bytes <= root_.capacity() / 3;
     const bool keep = journaled ? fill : !spare_;
     if (!keep) {
       if (journaled) {
@@ -141,19 +143,34 @@ Status RootWriter::adopt_or_create() {
   return {};
 }
 
-Result<uint64_t> RootWriter::recover_tail(JournalWriter& journal, const SegmentId& id, uint64_t used) {
+Result<uint64_t> RootWriter::recover_tail(JournalWriter& journal, const SegmentId& id, uint64_t used,
+                                          ScanBudget& budget) {
   auto segment = root_.files().open(id);
   if (!segment) return std::unexpected(segment.error());
   std::vector<Record> found;
-  const auto end = scan_extents(
-      (*segment)->file, id, used, true,
-      [&](const ExtentHeader& header, uint64_t bytes) { found.push_back(put_of(header, bytes)); });
+  uint64_t recovered = 0;
+  Status written;
+  const auto make_known = [&] {
+    if (written) written = journal.append(found);
+    if (!written) return;
+    for (const Record& put : found) replay_.apply(put);
+    recovered += found.size();
+    found.clear();
+  };
+  const auto end = scan_extents((*segment)->file, id, used, true,
+                                [&](const ExtentHeader& header, uint64_t bytes) {
+                                  if (!written) return;
+                                  found.push_back(put_of(header, bytes));
+                                  if (found.size() == kRecoveredAtOnce) make_known();
+                                },
+                                kScanPatience, &budget);
   root_.files().drop(id);  // opened for reading only; the writer opens it again
-  if (!end || found.empty()) return end;
-  if (auto written = journal.append(found); !written) return std::unexpected(written.error());
-  for (const Record& put : found) replay_.apply(put);
-  log(LogLevel::info, "root \"{}\": recovered {} extents that {} held without a journal record", root_.path(),
-      found.size(), segment_name(id));
+  if (!end) return end;
+  if (!found.empty()) make_known();
+  if (!written) return std::unexpected(written.error());
+  if (recovered > 0)
+    log(LogLevel::info, "root \"{}\": recovered {} extents that {} held without a journal record",
+        root_.path(), recovered, segment_name(id));
   return end;
 }
 
@@ -441,10 +458,11 @@ uint32_t RootWriter::tend_dead_writers() {
     if (!locked || !*locked) continue;
     const auto next_index = replay_.catch_up(other);
     if (!next_index || !(*locked)->append_at(*next_index)) continue;
+    ScanBudget budget;
     for (const uint32_t slot : found.mapped()) {
       const SegmentTable::Segment segment = segments_.get(slot);
       if (segment.roots[root_.index()].sealed || segment.roots[root_.index()].condemned) continue;
-      const auto end = recover_tail(**locked, segment.id, segment.roots[root_.index()].used_bytes);
+      const auto end = recover_tail(**locked, segment.id, segment.roots[root_.index()].used_bytes, budget);
       if (!end) continue;
       Record seal;
       seal.type = RecordType::seal;

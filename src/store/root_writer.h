@@ -19,6 +19,7 @@
 #include "store/journal_file.h"
 #include "store/replay.h"
 #include "store/root.h"
+#include "store/scan.h"
 #include "store/segment_inventory.h"
 
 namespace tokendepot {
@@ -138,7 +139,8 @@ class RootWriter {
   Status adopt_or_create();
   void use_journal(JournalWriter journal);
   /// Scans what lies behind the last journaled extent of a segment and journals it. Returns the end.
-  Result<uint64_t> recover_tail(JournalWriter& journal, const SegmentId& id, uint64_t used);
+  Result<uint64_t> recover_tail(JournalWriter& journal, const SegmentId& id, uint64_t used,
+                                ScanBudget& budget);
   Status start_segment(const SegmentId& id, File file, uint64_t used, bool journaled);
   Record seal_of(const Current& segment) const;
   /// A segment file of this id that nothing speaks of yet, open and mapped.

@@ -11,6 +11,7 @@
 #include "format/keeper_notes.h"
 #include "io/io_thread.h"
 #include "store/extent_check.h"
+#include "store/scan.h"
 
 namespace tokendepot {
 namespace {
@@ -48,6 +49,7 @@ Result<std::map<SegmentId, std::vector<StoredExtent>>> extents_of(const std::str
     for (const auto& [offset, extent] : by_offset) {
       if (!condemned.contains({id, offset})) live[id].push_back(extent);
     }
+    drop_overlapping(live[id]);
   }
   return live;
 }
@@ -184,7 +186,7 @@ void Scrubber::check_segment(Place& place, const SegmentId& id, const std::vecto
   const std::string path = root.files().path_of(id);
   auto file = File::open(path, {.direct = root.direct()});
   if (!file && file.error().kind == ErrorKind::unsupported) file = File::open(path, {});
-  const auto bytes = file ? file->size() : Result<uint64_t>(std::unexpected(file.error()));
+  const auto bytes = file ? credible_bytes(*file) : Result<uint64_t>(std::unexpected(file.error()));
   if (!bytes) return;  // gone; or not readable, which loads tell
   for (const StoredExtent& extent : extents) {
     if (segments_.condemned(*slot, index)) break;

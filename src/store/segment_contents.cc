@@ -54,13 +54,17 @@ void SegmentContents::put(uint32_t slot, const Record& put) {
   const uint64_t offset = put.where.offset;
   const uint64_t end = offset + put.where.bytes;
   std::lock_guard lock(mutex_);
+  if (places_ >= most_places_) return;
   Held& held = segments_[slot];
-  if (!cover(held, offset, end)) return;
   auto tenant = std::ranges::find(held.tenants, put.ns_prefix, &Tenant::ns_prefix);
+  if (tenant == held.tenants.end() && held.tenants.size() == kMostTenants) return;
+  const size_t before = held.covered.size();
+  if (!cover(held, offset, end)) return;
+  places_ += held.covered.size() - before;
   if (tenant == held.tenants.end())
     tenant = held.tenants.insert(held.tenants.end(), {.ns_prefix = put.ns_prefix, .bytes = 0});
   tenant->bytes += put.where.bytes;
-  if (tenant != held.tenants.begin()) held.of_others.emplace(offset, put.ns_prefix);
+  if (tenant != held.tenants.begin()) places_ += held.of_others.emplace(offset, put.ns_prefix).second;
   note_age(held, end, put.time_ns);
   if (watched_.contains(put.key)) held.pinned.insert(offset);
 }
@@ -77,6 +81,7 @@ uint64_t SegmentContents::condemn_extent(uint32_t slot, const Record& condemnati
   if (const auto other = held.of_others.find(condemnation.where.offset); other != held.of_others.end()) {
     ns = other->second;
     held.of_others.erase(other);
+    --places_;
   }
   const auto tenant = std::ranges::find(held.tenants, ns, &Tenant::ns_prefix);
   const uint64_t bytes = std::min(tenant->bytes, condemnation.where.bytes);
@@ -89,6 +94,7 @@ uint64_t SegmentContents::condemn_segment(uint32_t slot) {
   const auto found = segments_.find(slot);
   if (found == segments_.end()) return 0;
   const uint64_t bytes = found->second.bytes();
+  places_ -= found->second.covered.size() + found->second.of_others.size();
   segments_.erase(found);
   return bytes;
 }

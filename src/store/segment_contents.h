@@ -2,7 +2,7 @@
 // know.
 //
 // A few dozen bytes a segment while one namespace fills it, whatever its number of extents; what a second
-// namespace puts into it costs a map entry an extent. Thread-safe.
+// namespace puts into it costs a map entry an extent, and so do gaps between extents. Thread-safe.
 #pragma once
 
 #include <cstdint>
@@ -37,6 +37,11 @@ class SegmentContents {
     }
   };
   static constexpr size_t kMostAges = 32;
+  /// Namespaces in one segment; extents of more are not counted.
+  static constexpr size_t kMostTenants = 256;
+
+  /// Keeps at most so many map entries; extents that would need more are not counted.
+  explicit SegmentContents(uint64_t most_places) : most_places_(most_places) {}
 
   /// Counts an extent, once however often it is told.
   void put(uint32_t slot, const Record& put);
@@ -62,7 +67,9 @@ class SegmentContents {
   static bool cover(Held& held, uint64_t begin, uint64_t end);
   static void note_age(Held& held, uint64_t end, uint64_t time_ns);
 
+  const uint64_t most_places_;
   mutable std::mutex mutex_;
+  uint64_t places_ = 0;  // entries of all `covered` and `of_others`
   std::map<uint32_t, Held> segments_;
   std::set<Key> watched_;
 };

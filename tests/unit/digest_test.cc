@@ -36,12 +36,16 @@ TEST(DigestTest, known_bytes_have_the_documented_digests) {
 }
 
 TEST(DigestTest, a_shard_of_any_size_has_the_digest_of_its_page_digests) {
+  ShardDigest in_pieces;
   for (const size_t pages : {1, 2, 63, 64, 65, 128, 300}) {
     const std::vector<std::byte> shard = pages_of(pages, pages);
     std::vector<uint64_t> digests(pages);
     digest_pages(shard, digests);
     EXPECT_EQ(digests.back(), xxh3(std::span(shard).last(kPageBytes)));
     EXPECT_EQ(shard_digest(shard), shard_digest_of_pages(digests)) << pages;
+    for (size_t at = 0; at < pages; at += 7)
+      in_pieces.add(std::span(shard).subspan(at * kPageBytes, std::min<size_t>(7, pages - at) * kPageBytes));
+    EXPECT_EQ(in_pieces.take(), shard_digest(shard)) << pages;
   }
 }
 

@@ -1,5 +1,6 @@
 // A shared root in which another tenant writes journals as it likes: what a reader does with them is bounded
 // in memory and work, and it goes on to serve what is really there.
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 
@@ -118,11 +119,32 @@ TEST_P(HostileJournal, MaySayThatSegmentsAreLargerThanTheyAre) {
     record.key.bytes[0] = static_cast<uint8_t>(n);
     record.key.bytes[1] = static_cast<uint8_t>(n >> 8);
   });
+  replay();
+  EXPECT_EQ(catalog_.entries(), 8u) << "extents behind the end of their file";
   expect_served();
   // A writer opens, takes the dead forger's journal over and seals what it left.
   const auto depot = open();
   ASSERT_TRUE(depot->attach(cache_.paged()));
   EXPECT_EQ(depot->longest_prefix(keys_, std::vector{want_}), 8u);
+}
+
+TEST_P(HostileJournal, MayNameAnyNumberOfExtentsAndAsManyAreIndexedAsTheirFileCanHold) {
+  store_honestly();
+  const std::string path = directory_.path() + "/root/segments/" + segment_name({kForger, 0});
+  {
+    std::ofstream created(path);
+  }
+  std::filesystem::resize_file(path, 1 << 20);
+  const uint64_t empty = Catalog(segments_).memory_bytes();
+  write_journal(journals(), 200'000, [](Record& record, uint64_t n) {
+    record.where.offset = n % 256 * kPageBytes;
+    std::memcpy(record.key.bytes.data(), &n, sizeof n);
+    record.key.bytes[7] = static_cast<uint8_t>(n);  // spread over the shards
+  });
+  replay();
+  EXPECT_EQ(catalog_.entries(), 8u + (1 << 20) / 8192);
+  EXPECT_EQ(catalog_.memory_bytes(), empty);
+  expect_served();
 }
 
 INSTANTIATE_TEST_SUITE_P(Roots, HostileJournal, ::testing::Values("tmpfs", "disk"),

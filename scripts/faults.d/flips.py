@@ -168,7 +168,7 @@ def fill(roots: Roots):
 
 def run(campaign: Campaign) -> Tally:
     tally = Tally(KIND)
-    for seed, rng in campaign.series(700 if campaign.long else 45, tally, at_least=FLIPS_IN_LONG if campaign.long else 0):
+    for seed, rng in campaign.series(500 if campaign.long else 45, tally, at_least=FLIPS_IN_LONG if campaign.long else 0):
         where = f"seed {seed}"
         with campaign.directory(disk=rng.random() < 0.1) as path:
             roots = one_root(path, capacity=8 << 20, segment=512 << 10)

@@ -18,11 +18,11 @@ from tally import Tally
 from tokendepot import DepotError
 
 CHILD_LIMIT_S = 120.0
+PATIENCE = 4
 
 
 class Campaign:
-    """`series(kind, seconds)` hands out seeds until the time is up: each is a series of faults on roots of its own that
-    `--seed` can start with again."""
+    """`series()` hands out seeds: each is a series of faults on roots of its own that `--seed` can start with again."""
 
     def __init__(self, seed: int, *, long: bool) -> None:
         self.seed = seed
@@ -38,10 +38,15 @@ class Campaign:
         shutil.rmtree(self.memory, ignore_errors=True)
         shutil.rmtree(self.disk, ignore_errors=True)
 
-    def series(self, seconds: float, at_most: int | None = None) -> Iterator[tuple[int, random.Random]]:
-        end = time.monotonic() + seconds
+    def series(self, seconds: float, tally: Tally, *, at_least: int = 0) -> Iterator[tuple[int, random.Random]]:
+        """At least one, until the time is up and `tally` has so many faults; not reaching these in PATIENCE times the
+        seconds, as on a very slow machine, is a failure."""
+        began = time.monotonic()
         number = 0
-        while number == 0 or (time.monotonic() < end and (at_most is None or number < at_most)):
+        while number == 0 or time.monotonic() < began + seconds or tally.injected < at_least:
+            if number > 0 and time.monotonic() > began + PATIENCE * seconds:
+                tally.fail("hangs", f"{tally.injected} of {at_least} faults were injected in {PATIENCE * seconds:.0f} s")
+                return
             yield self.seed + number, random.Random(self.seed + number)
             number += 1
 

@@ -45,6 +45,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=None, help="of the first series; default: the time")
     parser.add_argument("--only", metavar="KIND", choices=KINDS, help=", ".join(KINDS))
+    parser.add_argument("--require-all", action="store_true", help="what could not be tried here is a failure")
     parser.add_argument("--json", metavar="FILE", type=Path, help="writes the table there, too")
     return parser.parse_args(argv)
 
@@ -84,10 +85,15 @@ def main(argv: list[str]) -> int:
     finally:
         campaign.close()
     print_table(tallies, console)
+    if args.require_all:
+        for tally in tallies:
+            for reason in tally.not_here:
+                print(f"faults: --require-all, but not here: {reason}", file=sys.stderr)
     if args.json:
         args.json.write_text(json.dumps(as_json(tallies, seed, "long" if args.long else "short"), indent=1) + "\n")
     print(summary(tallies))
-    return 1 if any(t.failed for t in tallies) else 0
+    untried = args.require_all and any(t.not_here for t in tallies)
+    return 1 if untried or any(t.failed for t in tallies) else 0
 
 
 if __name__ == "__main__":

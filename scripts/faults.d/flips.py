@@ -21,9 +21,12 @@ from tokendepot import DepotError
 
 KIND = "flips and truncations"
 PROMPTS = range(24)
-DAMAGES = 8  # of one opening
+FLIPS_IN_LONG = 100_000
+DAMAGES = 12  # of one opening
+MARKER_SHARE = 0.02  # of the openings: a root without a sound marker is refused as a whole, whatever else was damaged
 OPENINGS = 100  # of one process
 RECORD_BYTES = 128
+MARKER = "DEPOT"
 
 
 @dataclass
@@ -60,9 +63,16 @@ class Sound:
         return set()
 
     def damage(self, rng: random.Random, may_miss: set[bytes]) -> tuple[Path, str]:
-        """Does one damage, adds what may be missed after it, and tells what it was."""
-        kinds = {".seg": 10, ".log": 6, ".json": 1}
-        file = rng.choices(list(self.files), [kinds.get(f.suffix, 1) for f in self.files])[0]
+        """Does one damage (not to the marker), adds what may be missed after it, and tells what it was."""
+        files = [f for f in self.files if f.name != MARKER]
+        kinds = {".seg": 10, ".log": 6}
+        file = rng.choices(files, [kinds.get(f.suffix, 1) for f in files])[0]
+        return self._damage(file, rng, may_miss)
+
+    def damage_marker(self, rng: random.Random, may_miss: set[bytes]) -> tuple[Path, str]:
+        return self._damage(self.path / MARKER, rng, may_miss)
+
+    def _damage(self, file: Path, rng: random.Random, may_miss: set[bytes]) -> tuple[Path, str]:
         size = len(self.files[file])
         used = size
         if file.suffix == ".seg":  # its unused end would be a waste of damage
@@ -98,7 +108,10 @@ def load_damaged(roots: Roots, sound: Sound, seed: int, openings: int):
         rng = random.Random(seed)
         for _ in range(openings):
             may_miss: set[bytes] = set()
-            done = [sound.damage(rng, may_miss) for _ in range(DAMAGES)]
+            if rng.random() < MARKER_SHARE:
+                done = [sound.damage_marker(rng, may_miss)]
+            else:
+                done = [sound.damage(rng, may_miss) for _ in range(DAMAGES)]
             tell([len(done), _look(roots, may_miss, [what for _, what in done], tell)])
             sound.put_back({file for file, _ in done})
 
@@ -109,9 +122,9 @@ def _look(roots: Roots, may_miss: set[bytes], damages: list[str], tell) -> int:
     try:
         client = Client(roots, writer=False)
     except DepotError:
-        if not any("DEPOT" in damage for damage in damages):
+        if not any(MARKER in damage for damage in damages):
             raise
-        return 0  # a root without a sound marker is refused as a whole
+        return 0
     for prompt in PROMPTS:
         found = client.load(prompt)
         keys = stamps.keys_of(client.namespace, prompt)
@@ -155,7 +168,7 @@ def fill(roots: Roots):
 
 def run(campaign: Campaign) -> Tally:
     tally = Tally(KIND)
-    for seed, rng in campaign.series(700 if campaign.long else 45):
+    for seed, rng in campaign.series(500 if campaign.long else 45, tally, at_least=FLIPS_IN_LONG if campaign.long else 0):
         where = f"seed {seed}"
         with campaign.directory(disk=rng.random() < 0.1) as path:
             roots = one_root(path, capacity=8 << 20, segment=512 << 10)

@@ -12,7 +12,9 @@ from client import Client, Roots, one_root
 from tally import Tally
 
 KIND = "kill -9"
+KILLS_IN_LONG = 1_000
 ROUNDS_ON_A_ROOT = 12
+TIDYING_LIMIT_S = 60  # a depot looks after what the dead left every ten seconds
 PAUSE_S = 0.004  # between two stores of a writer: a round's prompts fit beside those of all others
 MILLION = 1_000_000
 
@@ -56,6 +58,33 @@ def keep_until_killed(roots: Roots):
     return body
 
 
+def tidy_up(roots: Roots):
+    """A start and a stop without a fault: nothing temporary is left. Tells what is, in the end."""
+
+    def body(tell) -> None:
+        client = Client(roots)
+        end = time.monotonic() + TIDYING_LIMIT_S
+        while (left := _temporary(roots)) and time.monotonic() < end:
+            client.depot.poll()
+            time.sleep(0.1)
+        client.close()
+        tell(left or _temporary(roots))
+
+    return body
+
+
+def _temporary(roots: Roots) -> list[str]:
+    return [str(file) for path, _, _ in roots.roots for file in Path(path).rglob(".tmp-*")]
+
+
+def _check_capacity(roots: Roots, tally: Tally, where: str) -> None:
+    """Whatever the dead left counts, copies that they had begun included."""
+    for path, capacity, _ in roots.roots:
+        held = sum(file.stat().st_size for file in Path(path, "segments").glob("*"))
+        if held > capacity:
+            tally.fail("deaths", f"{where}: {path} holds {held} bytes, more than its capacity of {capacity}")
+
+
 def _roots(rng: random.Random, upper: Path, lower: Path) -> tuple[Roots, bool]:
     """Roots of a series, and whether they are two tiers, the upper one too small for all."""
     if rng.random() < 0.4:
@@ -65,7 +94,7 @@ def _roots(rng: random.Random, upper: Path, lower: Path) -> tuple[Roots, bool]:
 
 def run(campaign: Campaign) -> Tally:
     tally = Tally(KIND)
-    for seed, rng in campaign.series(900 if campaign.long else 50):
+    for seed, rng in campaign.series(900 if campaign.long else 50, tally, at_least=KILLS_IN_LONG if campaign.long else 0):
         with campaign.directory() as upper, campaign.directory(disk=True) as lower:
             _series(campaign, tally, seed, rng, upper, lower)
     return tally
@@ -103,7 +132,11 @@ def _series(campaign: Campaign, tally: Tally, seed: int, rng: random.Random, upp
                 for wrong in told:
                     tally.fail("wrong", f"{where}: {wrong}")
             time.sleep(rng.choice([0, 0, 0.03]))
+        _check_capacity(roots, tally, where)
         recent, older = acknowledged[-400:], acknowledged[:-400]
         campaign.check(roots, recent, [], tally, where, writer=rng.random() < 0.5)
         if round_ == ROUNDS_ON_A_ROOT - 1:
             campaign.check(roots, older, [], tally, f"{where} (all older ones)")
+    for left in campaign.run(tidy_up(roots), tally, f"seed {seed}, a clean start"):
+        if left:
+            tally.fail("hangs", f"seed {seed}: a clean start left {len(left)} temporary files, such as {left[0]}")

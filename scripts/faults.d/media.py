@@ -15,6 +15,7 @@ from tally import Tally
 
 KIND = "full and read-only media"
 MIB = 1 << 20
+BALLAST = "ballast"
 
 
 class NotHereError(Exception):
@@ -22,7 +23,10 @@ class NotHereError(Exception):
 
 
 def command(*words: str) -> None:
-    done = subprocess.run(words, capture_output=True, text=True)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise NotHereError(f"there is no {words[0]}") from error
     if done.returncode != 0:
         raise NotHereError(f"{' '.join(words[:3])}: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
 
@@ -79,7 +83,7 @@ def fill(directory: Path, leave: int) -> None:
     """Takes all space but `leave` bytes."""
     system = os.statvfs(directory)
     take = system.f_bavail * system.f_frsize - leave
-    with open(directory / "ballast", "wb") as file:
+    with open(directory / BALLAST, "wb") as file:
         piece = bytes(64 << 10)
         try:
             while take > 0:
@@ -119,7 +123,7 @@ def run(campaign: Campaign) -> Tally:
     if os.geteuid() != 0:
         tally.not_here.append("full and read-only media: only root may mount")
         return tally
-    for seed, rng in campaign.series(180 if campaign.long else 0):
+    for seed, rng in campaign.series(180 if campaign.long else 0, tally):
         for name, kind, size, inodes, capacity, fault in TRIALS:
             try:
                 with campaign.directory(disk=True) as place, mounted(place, kind, size, inodes) as medium:

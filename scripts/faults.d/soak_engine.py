@@ -1,7 +1,8 @@
 """A real vLLM on the CPU that answers the same few prompts over and over, in any mixture, and tells what it answered.
 
-usage: soak_engine.py JSON with: model, extra (kv_connector_extra_config or null), seed, seconds, salt. Without a depot each
-prompt is answered once. With one, for `seconds`, while requests are aborted and files of its root are damaged.
+usage: soak_engine.py JSON with: model, extra (kv_connector_extra_config or null), seed, seconds, salt, roots (directories),
+medium (the directory of a file system that may be filled, or null). Without a depot each prompt is answered once. With
+one, for `seconds`, while requests are aborted, files of its roots are damaged and the medium is full now and then.
 Prints one JSON object a line.
 """
 
@@ -13,6 +14,8 @@ import random
 import sys
 import time
 from pathlib import Path
+
+from media import BALLAST, fill
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,16 +39,29 @@ def prompts_of(seed: int) -> list[tuple[list[int], int]]:
 
 
 class Faults:
-    """Damages files of a root: for some seconds one thing after the other, for some nothing."""
+    """Damages files of the roots and fills their medium: for some seconds one thing after the other, for some nothing."""
 
-    def __init__(self, root: Path, rng: random.Random) -> None:
-        self._root = root
+    def __init__(self, roots: list[Path], medium: Path | None, rng: random.Random) -> None:
+        self._roots = roots
+        self._medium = medium
         self._rng = rng
+        self._full = False
         self.injected = 0
+        self.filled = 0
 
     def one(self) -> None:
-        kind = self._rng.choice(["flip", "flip", "cut", "remove", "journal"])
-        files = sorted((self._root / ("journals" if kind == "journal" else "segments")).glob("*.*"))
+        kinds = ["flip", "flip", "cut", "remove", "journal"]
+        if self._medium is not None and not self._full:
+            kinds += ["full"] * 2
+        kind = self._rng.choice(kinds)
+        if kind == "full":
+            fill(self._medium, leave=64 << 10)
+            self._full = True
+            self.filled += 1
+            self.injected += 1
+            return
+        root = self._rng.choice(self._roots)
+        files = sorted((root / ("journals" if kind == "journal" else "segments")).glob("*.*"))
         if not files:
             return
         file = self._rng.choice(files)
@@ -63,6 +79,11 @@ class Faults:
             self.injected += 1
         except (FileNotFoundError, ValueError):
             pass  # the depot was faster, or the file is empty
+
+    def none(self) -> None:
+        if self._full:
+            (self._medium / BALLAST).unlink()
+            self._full = False
 
 
 def processes() -> tuple[int, int]:
@@ -131,8 +152,8 @@ def main() -> None:
             while running:
                 step()
         return
-    root = Path(order["extra"]["roots"][0].split("?")[0])
-    faults = Faults(root, rng)
+    roots = [Path(root) for root in order["roots"]]
+    faults = Faults(roots, Path(order["medium"]) if order["medium"] else None, rng)
     began = time.monotonic()
     next_fault, next_report, asked = began + 5, began, 0
     while (now := time.monotonic()) < began + order["seconds"] or running:
@@ -149,20 +170,20 @@ def main() -> None:
             del running[victim]
         if running:  # without a request it waits for ever
             step()
-        if now >= next_fault and int(now - began) // 10 % 2 == 1:  # ten seconds of peace, ten of faults
+        if int(now - began) // 10 % 2 == 0:  # ten seconds of peace, ten of faults
+            faults.none()
+        elif now >= next_fault:
             faults.one()
             next_fault = now + FAULT_EVERY_S
         if now >= next_report:
             resident, descriptors = processes()
-            segments = sum(1 for _ in (root / "segments").iterdir())
+            segments = sum(1 for root in roots for _ in (root / "segments").iterdir())
             say(at=now - began, resident=resident, descriptors=descriptors, segments=segments)
             next_report = now + REPORT_EVERY_S
-    metrics = {}
-    for metric in REGISTRY.collect():
-        for sample in metric.samples:
-            if sample.name.startswith("tokendepot_") or sample.name == "vllm:num_preemptions_total":
-                metrics[sample.name] = metrics.get(sample.name, 0) + sample.value
-    say(injected=faults.injected, metrics=metrics)
+    samples = [sample for metric in REGISTRY.collect() for sample in metric.samples]
+    shown = [s for s in samples if s.name.startswith("tokendepot_") or s.name == "vllm:num_preemptions_total"]
+    # With their labels, in which a salt could stand as well.
+    say(injected=faults.injected, filled=faults.filled, metrics=[[s.name, s.labels, s.value] for s in shown])
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def answer_beside_a_stopped_one(roots: Roots, prompts: range):
 
 def run(campaign: Campaign) -> Tally:
     tally = Tally(KIND)
-    for seed, rng in campaign.series(120 if campaign.long else 10):
+    for seed, rng in campaign.series(120 if campaign.long else 10, tally):
         with campaign.directory(disk=rng.random() < 0.5) as path:
             roots = one_root(path, capacity=256 << 20, segment=256 << 10)
             acknowledged: list[int] = []

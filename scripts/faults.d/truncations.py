@@ -58,7 +58,7 @@ def store_prompts(roots: Roots, prompts):
 
 def run(campaign: Campaign) -> Tally:
     tally = Tally(KIND)
-    for seed, rng in campaign.series(120 if campaign.long else 12):
+    for seed, rng in campaign.series(120 if campaign.long else 12, tally):
         where = f"seed {seed}"
         with campaign.directory(disk=rng.random() < 0.3) as path:
             roots = one_root(path, capacity=64 << 20, segment=512 << 10)

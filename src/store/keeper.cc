@@ -347,6 +347,7 @@ void Keeper::tidy_up() {
     if (tier.writer == nullptr || stop_) continue;
     tier.writer->tend_dead_writers();
     tier.writer->remove_orphans();
+    tier.writer->remove_unfinished();
     tier.writer->compact_journal();
   }
 }

@@ -530,6 +530,29 @@ void RootWriter::remove_orphans() {
   }
 }
 
+void RootWriter::remove_unfinished() {
+  if (unfinished_ && unfinished_->empty()) return;
+  // Nobody locks such a file, and clocks of hosts differ. But it is written in milliseconds, under a random
+  // name: what is there at two calls has no writer any more.
+  std::set<std::string> found;
+  for (const std::string& directory : {root_.path(), root_.manifests_dir()}) {
+    const auto entries = list_directory(directory);
+    if (!entries) return;
+    for (const DirectoryEntry& entry : *entries) {
+      if (entry.regular && entry.name.starts_with(".tmp-")) found.insert(directory + "/" + entry.name);
+    }
+  }
+  if (!unfinished_) {
+    unfinished_ = std::move(found);
+    return;
+  }
+  for (const std::string& path : *unfinished_) {
+    if (found.contains(path) && remove_file(path))
+      log(LogLevel::info, "removed {}, which a dead process had begun to write", path);
+  }
+  unfinished_->clear();
+}
+
 void RootWriter::compact_journal() {
   // Half of the records must be stale for the rewrite to pay; counted in segments, which is what makes
   // records stale.

@@ -13,6 +13,8 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
+#include <string>
 
 #include "base/clock.h"
 #include "store/condemned_files.h"
@@ -88,6 +90,10 @@ class RootWriter {
   uint32_t tend_dead_writers();
   /// Removes segment files that no journal speaks of and no live writer owns.
   void remove_orphans();
+  /// Removes small files (marker, manifests, notes) that a dead process had begun and not renamed. To be
+  /// called every few seconds: the first call finds them, the second removes what is still there, later ones
+  /// do nothing.
+  void remove_unfinished();
   /// Removes what has outlived its time, and of namespaces over their quota their own coldest. Returns how
   /// many segments. What is filled, used by this process or pinned stays.
   uint32_t reclaim();
@@ -210,6 +216,8 @@ class RootWriter {
   std::optional<Current> spare_;
   std::optional<Current> copies_;            // filled by reserve_copy()
   std::map<uint64_t, uint64_t> free_since_;  // writer -> steady clock; the slow keeper's only
+  std::optional<std::set<std::string>>
+      unfinished_;  // found by the first remove_unfinished(); the slow keeper's only
   std::atomic<uint64_t> writer_id_ = 0;
   mutable std::atomic<uint64_t> known_spare_bytes_ = 0;
   std::atomic<uint64_t> stored_bytes_ = 0;

@@ -148,6 +148,13 @@ int Disk::enter(double failure, Injected kind, int error) {
   return -error;
 }
 
+void Disk::take_time(int fd) {
+  if (faults_.slow_transfer == 0 || !at(fd).path.ends_with(".seg")) return;
+  if (!random_.chance(faults_.slow_transfer)) return;
+  count(Injected::slow);
+  sleep_ns(random_.between(1'000'000, 1'500'000'000));
+}
+
 bool Disk::dies(uint64_t whole, uint64_t& part) {
   const ProcessId process = current_process();
   const uint64_t n = ++changes_[process];
@@ -273,6 +280,7 @@ int64_t Disk::read(int fd, std::byte* out, uint64_t bytes, uint64_t offset) {
     count(Injected::interrupted);
     return -EINTR;
   }
+  take_time(fd);
   Open& file = at(fd);
   const Inode& inode = *file.inode;
   const bool direct = (file.flags & O_DIRECT) != 0;
@@ -299,6 +307,7 @@ int64_t Disk::write(int fd, const std::byte* bytes, uint64_t count_of_bytes, uin
     count(Injected::interrupted);
     return -EINTR;
   }
+  take_time(fd);
   Open& file = at(fd);
   Inode& inode = *file.inode;
   TD_CHECK((file.flags & O_ACCMODE) != O_RDONLY);

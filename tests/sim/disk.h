@@ -34,6 +34,7 @@ struct Faults {
   double other_error = 0;  // open, rename, link, unlink, list, stat, flush, lock
   double interrupted = 0;
   double slow = 0;
+  double slow_transfer = 0;  // of segments only: what is read or written stays in use for long
 };
 
 class Disk {
@@ -136,6 +137,7 @@ class Disk {
   static uint64_t used(const Volume& volume);
   void check_capacity(const Volume& volume) const;
   /// Time passes, others run; then an errno to answer with, or 0.
+  void take_time(int fd);
   int enter(double failure, Injected kind, int error);
   /// As above for what changes the disk; `part` (of `whole`) is what is done before the process dies here.
   bool dies(uint64_t whole, uint64_t& part);

@@ -70,6 +70,11 @@ ProcessId World::start(uint32_t rounds) {
 
 Faults World::faults() const {
   Faults faults;
+  if (scenario.leases) {  // the healthy disk of a busy machine
+    faults.slow_transfer = 0.3;
+    faults.short_read = 0.3;
+    faults.short_write = 0.3;
+  }
   if (scenario.kind == Scenario::Kind::kills || scenario.kind == Scenario::Kind::power) return faults;
   Random& random = chance();
   const auto sometimes = [&random](double most) {
@@ -280,6 +285,20 @@ void run_history(uint64_t seed) {
   disk().set_faults({});
   disk().set_foreign_bytes(kDiskRoot, 0);
   for (const ProcessId process : alive) wait_until_dead(process);
+  world.check_end();
+}
+
+void run_lease_history(uint64_t seed) {
+  Scenario scenario = scenario_of(seed);
+  scenario.kind = Scenario::Kind::kills;
+  scenario.pressure = true;
+  scenario.processes = 1;
+  scenario.grace_ms = 0;
+  scenario.leases = true;
+  World& world = *new World(seed, scenario);
+  make_prompts(world, 40);
+  disk().set_faults(world.faults());
+  wait_until_dead(world.start(40));
   world.check_end();
 }
 

@@ -22,11 +22,15 @@ struct Scenario {
   int processes = 1;
   uint32_t grace_ms = 0;       // of evicted segments
   bool write_through = false;  // from the memory root to the disk
+  bool leases = false;         // run_lease_history()
 };
 Scenario scenario_of(uint64_t seed);
 
 /// Runs the whole life of `seed`; inside run_simulation().
 void run_history(uint64_t seed);
+/// One process whose loads and stores are slow while more is stored than fits: what it reads and writes is
+/// the coldest, and nothing but its being in use keeps it.
+void run_lease_history(uint64_t seed);
 /// A short history of one process on an honest disk. With `crash_at` > 0 it dies in its n-th change of the
 /// disk, with `again_at` > 0 the process that recovers from that dies in its own. Report::writes says how
 /// many changes there were.

@@ -32,6 +32,7 @@ bool verbose = false;
 // Real time. A run takes milliseconds; one that never gives way to another thread is ended by this.
 constexpr unsigned kLongestRunSeconds = 60;
 constexpr uint64_t kSweepEvery = 16;  // one seed of so many dies at every change of a short history
+constexpr uint64_t kLeases = 8;       // what is left of one seed of so many that is short of segments in use
 
 struct Arguments {
   uint64_t seeds = 100;
@@ -154,6 +155,8 @@ Report run_apart(uint64_t seed, Body body) {
 /// False: something did not hold.
 bool run_seed(uint64_t seed, Totals& totals) {
   ++totals.seeds;
+  if (seed % kSweepEvery == kLeases)
+    return totals.add(run_apart(seed, [seed] { run_lease_history(seed); }), seed);
   if (seed % kSweepEvery != 0) return totals.add(run_apart(seed, [seed] { run_history(seed); }), seed);
   const Report whole = run_apart(seed, [seed] { run_short_history(seed, 0, 0); });
   if (!totals.add(whole, seed)) return false;

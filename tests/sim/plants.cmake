@@ -1,20 +1,25 @@
 # Bugs planted on purpose, to test the tests: each is one source file of the engine with one text replaced while
 # it is built, in a program of its own, tokendepot_sim_NAME. The engine itself knows nothing of them.
 
-# tokendepot_plant(NAME SEEDS HOW FILE OLD NEW): caught within SEEDS lives by the verdict HOW. OLD must be in src/FILE
-# exactly once, or the program does not compile and its message says so.
-function(tokendepot_plant name seeds how file old new)
+# tokendepot_plant(NAME SEEDS HOW FILE OLD NEW [OLD NEW]...): caught within SEEDS lives by the verdict HOW. Each OLD
+# must be in src/FILE exactly once, or the program does not compile and its message says so.
+function(tokendepot_plant name seeds how file)
   set(source ${PROJECT_SOURCE_DIR}/src/${file})
   set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${source})
   file(READ ${source} text)
-  string(FIND "${text}" "${old}" first)
-  string(FIND "${text}" "${old}" last REVERSE)
   set(planted ${CMAKE_CURRENT_BINARY_DIR}/plants/${name}.cc)
-  if(first EQUAL -1 OR NOT first EQUAL last)
-    set(text "#error \"planted bug ${name}: the text that it replaces is not in src/${file} exactly once; see tests/sim/plants.cmake\"\n")
-  else()
-    string(REPLACE "${old}" "${new}" text "${text}")
-  endif()
+  # By number: a text may hold semicolons, which a list would be cut at.
+  math(EXPR last_argument "${ARGC} - 1")
+  foreach(old_at RANGE 4 ${last_argument} 2)
+    math(EXPR new_at "${old_at} + 1")
+    string(FIND "${text}" "${ARGV${old_at}}" first)
+    string(FIND "${text}" "${ARGV${old_at}}" last REVERSE)
+    if(first EQUAL -1 OR NOT first EQUAL last)
+      set(text "#error \"planted bug ${name}: a text that it replaces is not in src/${file} exactly once; see tests/sim/plants.cmake\"\n")
+      break()
+    endif()
+    string(REPLACE "${ARGV${old_at}}" "${ARGV${new_at}}" text "${text}")
+  endforeach()
   file(CONFIGURE OUTPUT ${planted} CONTENT "@text@" @ONLY)
   # Linked before the library, whose own copy of the file is then not wanted.
   tokendepot_simulation(tokendepot_sim_${name} ${planted})
@@ -93,3 +98,12 @@ tokendepot_plant(reuse_a_segment_id 30 "(hang|acknowledged lost)" store/root_wri
 tokendepot_plant(remove_before_the_grace 400 "acknowledged lost" store/condemned_files.cc
   [[if (!at_once && now - at->second.since_ns < grace_ns_) continue;]]
   [[]])
+
+tokendepot_plant(reuse_a_leased_segment 200 "broken" store/eviction.cc
+  [[!segment.roots[root_.index()].sealed || segment.in_use > 0]]
+  [[!segment.roots[root_.index()].sealed]]
+  [[now.in_use > 0 || now.roots]]
+  [[now.roots]]
+  [[return slot && segments_.get(*slot).in_use > 0;]]
+  [[(void)slot;
+    return false;]])

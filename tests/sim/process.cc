@@ -115,6 +115,13 @@ void Process::run() {
   Random& random = chance();
   for (uint32_t round = 0; round < rounds_; ++round) {
     const size_t prompt = random.below(world_.prompts.size());
+    if (world_.scenario.leases) {
+      store(prompt, 0, kChunksPerPrompt);
+      load(prompt, false, random.between(2, 10));
+      std::set<Key> loaded;
+      load_all(loaded);
+      continue;
+    }
     switch (random.below(10)) {
       case 0:
         sleep_ns(random.between(1, 15'000) * kMs);  // the keeper gets to everything that it does
@@ -130,12 +137,12 @@ void Process::run() {
         }
         break;
       case 3:
-        load(prompt, true);
+        load(prompt, true, 0);
         break;
       case 4:
       case 5:
       case 6:
-        load(prompt, false);
+        load(prompt, false, 0);
         break;
       default: {
         const size_t last = random.between(1, kChunksPerPrompt);
@@ -150,9 +157,15 @@ Completion Process::wait_for(uint64_t job) {
   const uint64_t patience = now_ns() + kPatience;
   while (true) {
     for (Completion& ended : depot_->poll()) {
-      if (ended.job != job) violated(Verdict::broken, "a job was reported that was not submitted");
+      if (ended.job != job && !stores_.contains(ended.job))
+        violated(Verdict::broken, "a job was reported that was not submitted");
       ++report().operations;
-      return std::move(ended);
+      ended_.emplace(ended.job, std::move(ended));
+    }
+    if (const auto found = ended_.find(job); found != ended_.end()) {
+      Completion ended = std::move(found->second);
+      ended_.erase(found);
+      return ended;
     }
     if (now_ns() > patience) violated(Verdict::hang, "a job is never reported");
     depot_->wait_ended(std::chrono::milliseconds(100));
@@ -166,6 +179,11 @@ std::vector<uint8_t> Process::stored(size_t prompt) {
 }
 
 void Process::store(size_t prompt, size_t first, size_t last) {
+  begin_store(prompt, first, last);
+  end_stores();
+}
+
+void Process::begin_store(size_t prompt, size_t first, size_t last) {
   const std::vector<Key>& keys = world_.prompts[prompt];
   const std::vector<uint8_t> there = stored(prompt);
   StorePlan plan;
@@ -179,24 +197,31 @@ void Process::store(size_t prompt, size_t first, size_t last) {
     plan.items.push_back(std::move(item));
   }
   if (plan.items.empty()) return;
-  const std::vector<StoreItem> items = plan.items;
   const uint64_t job = next_job_++;
+  const std::vector<StoreItem>& items = stores_[job] = plan.items;
   if (auto queued = depot_->submit_store(job, std::move(plan)); !queued)
     violated(Verdict::broken, "a store is refused: " + queued.error().message);
   if (depot_->wait_gathered(std::chrono::seconds(2))) {
     for (const StoreItem& item : items) cache_->spoil(item.chunk);  // the engine goes on with its blocks
   }
-  const Completion ended = wait_for(job);
-  std::set<uint32_t> failed;
-  for (const ItemFailure& failure : ended.failures) failed.insert(failure.chunk);
-  if (ended.items_ok + failed.size() != items.size())
-    violated(Verdict::broken, "a store's report does not account for all items");
-  for (const StoreItem& item : items) {
-    if (failed.contains(item.chunk)) continue;
-    world_.acknowledged.insert(item.key);
-    forgotten_.erase(item.key);
-    note("acknowledged", item.chunk);
-    tell("acknowledged {}", to_hex(item.key.bytes).substr(0, 8));
+}
+
+void Process::end_stores() {
+  while (!stores_.empty()) {
+    const auto& [job, items] = *stores_.begin();
+    const Completion ended = wait_for(job);
+    std::set<uint32_t> failed;
+    for (const ItemFailure& failure : ended.failures) failed.insert(failure.chunk);
+    if (ended.items_ok + failed.size() != items.size())
+      violated(Verdict::broken, "a store's report does not account for all items");
+    for (const StoreItem& item : items) {
+      if (failed.contains(item.chunk)) continue;
+      world_.acknowledged.insert(item.key);
+      forgotten_.erase(item.key);
+      note("acknowledged", item.chunk);
+      tell("acknowledged {}", to_hex(item.key.bytes).substr(0, 8));
+    }
+    stores_.erase(stores_.begin());
   }
 }
 
@@ -223,6 +248,12 @@ void Process::check(const LoadPlan& plan, const Completion& ended, size_t first_
       violated(Verdict::lost, std::string("an extent that the journal promises is ") + name(failure->second) +
                                   " although nothing harmed it");
     }
+    if (world_.leases_hold() && (failure->second == ItemFailure::Reason::corrupt || promises(item))) {
+      disk().explain(item.key);
+      violated(Verdict::broken,
+               fmt::format("the only process wrote over a segment that it was using: {} at {} is {}",
+                           segment_name(item.where.segment), item.where.offset, name(failure->second)));
+    }
     const bool gone =
         failure->second == ItemFailure::Reason::absent || failure->second == ItemFailure::Reason::mismatch;
     if (gone && world_.promise_holds(promised_ns)) {
@@ -237,7 +268,16 @@ void Process::check(const LoadPlan& plan, const Completion& ended, size_t first_
   }
 }
 
-void Process::load(size_t prompt, bool hold) {
+bool Process::promises(const LoadItem& item) {
+  const std::vector<int32_t> blocks(kBlocksPerChunk, kSkipBlock);
+  const std::vector<Key> keys(1, item.key);
+  const Depot::LoadGroup group{want(), 0, kBlocksPerChunk, blocks};
+  const auto plan = depot_->plan_load(ns_, keys, std::span(&group, 1), {});
+  return plan &&
+         std::ranges::any_of(plan->items, [&](const LoadItem& now) { return now.where == item.where; });
+}
+
+void Process::load(size_t prompt, bool hold, size_t stores_meanwhile) {
   const std::vector<Key>& keys = world_.prompts[prompt];
   const GroupWant wanted = want();
   const uint64_t promised_ns = now_ns();
@@ -258,7 +298,10 @@ void Process::load(size_t prompt, bool hold) {
       hold ? depot_->submit_hold(job, std::move(*plan)) : depot_->submit_load(job, std::move(*plan));
   if (!queued) violated(Verdict::broken, "a load is refused: " + queued.error().message);
   if (!hold && chance().chance(0.05)) depot_->cancel(job);
+  for (size_t i = 0; i < stores_meanwhile; ++i)
+    begin_store(chance().below(world_.prompts.size()), 0, kChunksPerPrompt);
   Completion ended = wait_for(job);
+  end_stores();
   if (!hold) return check(wanted_items, ended, kFirstSlot, keys, promised_ns);
 
   LoadPlan held = wanted_items;

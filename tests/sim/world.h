@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <set>
 #include <vector>
@@ -36,8 +37,9 @@ class Process {
   void close_depot() { depot_.reset(); }
   /// Chunks [first, last) of a prompt; items that are stored already are left out.
   void store(size_t prompt, size_t first, size_t last);
-  /// The stored prefix of a prompt. `all`: every acknowledged chunk must be in it and load.
-  void load(size_t prompt, bool hold);
+  /// The stored prefix of a prompt, into staging first where `hold`; so many other prompts are stored before
+  /// its end is waited for.
+  void load(size_t prompt, bool hold, size_t stores_meanwhile);
   /// Promises whatever is stored, and loads it when almost the whole grace of what was evicted meanwhile has
   /// passed.
   void load_late();
@@ -48,6 +50,11 @@ class Process {
   const std::set<Key>& forgotten() const { return forgotten_; }
 
  private:
+  /// Whether this very place is still in the index.
+  bool promises(const LoadItem& item);
+  void begin_store(size_t prompt, size_t first, size_t last);
+  void end_stores();
+  /// Those of stores that end earlier are kept.
   Completion wait_for(uint64_t job);
   void check(const LoadPlan& plan, const Completion& ended, size_t first_chunk, const std::vector<Key>& keys,
              uint64_t promised_ns);
@@ -59,6 +66,8 @@ class Process {
   Cache* const cache_;  // threads of a killed process may still point there
   NamespaceDigest ns_;
   uint64_t next_job_ = 1;
+  std::map<uint64_t, std::vector<StoreItem>> stores_;  // begun, by job
+  std::map<uint64_t, Completion> ended_;               // not asked for yet, by job
   std::set<Key> forgotten_;
 };
 
@@ -86,6 +95,10 @@ struct World {
   }
   ProcessId start(uint32_t rounds);
   Faults faults() const;
+  /// Whether nobody but the process itself could have written over what it uses, and nothing else harms it.
+  bool leases_hold() const {
+    return scenario.kind == Scenario::Kind::kills && scenario.processes == 1 && !crowded;
+  }
   /// Whether what was looked up then must still load, though another process may have evicted it.
   bool promise_holds(uint64_t promised_ns) const;
   void check_end();

@@ -167,6 +167,32 @@ TEST_F(TiersTest, RestartsLeaveNoOrphansAndOneJournal) {
   EXPECT_LE(files(memory_.path() + "/root/segments"), 3u) << "one that fills, one ready, perhaps one sealed";
 }
 
+TEST_F(TiersTest, FilesThatADeadProcessHadBegunAreRemovedAndThoseOfALiveOneStay) {
+  const std::string root = memory_.path() + "/root";
+  Options one = options();
+  one.roots.resize(1);
+  open(one).reset();
+  const std::string of_a_manifest = root + "/manifests/.tmp-0000000000000001";
+  const std::string of_notes = root + "/.tmp-0000000000000002";
+  std::ofstream(of_a_manifest) << "half a manifest";
+  std::ofstream(of_notes) << "half a note";
+  auto opened_root = Root::open(one.roots[0], 0, one);
+  ASSERT_TRUE(opened_root);
+  SegmentTable segments;
+  Replay replay(**opened_root, segments, nullptr);
+  ASSERT_TRUE(replay.first());
+  auto writer = RootWriter::open(**opened_root, replay, segments, system_clock(), 0);
+  ASSERT_TRUE(writer);
+  (*writer)->remove_unfinished();
+  EXPECT_TRUE(std::filesystem::exists(of_a_manifest));  // it may be about to be renamed
+  const std::string begun_since = root + "/manifests/.tmp-0000000000000003";
+  std::ofstream(begun_since) << "half a manifest";
+  (*writer)->remove_unfinished();
+  EXPECT_FALSE(std::filesystem::exists(of_a_manifest));
+  EXPECT_FALSE(std::filesystem::exists(of_notes));
+  EXPECT_TRUE(std::filesystem::exists(begun_since));
+}
+
 TEST_F(TiersTest, LeftoversOfDeadWritersAreSealedAndRemoved) {
   const std::string root = memory_.path() + "/root";
   Options one = options();

@@ -262,7 +262,7 @@ TEST_F(TiersTest, AStaleJournalIsCompactedAndNothingAliveIsForgotten) {
     if ((*writer)->wants_spare()) {
       ASSERT_TRUE((*writer)->prepare_spare(nullptr));
     }
-    auto place = (*writer)->reserve(4096);
+    auto place = (*writer)->reserve(2 * kPageBytes);
     ASSERT_TRUE(place);
     ASSERT_TRUE((*writer)->acknowledge(*place, put));
   }

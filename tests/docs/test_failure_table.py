@@ -29,6 +29,7 @@ AMOUNTS = {
     "tokendepot_shared_loads_total",
     "tokendepot_saved_seconds_total",
     "tokendepot_carried_tokens_total",
+    *(f"tokendepot_{what}_objects_total" for what in ("queried", "found")),
     "tokendepot_scrubbed_bytes_total",
     *(f"tokendepot_{way}_{what}_total" for way in ("load", "store") for what in ("extents", "bytes", "seconds")),
     *(f"tokendepot_root_moved_{what}_total" for what in ("bytes", "tokens")),

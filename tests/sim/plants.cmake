@@ -72,7 +72,7 @@ tokendepot_plant(stop_at_a_bad_record 150 "acknowledged lost" store/journal_file
         has_tail_ = true;
         return good;]])
 
-tokendepot_plant(trust_any_record 600 "(acknowledged lost|hang)" format/journal.cc
+tokendepot_plant(trust_any_record 600 "(acknowledged lost|hang|broken)" format/journal.cc
   [[if (stored != digest) {]]
   [[if (false && stored != digest) {]])
 
@@ -91,7 +91,7 @@ tokendepot_plant(make_a_file_without_a_note 60 "capacity" store/segment_inventor
   [[const auto told = keeper.note(note);]]
   [[const auto told = note.bytes > 0 ? Status() : keeper.note(note);]])
 
-tokendepot_plant(reuse_a_segment_id 30 "(hang|acknowledged lost)" store/root_writer.cc
+tokendepot_plant(reuse_a_segment_id 30 "(hang|acknowledged lost|capacity)" store/root_writer.cc
   [[return {journal_.writer(), next_sequence_++};]]
   [[return {journal_.writer(), next_sequence_++ % 4};]])
 

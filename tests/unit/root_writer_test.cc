@@ -422,7 +422,7 @@ TEST_F(FullDisk, TheCapacityIsRefusedOrHonoured) {
   if (!mount("size=8m")) GTEST_SKIP() << "may not mount";
   Process refused(options(64 * kSegment));
   EXPECT_FALSE(refused.writer);
-  EXPECT_EQ(refused.error.kind, ErrorKind::no_space);
+  EXPECT_EQ(refused.error.kind, ErrorKind::invalid_argument);
   Process process(options(8 * kSegment));
   ASSERT_TRUE(process.writer) << process.error.message;
   uint32_t stored = 0;

@@ -178,6 +178,8 @@ def test_two_good_runs_have_no_refusal_and_each_fault_is_one(measured):
         "the same run": lambda r: r.update(run_id=base["run_id"]),
         "repeats differs: 5 and 3": lambda r: r["settings"].update(repeats=5),
         "concurrency differs": lambda r: r["settings"].update(concurrency=2),
+        "cold_gpu differs: True and False": lambda r: r["settings"].update(cold_gpu=True),
+        "only this run ran a command between": lambda r: r["settings"].update(between="restart"),
         "the model differs": lambda r: r["server"].update(model="other"),
         "is not complete": lambda r: r.update(complete=False),
         "turn 1 was not cold": lambda r: r.update(problems=["turn 1 was not cold"]),
@@ -196,6 +198,14 @@ def test_two_good_runs_have_no_refusal_and_each_fault_is_one(measured):
     assert "the base: client saturated" in compare.refusals(good, late)
 
 
+def test_a_base_that_measured_something_else_is_refused_before_anything_is_asked(measured, serve, bench):
+    base = measured(ScriptedServer())
+    server = serve(ScriptedServer())
+    code, output, _ = bench("--url", server.url, *SMALL, "--cold-gpu", "--compare", base)
+    assert code == 2 and "cold_gpu differs: True and False in the base" in " ".join(output.replace("│", " ").split())
+    assert server.log() == []
+
+
 def test_a_refused_comparison_says_so_in_its_exit_code_too(measured, serve, bench):
     base = measured(ScriptedServer(), *SMALL, "--repeats", "2")
     code, output, result = bench("--url", serve(ScriptedServer()).url, *SMALL, "--repeats", "2", "--compare", base)
@@ -208,7 +218,7 @@ def test_a_refused_comparison_says_so_in_its_exit_code_too(measured, serve, benc
     [(48, "tokens were in the server's own prefix cache"), (0, None), (None, "counts no hits of its own prefix cache")],
 )
 def test_a_hit_of_the_server_s_own_cache_is_not_taken_for_the_depot_s(measured, serve, bench, own_hits, refusal):
-    base = measured(Slow())
+    base = measured(Slow(own_hits=0), *SMALL, "--cold-gpu")
     server = serve(Slow(warm=True, own_hits=own_hits))
     _, output, result = bench("--url", server.url, *SMALL, "--compare", base, "--cold-gpu")
     assert "own prefix cache was emptied" in output
@@ -268,6 +278,8 @@ def test_a_wrong_path_is_named(serve, bench):
     [
         (("--url", "http://127.0.0.1:9"), "no server answers at http://127.0.0.1:9"),
         (("--url", "127.0.0.1:8000"), "--url is '127.0.0.1:8000', expected http://"),
+        (("--url", "http://[::1"), "--url is 'http://[::1', expected http://"),
+        (("--url", "http://127.0.0.1:port"), "--url is 'http://127.0.0.1:port', expected http://"),
         ((), "--url is missing"),
         (("--contexts", "1000,many"), "--contexts is '1000,many'"),
         (("--contexts", "1000,50"), "expected ascending"),
@@ -276,6 +288,10 @@ def test_a_wrong_path_is_named(serve, bench):
         (("--endpoint", "embeddings"), "--endpoint is 'embeddings'"),
         (("--max-error-rate", "2"), "--max-error-rate is 2.0"),
         (("--timeout", "0"), "--timeout is 0.0"),
+        (("--timeout", "nan"), "--timeout is nan"),
+        (("--rate", "nan"), "--rate is nan"),
+        (("--rate", "inf"), "--rate is inf"),
+        (("--plot", "x.xyz"), "--plot is 'x.xyz', expected a name that ends in one of png"),
         (("--compare", "/nowhere.json"), "--compare is '/nowhere.json', which cannot be read"),
         (("--resume", "/nowhere.json"), "--resume is '/nowhere.json', which cannot be read"),
         (("--plot", "/nowhere/x.png"), "--plot is '/nowhere/x.png'"),
@@ -300,6 +316,7 @@ def test_a_file_that_is_no_result_is_refused(serve, bench, tmp_path):
         ("--compare", "{}", "expected a result"),
         ("--compare", "no json", "expected a result"),
         ("--compare", named % 9, "of version 9"),
+        ("--compare", named % 1, "expected the whole result of a run"),
         ("--resume", named % 1, "settings are not those of a run"),
     ):
         file = tmp_path / "x.json"

@@ -10,13 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from types import SimpleNamespace
 
 import pytest
 from paged import filled_root
 
 import tokendepot
-from tokendepot._core import Workload
+from tokendepot._core import DepotError, Workload
 from tokendepot.bench.io import measure, plan
+from tokendepot.bench.io import run as io_run
 
 MIB = 1 << 20
 TOY = ("--volume", "8MiB", "--seconds", "0.1", "--rounds", "2", "--in-flight", "4", "--size", "256KiB")
@@ -87,6 +89,22 @@ def test_processes_work_at_the_same_time_each_in_a_depot_of_its_own(place):
     (cell,) = cells(place, *TOY, "--op", "read", "--processes", "2")
     assert cell["processes"] == 2
     assert cell["verified"]["extents"] >= 2 * 32  # the volume of both
+
+
+def test_processes_burst_together(place):
+    (cell,) = cells(place, *TOY, "--op", "burst", "--processes", "2", "--in-flight", "2", "--request-extents", "2")
+    burst = cell["burst"]
+    assert burst["bursts"] >= 1 and 0 < burst["first_request_s"] <= burst["last_request_s"]
+    assert cell["latency"][0]["count"] == 2 * 2 * burst["bursts"]  # requests, of both
+
+
+def test_a_burst_of_several_processes_is_as_fast_as_its_slowest():
+    cell = SimpleNamespace(operation="burst")
+    runs = [{"bytes": 10, "seconds": 1.0, "bursts": [(0.2, 1.0)]}, {"bytes": 10, "seconds": 4.0, "bursts": [(0.1, 4.0)]}]
+    assert measure._rate(cell, [runs], "bytes") == 5.0
+    assert measure._bursts(runs) == [(0.1, 4.0)]
+    cell.operation = "read"
+    assert measure._rate(cell, [runs], "bytes") == 12.5
 
 
 def test_results_go_to_a_table_for_programs_and_to_a_picture(place, tmp_path):
@@ -230,7 +248,8 @@ def test_an_interrupt_prints_what_is_done_and_leaves_nothing_behind(place, numbe
         if line.startswith("2 of 8"):
             break
     time.sleep(0.5)
-    assert os.listdir(place) == [f"tokendepot-bench-{process.pid}"]
+    (own,) = os.listdir(place)
+    assert own.startswith("tokendepot-bench-")
     process.send_signal(number)
     out, words = process.communicate(timeout=120)
     assert process.returncode == 130, words
@@ -238,6 +257,36 @@ def test_an_interrupt_prints_what_is_done_and_leaves_nothing_behind(place, numbe
     assert document["interrupted"] is True
     assert 1 <= len(document["cells"]) <= 2 and not document["cells"][0]["interrupted"]
     assert "were measured" in words and "Traceback" not in words
+    assert os.listdir(place) == []
+
+
+def test_output_that_nobody_reads_ends_it_and_leaves_nothing_behind(place):
+    arguments = [str(place), "--volume", "8MiB", "--seconds", "1", "--rounds", "1", "--size", "256KiB", "--in-flight", "1,2,4,8"]
+    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline()
+    process.stderr.close()
+    assert process.wait(60) != 0
+    assert os.listdir(place) == []
+
+
+def test_a_cell_that_cannot_be_measured_leaves_the_others_results(place, monkeypatch, capsys):
+    asked = plan.plan_of(
+        [str(place)], device="host", operation="read", sizes=[(256 << 10,)], in_flight="1,2", request_extents=1,
+        processes="1", volume="8MiB", seconds=0.05, rounds=1, verify="off", keep_cache=False, engine="{}",
+    )
+    real = io_run.measure.measure
+    known = []
+
+    def measure_once(*arguments):
+        if known:
+            raise DepotError("no space left")
+        known.append(real(*arguments))
+        return known[0]
+
+    monkeypatch.setattr(io_run.measure, "measure", measure_once)
+    with pytest.raises(DepotError, match="no space left"):
+        io_run.run(asked, True, "", "")
+    assert len(json.loads(capsys.readouterr().out)["cells"]) == 1
     assert os.listdir(place) == []
 
 
@@ -266,6 +315,7 @@ def test_an_interrupt_prints_what_is_done_and_leaves_nothing_behind(place, numbe
         ([".", "--engine", '{"io_dept": 3}'], "io_dept"),
         ([".", "--model", "no-such-model"], "no-such-model"),
         ([".", "--csv", "/nonexistent/out.csv"], "/nonexistent/out.csv"),
+        ([".", "--plot", "out.xyz"], "out.xyz"),
         ([".?transport=fast"], "fast"),
         ([".?capacity=1MiB"], "capacity"),
         ([".?read_only=true"], "read_only"),

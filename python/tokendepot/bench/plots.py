@@ -12,7 +12,6 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
 from .plan import Plan, Tiers
 
-IMAGE_TYPES = ("png", "svg", "pdf")
 GIB = 2**30
 UNITS = ((1024, "TiB"), (1, "GiB"), (1 / 1024, "MiB"))
 LRU, DEPOT, IDEAL = "tab:blue", "tab:orange", "0.35"

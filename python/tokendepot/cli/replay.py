@@ -316,7 +316,7 @@ def plan(
 
 
 def _check_can_write(path: str) -> None:
-    from ..bench.plots import IMAGE_TYPES
+    from ..bench.image_types import IMAGE_TYPES
 
     ending = os.path.splitext(path)[1].removeprefix(".").lower()
     if ending not in IMAGE_TYPES:

@@ -65,7 +65,7 @@ def measure(plan: Plan, cell: Cell, own: str, advance: Advance) -> dict[str, Any
             advance((weight - 2 * plan.seconds) * 0.6)
             try:
                 for number in range(plan.rounds):
-                    rounds.append(_round(fleet, plan.seconds / plan.rounds, number % 2 == 1))
+                    rounds.append(_round(fleet, cell, plan.seconds / plan.rounds, number % 2 == 1))
                     advance(part)
                 if plan.verify_every:
                     verified = fleet.call("verify", every=plan.verify_every)
@@ -81,15 +81,21 @@ def measure(plan: Plan, cell: Cell, own: str, advance: Advance) -> dict[str, Any
     return {**_result(plan, cell, about, rounds, verified), "interrupted": interrupted}
 
 
-def _round(fleet: Fleet, seconds: float, limit_first: bool) -> dict[str, Any]:
+def _round(fleet: Fleet, cell: Cell, seconds: float, limit_first: bool) -> dict[str, Any]:
+    """`groups`: what the processes did at the same time, one group after the other."""
     limits = fleet.call("limits", seconds=seconds) if limit_first else None
     busy = _cpu_ticks()
     began = time.monotonic()
-    runs = fleet.call("run", seconds=seconds)
+    if cell.operation == "burst" and cell.processes > 1:
+        groups = []  # one burst each, or they would drift apart: their idle times are not those of others
+        while not groups or time.monotonic() - began < seconds:
+            groups.append(fleet.call("run", seconds=0))
+    else:
+        groups = [fleet.call("run", seconds=seconds)]
     wall = time.monotonic() - began
     now = _cpu_ticks()
     limits = limits or fleet.call("limits", seconds=seconds)
-    return {"runs": runs, "limits": limits, "wall": wall, "cpus_busy": _share(busy, now)}
+    return {"groups": groups, "limits": limits, "wall": wall, "cpus_busy": _share(busy, now)}
 
 
 def _cpu_ticks() -> tuple[int, int]:
@@ -143,8 +149,22 @@ def _latencies(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _rate(runs: list[dict[str, Any]]) -> float:
-    return sum(run["bytes"] / run["seconds"] for run in runs if run["seconds"]) / 1e9
+def _rate(cell: Cell, groups: list[list[dict[str, Any]]], what: str) -> float:
+    """Of bytes or extents in a second. A burst ends with its last process; otherwise all go on for the same time."""
+    each = []
+    for runs in groups:
+        if cell.operation == "burst":
+            longest = max(run["seconds"] for run in runs)
+            each.append(sum(run[what] for run in runs) / longest if longest else 0.0)
+        else:
+            each.append(sum(run[what] / run["seconds"] for run in runs if run["seconds"]))
+    return median(each)
+
+
+def _bursts(runs: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Seconds until the first and the last request of each burst, whichever process they were of."""
+    of_all = zip(*(run["bursts"] for run in runs), strict=False)  # an interrupt may cut off one process's last
+    return [(min(first for first, _ in burst), max(last for _, last in burst)) for burst in of_all]
 
 
 def _limits(of_processes: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -169,14 +189,14 @@ def _source(cell: Cell, about: dict[str, Any], paths: dict[str, Counter[str]], d
 def _result(
     plan: Plan, cell: Cell, about: list[dict[str, Any]], rounds: list[dict[str, Any]], verified: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    runs = [run for one in rounds for run in one["runs"]]
-    rates = [_rate(one["runs"]) for one in rounds]
+    groups = [runs for one in rounds for runs in one["groups"]]
+    runs = [run for group in groups for run in group]
+    rates = [_rate(cell, one["groups"], "bytes") / 1e9 for one in rounds]
     limits = [_limits(one["limits"]) for one in rounds]
     lowest = [min(entry["gb_per_s"] for entry in one) for one in limits]
     total = sum(run["bytes"] for run in runs)
     cpu = sum(run["cpu_seconds"] for run in runs)
-    extents = sum(run["extents"] for run in runs)
-    seconds = sum(max(run["seconds"] for run in one["runs"]) for one in rounds)
+    seconds = sum(max(run["seconds"] for run in group) for group in groups)
     paths = {way: Counter[str]() for way in ("loaded", "stored")}
     for run in runs:
         for way, of_way in paths.items():
@@ -184,7 +204,7 @@ def _result(
     source, share = _source(cell, about[0], paths, sum(run["device_read_bytes"] for run in runs))
     client = max((run["client_seconds"] / run["seconds"] for run in runs if run["seconds"]), default=0.0)
     busy = median(one["cpus_busy"] for one in rounds)
-    bursts = [burst for run in runs for burst in run["bursts"]]
+    bursts = [burst for group in groups for burst in _bursts(group)]
     result = {
         "root": cell.root.path,
         "device": cell.device,
@@ -203,7 +223,7 @@ def _result(
         "gb_per_s": median(rates),
         "gb_per_s_min": min(rates),
         "gb_per_s_max": max(rates),
-        "ops_per_s": extents / seconds if seconds else 0.0,
+        "ops_per_s": median(_rate(cell, one["groups"], "extents") for one in rounds),
         "limit_gb_per_s": median(lowest),
         "limits": [
             {"what": entry["what"], "gb_per_s": median(one[i]["gb_per_s"] for one in limits)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -59,12 +60,9 @@ def in_memory(path: str) -> bool:
 
 @contextmanager
 def own_directory(path: str) -> Iterator[str]:
-    """`path`/tokendepot-bench-<pid>, made now and removed with all that is in it."""
-    own = os.path.join(path, f"tokendepot-bench-{os.getpid()}")
+    """`path`/tokendepot-bench-<random>, made now and removed with all that is in it."""
     try:
-        os.mkdir(own, 0o700)
-    except FileExistsError:
-        refuse(f'"{own}" is there already, left by a run that was killed; expected that you remove it')
+        own = tempfile.mkdtemp(prefix="tokendepot-bench-", dir=path)  # by name nobody else's: other hosts have the same pids
     except OSError as error:
         refuse(f'root "{path}" cannot be written: {error.strerror}; expected a directory that can')
     try:

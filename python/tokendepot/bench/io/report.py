@@ -107,8 +107,8 @@ def _paths(result: dict[str, Any]) -> str:
         for path, count in of_way.items():
             total[path] = total.get(path, 0) + count
     everything = sum(total.values())
-    shares = [f"{path} {count / everything:.0%}" for path, count in total.items() if count < 0.995 * everything]
-    return ", ".join(shares) or "".join(total)
+    shares = {path: count / everything for path, count in total.items() if count >= 0.005 * everything}
+    return ", ".join(shares) if len(shares) < 2 else ", ".join(f"{path} {share:.0%}" for path, share in shares.items())
 
 
 def _print_throughput(results: list[dict[str, Any]]) -> None:

@@ -9,7 +9,9 @@ import sys
 from contextlib import ExitStack
 from typing import Any
 
+from ... import _core
 from ...cli import show
+from ..image_types import IMAGE_TYPES
 from . import measure, place, progress, report
 from .plan import Plan, refuse
 
@@ -17,6 +19,8 @@ INTERRUPTED, WRONG = 130, 1
 
 
 def _terminated(number: int, _: object) -> None:
+    if number == signal.SIGPIPE:  # nobody reads the progress any more; once is enough
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -29,14 +33,18 @@ def _check_outputs(*paths: str) -> None:
 
 
 def run(plan: Plan, as_json: bool, csv: str, plot: str) -> int:
-    """Measures, prints and writes. Returns the exit code: 0; 1 wrong bytes or failed loads; 130 interrupted."""
+    """Measures, prints and writes. Returns the exit code: 0; 1 wrong bytes or failed loads; 130 interrupted.
+
+    Raises DepotError, of the cell that could not be measured, after those that could are printed and written.
+    """
     _check_outputs(csv, plot)
     if plot:
-        _need_matplotlib()
+        _check_plot(plot)
     place.check_room(plan.cells)
     results: list[dict[str, Any]] = []
     interrupted = False
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    failure: _core.DepotError | None = None
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, _terminated)
     with ExitStack() as stack:
         try:
@@ -54,11 +62,19 @@ def run(plan: Plan, as_json: bool, csv: str, plot: str) -> int:
                     break
         except KeyboardInterrupt:
             interrupted = True
+        except _core.DepotError as error:
+            failure = error
+        # What is left is to remove what was written: a second Ctrl-C must not leave it.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     _give(results, interrupted, as_json, csv, plot)
     if interrupted:
         done = f"{len(results)} of {len(plan.cells)} cells were measured"
         print(f"tokendepot: interrupted; {done}", file=sys.stderr)
         return INTERRUPTED
+    if failure is not None:
+        raise failure
     return WRONG if report.damaged(results) else 0
 
 
@@ -77,7 +93,9 @@ def _give(results: list[dict[str, Any]], interrupted: bool, as_json: bool, csv: 
         draw(plot, results)
 
 
-def _need_matplotlib() -> None:
+def _check_plot(path: str) -> None:
+    if path.rpartition(".")[2].lower() not in IMAGE_TYPES:
+        refuse(f'--plot "{path}": expected a name that ends in one of {", ".join(IMAGE_TYPES)}')
     try:
         import matplotlib  # noqa: F401
     except ImportError:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..._core import version
 from ...cli import show as terminal
+from ..image_types import IMAGE_TYPES
 from . import compare, plot, results, show
 from .run import Run
 from .server import Server, ServerFault
@@ -36,7 +37,7 @@ def ttft(
 
     `given` names the fields of `asked` that the user set: with `resume` they must be those of the file.
     """
-    base = results.load(base_file, "--compare") if base_file else None
+    base = _base(base_file) if base_file else None
     if resume:
         result, settings = _resumed(resume, asked, given)
         file = resume
@@ -45,6 +46,10 @@ def ttft(
         file = out or pathlib.Path(f"ttft-{result['run_id']}.json")
         if file.exists():
             raise BadSetting(f"--out is {str(file)!r}, which exists; --resume goes on with it")
+    if base and (different := compare.settings_differ(settings.as_json(), base["settings"])):
+        raise BadSetting(f"--compare is {str(base_file)!r}, which is not the same measurement: {'; '.join(different)}")
+    if plot_file and plot_file.suffix.lower().removeprefix(".") not in IMAGE_TYPES:
+        raise BadSetting(f"--plot is {str(plot_file)!r}, expected a name that ends in one of {', '.join(IMAGE_TYPES)}")
     for name, path in (("--out", file), ("--plot", plot_file)):
         if path and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
             raise BadSetting(f"{name} is {str(path)!r}, but {str(path.parent)!r} is not a directory that can be written to")
@@ -68,6 +73,16 @@ def ttft(
         show.closing(result, refused)
         terminal.say(f"Wrote {file}" + (f" and {plot_file}" if plot_file else ""))
     return code or (FAILED if result["problems"] or refused else OK)
+
+
+def _base(file: pathlib.Path) -> dict[str, Any]:
+    """A result that can be compared with: judged before anything is measured."""
+    base = results.load(file, "--compare")
+    try:
+        compare.refusals(base, base)
+    except (KeyError, TypeError, AttributeError):
+        raise BadSetting(f"--compare is {str(file)!r}, expected the whole result of a run") from None
+    return base
 
 
 def _resumed(file: pathlib.Path, asked: Settings, given: Collection[str]) -> tuple[dict[str, Any], Settings]:

@@ -6,7 +6,7 @@ from typing import Any
 
 MIN_SAMPLES = 3
 EXPLAINED_SHARE = 0.01  # of a cell's prompt tokens, found in the server's own prefix cache
-_EQUAL = ("endpoint", "turns", "repeats", "concurrency", "rate", "answer_tokens")
+_EQUAL = ("endpoint", "turns", "repeats", "concurrency", "rate", "answer_tokens", "cold_gpu")
 
 
 def cells(result: dict[str, Any]) -> dict[tuple[int, int], dict[str, Any]]:
@@ -28,14 +28,21 @@ def rows(on: dict[str, Any], off: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def settings_differ(on: dict[str, Any], off: dict[str, Any]) -> list[str]:
+    """The settings in which two runs that are to be compared must agree and do not. KeyError: one of them is missing."""
+    found = [f"{name} differs: {on[name]} and {off[name]} in the base" for name in _EQUAL if on[name] != off[name]]
+    # Each server has a command of its own to be restarted with.
+    if bool(on["between"]) != bool(off["between"]):
+        found.append(f"only {'this run' if on['between'] else 'the base'} ran a command between its turns")
+    return found
+
+
 def differences(on: dict[str, Any], off: dict[str, Any]) -> list[str]:
     """Why the two did not measure the same thing; empty when they did. `off` is the base."""
     found = []
     if on["run_id"] == off["run_id"]:
         found.append("both are the same run")
-    for name in _EQUAL:
-        if on["settings"][name] != off["settings"][name]:
-            found.append(f"{name} differs: {on['settings'][name]} and {off['settings'][name]} in the base")
+    found += settings_differ(on["settings"], off["settings"])
     if on["server"].get("model") != off["server"].get("model"):
         found.append(f"the model differs: {on['server'].get('model')!r} and {off['server'].get('model')!r} in the base")
     return found

@@ -22,8 +22,12 @@ class Server:
     """
 
     def __init__(self, url: str, api_key: str = "") -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # an address or a port that is none
+            sound = False
+        if not sound:
             raise ServerFault(f"--url is {url!r}, expected http://HOST:PORT or https://HOST")
         self.url = url.rstrip("/").removesuffix("/v1")
         self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -37,9 +38,9 @@ class Settings:
             raise BadSetting(f"--contexts is {listed!r}, expected ascending token counts with commas between")
         if self.endpoint not in ("completions", "chat"):
             raise BadSetting(f"--endpoint is {self.endpoint!r}, expected completions or chat")
-        if self.rate is not None and self.rate <= 0:
+        if self.rate is not None and not 0 < self.rate < math.inf:
             raise BadSetting(f"--rate is {self.rate}, expected requests a second above 0")
-        if self.timeout_s <= 0:
+        if not 0 < self.timeout_s < math.inf:
             raise BadSetting(f"--timeout is {self.timeout_s}, expected seconds above 0")
         if not 0 <= self.max_error_rate <= 1:
             raise BadSetting(f"--max-error-rate is {self.max_error_rate}, expected a share from 0 to 1")

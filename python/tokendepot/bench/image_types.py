@@ -1,0 +1,3 @@
+"""The kinds of pictures that are drawn, known before matplotlib is there."""
+
+IMAGE_TYPES = ("png", "svg", "pdf")

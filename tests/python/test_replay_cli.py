@@ -154,6 +154,8 @@ def test_plan_says_what_it_assumed_in_80_columns(small):
     "arguments, words",
     [
         (("--plot", "/absent/x.png"), "'/absent/x.png': expected a file in a directory that can be written"),
+        (("--gpu-hour", "inf"), "inf: expected a finite number"),
+        (("--window", "nan"), "nan"),
         (("--plot", "x.txt"), "expected a name that ends in one of png, svg, pdf"),
         (("--memory", "0,-1GiB"), "a size greater than 0"),
         (("--nvme", "many"), "many"),

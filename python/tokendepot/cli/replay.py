@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
@@ -283,6 +284,13 @@ def plan(
     from ..bench.shapes import ShapeError, extent_bytes
     from . import replay_tables
 
+    stated = {
+        "--window": window, "--prefill-rate": prefill_rate, "--gpu-tflops": gpu_tflops, "--gpu-hour": gpu_hour,
+        "--gib-month": gib_month,
+    }
+    for option, value in stated.items():
+        if value is not None and not math.isfinite(value):
+            raise _refuse(option, f"{value}: expected a finite number")
     shape = _shape(model, dtype)
     prefill = Prefill(shape, prefill_rate, prefill_at, gpu_tflops, utilisation)
     if plot is not None:
@@ -344,6 +352,8 @@ def _assumptions(
         f"prefill: {prefill.in_words()}",
         f"peak: windows of {window:g} s side by side; every miss is stored, every hit is loaded",
         "one GPU's seconds; loads cost no GPU time; the trace goes on like this all day",
+        "the cache is empty when the trace begins; GB/s are those of all ranks together",
+        "bandwidth and savings of a target are those of LRU by block at its capacity; dollars pay for the depot's, months of 30 days",
     ]
     if gpu_hour is None:
         made.append("costs: none, because --gpu-hour was not stated")

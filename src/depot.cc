@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <map>
 #include <set>
 
 #include "base/clock.h"
@@ -542,9 +543,9 @@ DepotStats OpenDepot::stats() const {
     root.capacity_bytes = tier.root->capacity();
     root.writable = tier.root->writable();
     stats.device.mapped_bytes += tier.root->files().mapped_bytes();
-    // Files go round while they are counted: ready, filled, leaving, ready. In this order, and with the
-    // smaller of two looks at those that leave, one that moves on is rather missed than counted twice.
-    if (tier.writer) root.leaving_bytes = tier.writer->leaving_bytes();
+    // Files go round while they are counted: ready, filled, leaving, ready. In this order, and with those
+    // that leave being the ones that two looks find, one that moves on is rather missed than counted twice.
+    const auto leaving = tier.writer ? tier.writer->leaving_files() : std::map<SegmentId, uint64_t>();
     for (const auto& [slot, segment] : segments_->present_segments(tier.root->index())) {
       root.used_bytes += segment.roots[tier.root->index()].file_bytes;
       ++root.segments;
@@ -554,7 +555,8 @@ DepotStats OpenDepot::stats() const {
       root.written_bytes = tier.writer->written_bytes();
       root.suspended = tier.writer->failing();
       root.used_bytes += tier.writer->spare_bytes();
-      root.leaving_bytes = std::min(root.leaving_bytes, tier.writer->leaving_bytes());
+      for (const auto& [id, bytes] : tier.writer->leaving_files())
+        if (leaving.contains(id)) root.leaving_bytes += bytes;
       root.used_bytes += root.leaving_bytes;
       if (tier.writer.get() == keeper_->store_target()) {
         root.promoted_extents = promotion_->extents();

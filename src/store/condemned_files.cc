@@ -65,4 +65,11 @@ uint64_t CondemnedFiles::bytes() const {
   return total;
 }
 
+std::map<SegmentId, uint64_t> CondemnedFiles::files() const {
+  std::lock_guard lock(mutex_);
+  std::map<SegmentId, uint64_t> found;
+  for (const auto& [id, file] : condemned_) found.emplace(id, file.bytes);
+  return found;
+}
+
 }  // namespace tokendepot

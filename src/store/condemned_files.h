@@ -47,6 +47,8 @@ class CondemnedFiles {
   uint64_t grace_ns() const { return grace_ns_; }
   /// Of the condemned files.
   uint64_t bytes() const;
+  /// Each of them with its bytes.
+  std::map<SegmentId, uint64_t> files() const;
 
  private:
   struct Condemned {

@@ -129,6 +129,7 @@ class RootWriter {
   uint64_t spare_bytes() const;
   /// Of condemned segments whose files are still there.
   uint64_t leaving_bytes() const { return condemned_files_.bytes(); }
+  std::map<SegmentId, uint64_t> leaving_files() const { return condemned_files_.files(); }
   Root& root() { return root_; }
   const std::string& root_path() const { return root_.path(); }
 

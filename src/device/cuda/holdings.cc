@@ -2,10 +2,31 @@
 
 #include <sys/mman.h>
 
+#include <array>
+
 #include "base/errors.h"
+#include "base/log.h"
 #include "device/cuda/status.h"
+#include "io/memory_node.h"
 
 namespace tokendepot::cuda {
+namespace {
+
+/// What the device reads and writes over its link lies on the node that the link ends at.
+void stay_near(int ordinal) {
+  std::array<char, 32> address{};
+  if (cudaDeviceGetPCIBusId(address.data(), address.size(), ordinal) != cudaSuccess) return;
+  const int node = node_of_pci_device(address.data());
+  if (node < 0) return;
+  if (const Status near = prefer_memory_of_node(node); near) {
+    log(LogLevel::info, "cuda:{} ({}): host memory comes from NUMA node {}", ordinal, address.data(), node);
+  } else {
+    log(LogLevel::warning, "cuda:{} ({}): host memory comes from any NUMA node: {}", ordinal, address.data(),
+        near.error().message);
+  }
+}
+
+}  // namespace
 
 Result<std::unique_ptr<Holdings>> Holdings::make(int ordinal, uint64_t device_slab_bytes,
                                                  uint64_t slab_bytes) {
@@ -20,6 +41,7 @@ Result<std::unique_ptr<Holdings>> Holdings::make(int ordinal, uint64_t device_sl
                 count);
   }
   if (auto s = enter_device(ordinal); !s) return std::unexpected(s.error());
+  stay_near(ordinal);
   auto made = std::make_unique<Holdings>();
   if (auto s = made->take_memory(ordinal, device_slab_bytes); !s) return std::unexpected(s.error());
   if (auto s = made->pin_slab(ordinal, slab_bytes); !s) return std::unexpected(s.error());

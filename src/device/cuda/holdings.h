@@ -20,6 +20,7 @@ constexpr uint32_t kStoreLanes = 3;
 
 /// Made and destroyed on one thread, the device's own, when nothing of it is in use.
 struct Holdings {
+  /// From then on the calling thread's new memory comes from the GPU's NUMA node, where the system tells it.
   /// Errors: unsupported (no GPU, no such GPU), no_space (naming what is free), io (the driver's words).
   static Result<std::unique_ptr<Holdings>> make(int ordinal, uint64_t device_slab_bytes, uint64_t slab_bytes);
   ~Holdings();

@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "gpu/cuda.h"
+#include "gpu/kernels.h"
 #include "gpu/loop_device.h"
 #include "gpu/matmul.h"
 #include "gpu/options.h"
@@ -102,6 +103,22 @@ class GpuPath {
       if (!roots.empty() && std::ranges::find(roots, kind.name) == roots.end()) continue;
       for (const double mib : options_.sizes) {
         if (!measure_cell(kind, mib)) break;
+      }
+    }
+  }
+
+  /// The multiprocessors that a link's worth of traffic takes on average: those that a launch takes, for the
+  /// part of the time in which its kernels run.
+  void measure_kernels() {
+    for (const bool store : {false, true}) {
+      const auto way = store ? Link::Way::to_host : Link::Way::to_device;
+      const double link = unwrap(link_->copy_large(way, options_.seconds / rounds_)).gb_per_s;
+      for (const double mib : options_.sizes) {
+        const KernelRate rate = bench::measure_kernels(mib, store, options_.seconds);
+        const std::string tail = std::string(store ? "store_" : "load_") + size_name(mib);
+        report_.add("gpu_kernels_" + tail, rate.gb_per_s, "GB/s", link);
+        const double taken = std::min<double>(rate.blocks, sms_);
+        report_.add("gpu_multiprocessors_" + tail, taken * link / rate.gb_per_s, "SMs", sms_);
       }
     }
   }
@@ -378,6 +395,7 @@ int main(int argc, char** argv) {
   }
   bench::GpuPath path(options);
   if (options.wants("paths")) path.measure_paths();
+  if (options.wants("kernels")) path.measure_kernels();
   if (options.wants("matmul")) path.measure_matmul();
   if (options.wants("open")) path.measure_open();
   if (!options.json.empty() && !path.write(options.json)) bench::stop("cannot write " + options.json);

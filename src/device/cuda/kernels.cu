@@ -328,14 +328,13 @@ __global__ void __launch_bounds__(kThreads) scatter_if_good(const __grid_constan
   }
 }
 
-/// No more than there are pages for its warps.
-uint32_t blocks_for(const Move& move) {
+}  // namespace
+
+uint32_t thread_blocks(const Move& move) {
   const uint64_t pages = move.shards * (move.shard_stride / kPage);
   constexpr uint32_t kWarps = kThreads / 32;
   return static_cast<uint32_t>(std::clamp<uint64_t>((pages + kWarps - 1) / kWarps, 1, kMostBlocks));
 }
-
-}  // namespace
 
 cudaError_t load_kernels() {
   for (const void* kernel :
@@ -356,12 +355,12 @@ cudaError_t launch_gather(const Move& move, const Secret& secret, bool aligned, 
   void* arguments[] = {const_cast<Move*>(&move), const_cast<Secret*>(&secret)};
   const void* kernel =
       aligned ? reinterpret_cast<const void*>(gather<true>) : reinterpret_cast<const void*>(gather<false>);
-  return cudaLaunchKernel(kernel, dim3(blocks_for(move)), dim3(kThreads), arguments, 0, stream);
+  return cudaLaunchKernel(kernel, dim3(thread_blocks(move)), dim3(kThreads), arguments, 0, stream);
 }
 
 cudaError_t launch_verify(const Move& move, const Secret& secret, cudaStream_t stream) {
   void* arguments[] = {const_cast<Move*>(&move), const_cast<Secret*>(&secret)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(verify), dim3(blocks_for(move)), dim3(kThreads), arguments,
+  return cudaLaunchKernel(reinterpret_cast<const void*>(verify), dim3(thread_blocks(move)), dim3(kThreads), arguments,
                           0, stream);
 }
 
@@ -369,7 +368,7 @@ cudaError_t launch_scatter(const Move& move, bool aligned, cudaStream_t stream) 
   void* arguments[] = {const_cast<Move*>(&move)};
   const void* kernel = aligned ? reinterpret_cast<const void*>(scatter_if_good<true>)
                                : reinterpret_cast<const void*>(scatter_if_good<false>);
-  return cudaLaunchKernel(kernel, dim3(blocks_for(move)), dim3(kThreads), arguments, 0, stream);
+  return cudaLaunchKernel(kernel, dim3(thread_blocks(move)), dim3(kThreads), arguments, 0, stream);
 }
 
 }  // namespace tokendepot::cuda

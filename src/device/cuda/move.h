@@ -44,6 +44,8 @@ struct Move {
 /// Loads the code onto the device now: later it might have to wait for all that the engine has queued. Fails
 /// where this build has no code for the GPU.
 cudaError_t load_kernels();
+/// Blocks of threads in each launch for `move`: bounded, and no more than there are pages for their warps.
+uint32_t thread_blocks(const Move& move);
 /// Gather and digest in one kernel.
 cudaError_t launch_gather(const Move& move, const Secret& secret, bool aligned, cudaStream_t stream);
 /// Notes in the counters whether every shard of the run is right. Does not touch the paged cache.

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <cstdlib>
 #include <thread>
 
 #include "device/cuda/cuda_device.h"
@@ -90,7 +91,11 @@ class CudaDeviceTest : public ::testing::Test {
 };
 
 TEST_F(CudaDeviceTest, GatherAndScatterEqualTheirHostTwinsOnRandomShapes) {
-  for (uint64_t seed = 0; seed < 400; ++seed) {
+  const char* const asked =
+      std::getenv("TOKENDEPOT_TEST_SHAPES");  // a sanitizer takes a hundred times as long
+  const uint64_t shapes = asked != nullptr ? std::strtoull(asked, nullptr, 10) : 400;
+  ASSERT_GT(shapes, 0u);
+  for (uint64_t seed = 0; seed < shapes; ++seed) {
     SCOPED_TRACE(seed);
     std::mt19937_64 random(seed);
     const CacheForm form = random_form(random);
@@ -156,6 +161,64 @@ TEST_F(CudaDeviceTest, GatherAndScatterEqualTheirHostTwinsOnRandomShapes) {
         << "cells differ, or cells were touched that nobody asked for";
     device_->slab().release(actual);
   }
+}
+
+TEST_F(CudaDeviceTest, StoresThatShareACopyWriteNothingBetweenThem) {
+  constexpr size_t kStores = 48;  // the first ones start alone, the others gather behind them
+  constexpr uint64_t kGap = 4096;
+  CacheForm form;
+  form.shape.part = {0, 4, 0, 2};
+  form.shape.tokens = 256;
+  form.shape.block_tokens = 16;
+  form.shape.row_bytes = 256;
+  const GroupShape& shape = form.shape;
+  form.blocks = shape.blocks() * 3;
+  auto host_bytes = random_bytes(form.bytes(), 11);
+  DeviceMemory memory(form.bytes());
+  memory.upload(host_bytes);
+  const PagedCache host = form.at(reinterpret_cast<std::byte*>(host_bytes.data())),
+                   cache = form.at(memory.data());
+  const uint64_t payload = shape.payload_bytes(), pitch = payload + kGap;
+  std::byte* const staging = device_->slab().allocate(kStores * pitch);
+  ASSERT_NE(staging, nullptr);
+  const std::byte poison{0x5A};
+  std::memset(staging, static_cast<int>(poison), kStores * pitch);
+  std::vector<std::vector<int32_t>> blocks(kStores, std::vector<int32_t>(shape.blocks()));
+  std::vector<std::vector<uint64_t>> digests(kStores, std::vector<uint64_t>(shape.shards()));
+  std::vector<Outcome> outcomes(kStores);
+  std::vector<GatherWork> works(kStores);
+  for (size_t i = 0; i < kStores; ++i) {
+    for (size_t b = 0; b < blocks[i].size(); ++b)
+      blocks[i][b] = static_cast<int32_t>((i * 7 + b * 5) % form.blocks);
+    works[i].cache = &cache;
+    works[i].blocks = blocks[i];
+    works[i].payload = {staging + i * pitch, payload};
+    works[i].digests = digests[i];
+    works[i].owner = &outcomes[i];
+    works[i].done = [](GatherWork* self, bool ok) {
+      auto* at = static_cast<Outcome*>(self->owner);
+      at->gathered = ok;
+      at->done = true;
+    };
+  }
+  for (GatherWork& work : works) device_->submit(&work);
+  for (const Outcome& outcome : outcomes) outcome.wait();
+  std::vector<std::byte> expected(payload);
+  std::vector<uint64_t> expected_digests(shape.shards());
+  for (size_t i = 0; i < kStores; ++i) {
+    SCOPED_TRACE(i);
+    ASSERT_TRUE(outcomes[i].gathered);
+    GatherWork twin = works[i];
+    twin.cache = &host;
+    twin.payload = expected;
+    twin.digests = expected_digests;
+    gather_and_digest(twin);
+    ASSERT_EQ(std::memcmp(expected.data(), works[i].payload.data(), payload), 0);
+    ASSERT_EQ(expected_digests, digests[i]);
+    const std::byte* const gap = staging + i * pitch + payload;
+    ASSERT_TRUE(std::all_of(gap, gap + kGap, [&](std::byte at) { return at == poison; }));
+  }
+  device_->slab().release(staging);
 }
 
 TEST_F(CudaDeviceTest, BlocksOnBothSidesOfTwoAndFourGiBAreExact) {

@@ -1,4 +1,4 @@
-// Which loads share a copy to a CUDA device.
+// Which loads share a copy to a CUDA device, and which stores one from it.
 #include "device/cuda/convoy.h"
 
 #include <gtest/gtest.h>
@@ -67,6 +67,78 @@ TEST_F(ConvoyTest, WhatIsOnTheDeviceAlreadyGoesAlone) {
   EXPECT_EQ(length(), 1u);
   works_.erase(works_.begin());
   add(2 * kExtent, kExtent, true);
+  EXPECT_EQ(length(), 1u);
+}
+
+/// Stores into one stretch of memory; caches of two sizes.
+class StoreConvoyTest : public ::testing::Test {
+ protected:
+  StoreConvoyTest() {
+    large_.shape.part = {0, 1, 0, 1};
+    large_.shape.tokens = 256;
+    large_.shape.block_tokens = 16;
+    large_.shape.row_bytes = 256;
+    small_ = large_;
+    small_.shape.tokens = 128;
+  }
+  uint64_t bytes() const { return large_.shape.payload_bytes(); }
+  void add(uint64_t at, bool on_device = false, bool small = false) {
+    GatherWork work;
+    work.cache = small ? &small_ : &large_;
+    work.payload = {memory_ + at, work.cache->shape.payload_bytes()};
+    work.on_device = on_device;
+    works_.push_back(work);
+  }
+  size_t length(size_t most = 100, uint64_t most_bytes = kAll) {
+    std::deque<GatherWork*> queue;
+    for (GatherWork& work : works_) queue.push_back(&work);
+    return convoy_length(queue, most, most_bytes);
+  }
+  std::byte* const memory_ = reinterpret_cast<std::byte*>(uint64_t{1} << 40);  // never read, as above
+  PagedCache large_, small_;
+  std::vector<GatherWork> works_;
+};
+
+TEST_F(StoreConvoyTest, RowsOfOnePitchShareACopy) {
+  for (uint64_t i = 0; i < 5; ++i) add(i * (bytes() + 4096));
+  EXPECT_EQ(length(), 5u);
+}
+
+TEST_F(StoreConvoyTest, AnotherGapAStepBackOrAnotherSizeEndsIt) {
+  add(0);
+  add(bytes() + 4096);
+  add(2 * bytes() + 3 * 4096);
+  EXPECT_EQ(length(), 2u) << "a wider gap";
+  works_.pop_back();
+  add(4096);
+  EXPECT_EQ(length(), 2u) << "a step back";
+  works_.pop_back();
+  add(2 * (bytes() + 4096), false, true);
+  EXPECT_EQ(length(), 2u) << "a smaller extent";
+  works_.resize(1);
+  add(bytes() - 4096);
+  EXPECT_EQ(length(), 1u) << "overlapping";
+  works_.resize(1);
+  add(bytes() + kMostGap + 4096);
+  EXPECT_EQ(length(), 1u) << "too far away";
+}
+
+TEST_F(StoreConvoyTest, ItsBoundsAreWorksBytesAndFreeFlights) {
+  for (uint64_t i = 0; i < 2 * kMostConvoy; ++i) add(i * bytes());
+  EXPECT_EQ(length(), kMostConvoy);
+  EXPECT_EQ(length(3), 3u);
+  EXPECT_EQ(length(1), 1u);
+  EXPECT_EQ(length(100, 4 * bytes()), 4u);
+  EXPECT_EQ(length(100, 4 * bytes() - 1), 3u);
+  EXPECT_EQ(length(100, 1), 1u) << "a large extent goes alone";
+}
+
+TEST_F(StoreConvoyTest, WhatStaysOnTheDeviceGoesAlone) {
+  add(0, true);
+  add(bytes());
+  EXPECT_EQ(length(), 1u);
+  works_.erase(works_.begin());
+  add(2 * bytes(), true);
   EXPECT_EQ(length(), 1u);
 }
 

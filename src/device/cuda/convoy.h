@@ -1,5 +1,7 @@
-// Loads whose payloads are neighbours share one copy: each copy that a kernel waits for leaves the link idle
-// for 15 us, and a prompt's extents lie one behind the other, with a header page between them.
+// Loads whose payloads are neighbours share one copy, and so do stores: each copy that a kernel waits for, or
+// that waits for a kernel, leaves the link idle for 15 us, and a prompt's extents lie one behind the other,
+// with a header page between them. A load brings the bytes between along. A store must not write there: its
+// copy has rows.
 #pragma once
 
 #include <algorithm>
@@ -30,6 +32,26 @@ inline size_t convoy_length(const std::deque<ScatterWork*>& queue, size_t most, 
     if (next.on_device || at < end || static_cast<uint64_t>(at - end) > kMostGap) break;
     end = at + next.payload.size();
     if (static_cast<uint64_t>(end - begin) > most_bytes) break;
+  }
+  return length;
+}
+
+/// The same for stores: payloads of one size, all as far from the next as the first is from the second.
+inline size_t convoy_length(const std::deque<GatherWork*>& queue, size_t most, uint64_t most_bytes) {
+  const GatherWork& first = *queue.front();
+  most = std::min({most, queue.size(), kMostConvoy});
+  if (first.on_device || most < 2) return 1;
+  const uint64_t bytes = first.cache->shape.payload_bytes();
+  const std::byte* const begin = first.payload.data();
+  const std::byte* const second = queue[1]->payload.data();
+  if (second < begin + bytes || static_cast<uint64_t>(second - begin) > bytes + kMostGap) return 1;
+  const auto pitch = static_cast<uint64_t>(second - begin);
+  size_t length = 1;
+  for (; length < most && length * pitch + bytes <= most_bytes; ++length) {
+    const GatherWork& next = *queue[length];
+    if (next.on_device || next.cache->shape.payload_bytes() != bytes ||
+        next.payload.data() != begin + length * pitch)
+      break;
   }
   return length;
 }

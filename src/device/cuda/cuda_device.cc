@@ -53,10 +53,12 @@ using cuda::Needs;
 using cuda::needs_of;
 
 constexpr auto kLook = std::chrono::microseconds(15);  // how often flights are asked whether they have landed
-constexpr uint32_t kMostStoresInFlight = 16;           // they may wait for a step of the engine
+constexpr uint32_t kMostStoresInFlight = 32;           // they may wait for a step of the engine
+constexpr uint32_t kMostStoreConvoys = 4;              // one copies, the others have gathered or gather
 // The engine may be waiting for a store, and however many loads there are, they use the link's other way.
 constexpr uint32_t kStoresBesideLoads = 1;
-constexpr uint64_t kGpuPageBytes = 64 << 10;  // what the driver pins for storage
+constexpr uint64_t kMostStoreConvoyBytes = 16 << 20;  // longer copies are no faster
+constexpr uint64_t kGpuPageBytes = 64 << 10;          // what the driver pins for storage
 // One is under way and one waits for the link: of more, the GPU's copy engine does several at once and loses
 // up to 10 % of the rate. What comes meanwhile gathers to the next convoy; started at once it would have no
 // neighbours.
@@ -238,31 +240,18 @@ class CudaDevice final : public Device {
   bool take_next(std::unique_lock<std::mutex>& lock) {
     if (free_.empty()) return false;
     const uint32_t stores = scatters_.empty() ? kMostStoresInFlight : kStoresBesideLoads;
-    if (!gathers_.empty() && stores_in_flight_ < stores && take_store(lock)) return true;
-    return !scatters_.empty() && copying_.size() < kMostCopies && take_loads(lock);
+    if (!gathers_.empty() && stores_in_flight_ < stores && storing_ < kMostStoreConvoys) {
+      take_stores_locked(stores - stores_in_flight_);
+      if (start_convoy(lock)) return true;
+    }
+    if (scatters_.empty() || copying_.size() >= kMostCopies) return false;
+    take_loads_locked();
+    return start_convoy(lock);
   }
 
   /// False: no room in the device's slab; try again when a flight has ended.
-  bool take_store(std::unique_lock<std::mutex>& lock) {
-    GatherWork* const work = gathers_.front();
-    gathers_.pop_front();
-    Flight& flight = take_flight_locked();
-    flight.gather = work;
-    ++stores_in_flight_;
-    convoy_.assign(1, &flight);
-    lock.unlock();
-    const Start start = prepare();
-    if (start == Start::ready) launch_store(flight);
-    lock.lock();
-    if (start != Start::later) return true;
-    give_back_locked(flight);
-    gathers_.push_front(work);
-    return false;
-  }
-
-  /// The first load and its neighbours. False as above.
-  bool take_loads(std::unique_lock<std::mutex>& lock) {
-    take_convoy_locked();
+  bool start_convoy(std::unique_lock<std::mutex>& lock) {
+    const bool load = convoy_.front()->scatter != nullptr;
     lock.unlock();
     Start start = prepare();
     lock.lock();
@@ -277,12 +266,26 @@ class CudaDevice final : public Device {
       return false;
     }
     lock.unlock();
-    if (start == Start::ready) launch_loads();
+    if (start == Start::ready) load ? launch_loads() : launch_stores();
     lock.lock();
     return true;
   }
 
-  void take_convoy_locked() {
+  void take_stores_locked(size_t most) {
+    convoy_.clear();
+    most = std::min({most, free_.size(), size_t{kMostStoresInFlight / kMostStoreConvoys}});
+    const uint64_t most_bytes = std::min(kMostStoreConvoyBytes, most_convoy_bytes());
+    for (size_t length = cuda::convoy_length(gathers_, most, most_bytes); length > 0; --length) {
+      Flight& flight = take_flight_locked();
+      flight.gather = gathers_.front();
+      gathers_.pop_front();
+      ++stores_in_flight_;
+      convoy_.push_back(&flight);
+    }
+  }
+
+  /// The first load and its neighbours.
+  void take_loads_locked() {
     convoy_.clear();
     for (size_t length = cuda::convoy_length(scatters_, free_.size(), most_convoy_bytes()); length > 0;
          --length) {
@@ -298,7 +301,11 @@ class CudaDevice final : public Device {
     while (convoy_.size() > keep) {
       Flight& flight = *convoy_.back();
       convoy_.pop_back();
-      scatters_.push_front(flight.scatter);
+      if (flight.scatter != nullptr) {
+        scatters_.push_front(flight.scatter);
+      } else {
+        gathers_.push_front(flight.gather);
+      }
       give_back_locked(flight);
     }
   }
@@ -320,13 +327,15 @@ class CudaDevice final : public Device {
 
   /// Of the convoy: ends what never can be done, and finds room and the way for the rest.
   Start prepare() {
-    std::erase_if(convoy_, [this](Flight* flight) {
+    const size_t unfit = std::erase_if(convoy_, [this](Flight* flight) {
       if (find_cache(*flight)) return false;
       end(*flight, ScatterOutcome::failed);
       return true;
     });
     if (convoy_.empty()) return Start::ended;
     Flight& first = *convoy_.front();
+    const bool load = first.scatter != nullptr;
+    if (!load && unfit > 0 && convoy_.size() > 1) return Start::alone;  // its rows have a gap now
     Flight& last = *convoy_.back();
     const std::span<std::byte> begin = job_of(first).payload, back = job_of(last).payload;
     const bool on_device = job_of(first).on_device;
@@ -342,11 +351,12 @@ class CudaDevice final : public Device {
     } else {
       first.reached = registry_->cut(span.data(), span.size(), first.pieces);
       if (!first.reached) first.pieces.clear();
-      if (!first.reached && convoy_.size() > 1) return Start::alone;
+      // Rows of one copy cannot lie in two registrations.
+      const bool as_one = first.reached && (load || first.pieces.size() == 1);
+      if (!as_one && convoy_.size() > 1) return Start::alone;
     }
     std::byte* const region = regions_->allocate(bytes);
     if (region == nullptr) return Start::later;
-    const bool load = first.scatter != nullptr;
     const uint32_t lane = load ? next_load_++ % kLoadLanes : kLoadLanes + next_store_++ % kStoreLanes;
     std::byte* digests = on_device ? region : region + span.size();
     for (Flight* flight : convoy_) {
@@ -376,10 +386,28 @@ class CudaDevice final : public Device {
     return status == cudaSuccess;
   }
 
-  void launch_store(Flight& flight) {
-    const cudaError_t status = queue_gather(flight);
-    if (status != cudaSuccess) return give_up(flight, status);
-    flying_[flight.lane].push_back(&flight);
+  void launch_stores() {
+    Flight& first = *convoy_.front();
+    Flight& last = *convoy_.back();
+    cudaError_t status = cudaSuccess;
+    for (const Flight* flight : convoy_) {
+      if (status == cudaSuccess) status = queue_gather(*flight);
+    }
+    if (status == cudaSuccess) status = queue_copy_out(first);
+    if (status == cudaSuccess) status = cudaEventRecord(last.done, first.stream);
+    if (status == cudaSuccess) ++storing_;
+    land_later(status);
+  }
+
+  /// The convoy's flights, or their end if they could not be launched.
+  void land_later(cudaError_t status) {
+    for (Flight* flight : convoy_) {
+      if (status != cudaSuccess) {
+        give_up(*flight, status);
+      } else {
+        flying_[flight->lane].push_back(flight);
+      }
+    }
   }
 
   void launch_loads() {
@@ -406,13 +434,7 @@ class CudaDevice final : public Device {
     if (status == cudaSuccess) status = cudaEventRecord(last.done, first.stream);
     if (copies && status == cudaSuccess) copying_.push_back(&last);
     copies_ = copying_.size();
-    for (Flight* flight : convoy_) {
-      if (status != cudaSuccess) {
-        give_up(*flight, status);
-      } else {
-        flying_[flight->lane].push_back(flight);
-      }
-    }
+    land_later(status);
   }
 
   cudaError_t queue_scatter(const Flight& flight) {
@@ -427,14 +449,24 @@ class CudaDevice final : public Device {
     cudaError_t status = marks_->wait(flight.stream, flight.gather->after);
     if (status == cudaSuccess)
       status = cuda::launch_gather(flight.move, secret_, flight.aligned, flight.stream);
-    uint64_t at = 0;
-    for (const std::span<std::byte> piece : flight.pieces) {
-      if (status == cudaSuccess)
-        status = cudaMemcpyAsync(piece.data(), flight.device + at, piece.size(), cudaMemcpyDeviceToHost,
-                                 flight.stream);
-      at += piece.size();
+    return status;
+  }
+
+  /// Behind the gathers of the convoy, which `first` leads: its payloads, and nothing of what lies between
+  /// them.
+  cudaError_t queue_copy_out(const Flight& first) {
+    if (convoy_.size() > 1) {
+      const auto pitch = static_cast<size_t>(convoy_[1]->payload.data() - first.payload.data());
+      return cudaMemcpy2DAsync(first.payload.data(), pitch, first.device, pitch, first.payload.size(),
+                               convoy_.size(), cudaMemcpyDeviceToHost, first.stream);
     }
-    if (status == cudaSuccess) status = cudaEventRecord(flight.done, flight.stream);
+    cudaError_t status = cudaSuccess;
+    const std::byte* from = first.device;
+    for (const std::span<std::byte> piece : first.pieces) {
+      if (status == cudaSuccess)
+        status = cudaMemcpyAsync(piece.data(), from, piece.size(), cudaMemcpyDeviceToHost, first.stream);
+      from += piece.size();
+    }
     return status;
   }
 
@@ -451,6 +483,7 @@ class CudaDevice final : public Device {
         lane.pop_front();
         std::erase(copying_, &flight);
         copies_ = copying_.size();
+        if (flight.gather != nullptr && flight.lands_with == &flight) --storing_;
         any = true;
         if (status != cudaSuccess) {
           give_up(flight, status);
@@ -537,7 +570,9 @@ class CudaDevice final : public Device {
 
   void give_up(Flight& flight, cudaError_t status) {
     complain(status);
-    cudaStreamSynchronize(flight.stream);  // what was queued before it failed still uses the region
+    // A verify without its scatter leaves what it found, and the next extent of this flight would have it.
+    (void)cudaMemsetAsync(flight.counters, 0, sizeof(cuda::Counters), flight.stream);
+    (void)cudaStreamSynchronize(flight.stream);  // what was queued before it failed still uses the region
     end(flight, ScatterOutcome::failed);
   }
 
@@ -593,6 +628,7 @@ class CudaDevice final : public Device {
   std::unique_ptr<cuda::Caches> caches_ = std::make_unique<cuda::Caches>();
   uint32_t next_load_ = 0;
   uint32_t next_store_ = 0;
+  uint32_t storing_ = 0;  // convoys of stores that have not landed
 
   std::atomic<cudaError_t> last_error_ = cudaSuccess;
   std::mutex mutex_;  // everything below

@@ -1,7 +1,8 @@
 """One vLLM engine with one system: engine.py '<order as JSON>'. Rows go to order["out"] as they are measured.
 
 A row is one prompt: "cold" (nothing known), "hit" (the prompt and a new tail, from the system), "gpu" (the prompt and
-another tail, from the GPU's own prefix cache, the floor). In the phase "restart" there is no "cold". The phase "decode"
+another tail, from the GPU's own prefix cache, the floor). In the phase "restart" there is no "cold"; short contexts
+have "fresh" instead, another prompt of that length, computed by the same engine in the same state. The phase "decode"
 has no rows, see decoding.py. The engine without
 a connector has "whole" instead of "hit": a GPU hit of whole chunks. An answer depends on how many tokens were computed
 together, so an answer is compared with that of a GPU hit of as many tokens, "gpu" or "whole".
@@ -20,6 +21,7 @@ import decoding
 import workload
 
 WARM_UP_LONG, WARM_UP_SHORT = 16_384, 2_500
+FRESH_UP_TO = 8000  # tokens
 
 
 class Engine:
@@ -177,10 +179,12 @@ def measure(
     else:
         row["hit"] = engine.ask(ids + workload.tail(context, repetition, 0))
         row["gpu"] = engine.ask(ids + workload.tail(context, repetition, 1))
+        if order["phase"] == "restart" and context <= FRESH_UP_TO:
+            row["fresh"] = engine.ask(workload.prompt(context, 100 + repetition))
     rows.append(row)
     times = " ".join(
         f"{name} {row[name]['s'] * 1e3:.1f} ms ({row[name]['cached']} cached)"
-        for name in ("cold", "hit", "gpu")
+        for name in ("cold", "hit", "gpu", "fresh")
         if name in row
     )
     print(f"ROW {order['name']} {context}.{repetition} {times} kept {row.get('kept', '')}", flush=True)

@@ -3,7 +3,7 @@
 usage: served.py --kit KIT --tokendepot SITE --out DIR [--root ROOT] [--model SHAPE] [-- OPTION of bench ttft...]
 
 KIT and SITE are those of run.py. The server has the shape of a Llama with random weights, and a vocabulary in which every
-token is text. With --root it keeps KV there and is killed (-9) and started again before each later turn; without, nothing
+token is text. It is killed (-9) and started again before each later turn. With --root it keeps KV there; without, nothing
 is kept and each turn is computed: the base. The result of bench ttft is DIR/NAME.json, the server's log DIR/NAME.log,
 NAME being "on" or "off".
 """
@@ -121,8 +121,7 @@ def main() -> None:
         server.wait_ready()
         command = [sys.executable, "-c", CLIENT, "bench", "ttft", "--url", server.url, "--cold-gpu"]
         command += ["--out", str(options.out / f"{name}.json"), *options.client]
-        if options.root:
-            command += ["--between", f"kill -9 -$(cat {shlex.quote(str(server.pid_file))})"]
+        command += ["--between", f"kill -9 -$(cat {shlex.quote(str(server.pid_file))})"]
         path = os.pathsep.join(filter(None, (str(options.tokendepot), os.environ.get("PYTHONPATH"))))
         ended = subprocess.run(command, env=dict(os.environ, PYTHONPATH=path), check=False)
     finally:

@@ -64,7 +64,7 @@ def write_vocabulary(directory: Path, size: int) -> None:
 
 
 def repetitions(context: int) -> int:
-    return 3 if context <= 2000 else 1
+    return 3 if context <= 16_000 else 1
 
 
 def prompt(context: int, repetition: int) -> list[int]:

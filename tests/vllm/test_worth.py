@@ -144,6 +144,41 @@ def test_a_slow_first_load_of_a_process_proves_nothing() -> None:
     assert not machine.rule.of_load(0, 2304, 2500), "a second one does"
 
 
+def test_a_first_load_that_took_seconds_too_long_does() -> None:
+    """A disk that gave 3 GB/s when it was opened and gives 1 GB/s now."""
+    machine = Machine(1e9, started_at_rate=3e9)
+    machine.compute(0, 64_000)
+    machine.load(64_000)
+    assert not machine.rule.of_load(0, 63_744, 64_000)
+    assert not machine.rule.of_load(0, 127_744, 128_000), "twice as large: hardly any of it was latency"
+
+
+def test_a_guess_must_promise_more_than_a_little() -> None:
+    """What was seen of a root when it was opened is its best."""
+    machine = Machine(1e9, started_at_rate=4.5e9)
+    machine.compute(0, 128_000)
+    assert machine.compute_s(0, 32_000) > 31_744 * TOKEN_BYTES / 4.5e9
+    assert not machine.rule.of_load(0, 31_744, 32_000)
+    assert machine.rule.of_load(0, 127_744, 128_000), "there the same root clearly pays"
+
+
+def test_a_first_step_that_compiled_does_not_make_prefill_dear() -> None:
+    """It held 16,384 tokens, so that no later step is of its power of two until a longer prompt comes."""
+    machine = Machine(1.5e9, started_at_rate=1.5e9)
+    machine.step([(0, 16_384)], 20.0)
+    for _ in range(3):
+        machine.step([(0, 16_000)], 0.47)
+    assert not machine.rule.of_load(0, 32_000, 32_020), "2.8 s of loading for 1.2 s of computing"
+
+
+def test_one_short_tail_of_a_long_prompt_does_not_make_prefill_dear() -> None:
+    machine = Machine(50e9)
+    for _ in range(3):
+        machine.step([(0, 2000)], 0.08)
+    machine.step([(1792, 228)], 0.06)
+    assert machine.rule.spared_seconds(1792, 2800, 3000) < 1008 * 0.08 / 2000 * 3, "at most three times as dear"
+
+
 def test_a_slow_size_does_not_speak_for_larger_ones_where_another_was_fast() -> None:
     machine = Machine(50e9)
     machine.compute(0, 16_000)

@@ -5,9 +5,12 @@ included. Computing costs what tokens at such a context took in steps that held 
 the shortest, so that a few tokens more in it are free. Sizes and contexts are told apart by powers of two.
 
 Loads of a size that was not seen yet are taken to be as fast as the root was when it was opened, so that the first hits
-after a restart are loads where that can pay; the very first load of a process, which also loads kernels, proves nothing
-when it was slow. Other sizes are guessed from the one that promises most; loads that were slow are tried again after a
-minute.
+after a restart are loads where that can clearly pay; the very first load of a process, which also loads kernels, proves
+little when it was slow. Other sizes are guessed from the one that promises most; loads that were slow are tried again
+after a minute.
+
+What a token costs grows with its context, and at most in proportion to it: attention reads the context, all else does
+not. So costs at shorter contexts bound what one slow step, the first of a process that compiles, makes of a longer one.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ KEPT = 5  # observations of one power of two
 UNTOLD = 1024
 LOAD_LATENCY_S = 2e-3
 LATENCY_SHARE = 4  # of a load's time over that of its bytes, for guesses about larger ones
+LONGEST_LATENCY_S = 0.25  # what of a load's time may be that at most
+FIRST_LOAD_SURPLUS_S = 0.5  # what a process's first load may take longer than others
+GUESS_MARGIN = 1.5  # a disk that others use is slower than it was alone when it was opened
 START_MEMORY_RATE, START_DISK_RATE = 20e9, 3e9  # bytes a second, where nothing was measured
 START_STEP_S = 0.025
 # Up to about so many tokens a step is as long as the shortest: it waits for the weights, not for arithmetic.
@@ -105,13 +111,14 @@ class Worth:
             return self._scaled(tokens, *known[mine])
         smaller = [known[octave] for octave in known if octave < mine]
         if smaller:  # how much of them was latency is not known: try
-            return min(
-                seconds + (tokens - size) * max(self._load_token_s, seconds / size / LATENCY_SHARE)
-                for size, seconds in smaller
-            )
+            return min(self._larger(tokens, size, seconds) for size, seconds in smaller)
         if known:
             return self._scaled(tokens, *known[min(known)])
-        return self._first_guess(tokens)
+        return GUESS_MARGIN * self._first_guess(tokens)
+
+    def _larger(self, tokens: int, size: float, seconds: float) -> float:
+        a_token = max(seconds / LATENCY_SHARE, seconds - LONGEST_LATENCY_S) / size
+        return seconds + (tokens - size) * max(self._load_token_s, a_token)
 
     def _scaled(self, tokens: int, size: float, seconds: float) -> float:
         return max(LOAD_LATENCY_S, seconds * tokens / size)
@@ -130,14 +137,20 @@ class Worth:
 
     def _token_seconds(self, context: float) -> float:
         near = self._contexts.near(context)
-        return self._step / self._free_tokens if near is None else near[1]
+        if near is None:
+            return self._step / self._free_tokens
+        shorter = [y * context / x for x, y in self._contexts.medians(0.0).values() if x <= context]
+        return min([near[1], *shorter])
 
     # --- what it learns from -------------------------------------------------------------------------------------
 
     def loaded(self, tokens: int, seconds: float) -> None:
         first, self._no_load_yet = self._no_load_yet, False
-        if not first or seconds <= self._first_guess(tokens):
-            self._loads.observe(self._clock(), tokens, seconds)
+        if first and seconds > self._first_guess(tokens):
+            seconds -= FIRST_LOAD_SURPLUS_S
+            if seconds <= self._first_guess(tokens):
+                return
+        self._loads.observe(self._clock(), tokens, seconds)
 
     def saved(self, local: int, hit: int, total: int, seconds: float) -> float:
         """Seconds that were saved by a load of tokens [local, hit) of a prompt of `total`, which took `seconds`, and by

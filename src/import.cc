@@ -164,7 +164,7 @@ Result<std::optional<RootWriter::Place>> FileImporter::reserve(uint64_t bytes) {
     if (place) return std::optional(std::move(*place));
     if (place.error().kind != ErrorKind::busy && place.error().kind != ErrorKind::no_space)
       return std::unexpected(place.error());
-    writer_->leave_removed_segments();
+    writer_->leave_spoilt_segments();
     // Asked before, because the writer makes room by eviction: what engines use here is worth more than what
     // somebody else used.
     if (!has_room_for_segment()) return std::optional<RootWriter::Place>();

@@ -178,7 +178,7 @@ void Keeper::run_tail(const Tier& tier) {
     lock.unlock();
     if (tier.writer != nullptr && steady_clock::now() >= next_hold) {
       tier.writer->confirm_hold();
-      tier.writer->leave_removed_segments();
+      tier.writer->leave_spoilt_segments();
       next_hold = steady_clock::now() + kHoldInterval;
     }
     if (steady_clock::now() >= next_tending) {

@@ -383,33 +383,70 @@ Status RootWriter::prepare_spare(const BeforeEviction& before_eviction) {
   return {};
 }
 
-void RootWriter::leave_removed_segments() {
+void RootWriter::leave_spoilt_segments() {
   SegmentLease spare;
   SegmentLease current;
+  uint64_t spare_bytes = 0;
+  uint64_t current_bytes = 0;
   {
     std::lock_guard lock(mutex_);
-    if (spare_) spare = root_.files().share(spare_->segment);
-    if (current_ && !segments_.condemned(current_->slot, root_.index()))
+    if (spare_) {
+      spare = root_.files().share(spare_->segment);
+      spare_bytes = spare_->bytes;
+    }
+    if (current_ && !segments_.condemned(current_->slot, root_.index())) {
       current = root_.files().share(current_->segment);
-  }
-  // Outside of the lock, which stores need: a file system may take long to answer.
-  if (spare && spare->file.was_removed()) {
-    std::lock_guard lock(mutex_);
-    if (spare_ && spare_->id == spare->id) {
-      spare_.reset();
-      root_.files().drop(spare->id);
-      inventory_.may_have_gone({spare->id});
+      current_bytes = current_->bytes;
     }
   }
-  if (!current || !current->file.was_removed()) return;
+  // Outside of the lock, which stores need: a file system may take long to answer.
+  const auto is_cut = [](const File& file, uint64_t bytes) {
+    const auto size = file.size();
+    return size && *size < bytes;
+  };
+  if (spare && (spare->file.was_removed() || is_cut(spare->file, spare_bytes))) drop_spare(spare->id);
+  if (!current) return;
+  if (current->file.was_removed()) return leave_removed(current->id);
+  if (is_cut(current->file, current_bytes)) leave_cut(current->id);
+}
+
+void RootWriter::drop_spare(const SegmentId& id) {
+  {
+    std::lock_guard lock(mutex_);
+    if (!spare_ || spare_->id != id) return;
+    spare_.reset();
+  }
+  root_.files().drop(id);
+  inventory_.may_have_gone({id});
+  if (auto removed = remove_unused(id); !removed && removed.error().kind != ErrorKind::not_found)
+    log(LogLevel::warning, "{}", removed.error().message);
+}
+
+void RootWriter::leave_removed(const SegmentId& id) {
   log(LogLevel::warning, "root \"{}\": {} was removed while it was filled; what it held is not served",
-      root_.path(), segment_name(current->id));
-  inventory_.may_have_gone({current->id});
+      root_.path(), segment_name(id));
+  inventory_.may_have_gone({id});
   Record record;
   record.type = RecordType::condemn_segment;  // reserve() goes on with the next one
-  record.where.segment = current->id;
+  record.where.segment = id;
   if (auto written = append(record); !written)
     log(LogLevel::warning, "root \"{}\": {}", root_.path(), written.error().message);
+}
+
+void RootWriter::leave_cut(const SegmentId& id) {
+  std::lock_guard lock(mutex_);
+  if (!current_ || current_->id != id) return;
+  log(LogLevel::warning,
+      "root \"{}\": {} was cut short while it was filled; what lay behind its end is not served",
+      root_.path(), segment_name(id));
+  Record seal = seal_of(*current_);
+  seal.time_ns = clock_.wall_ns();
+  if (auto written = append_locked(std::span(&seal, 1)); !written) {
+    log(LogLevel::warning, "root \"{}\": {}", root_.path(), written.error().message);
+    return;
+  }
+  replay_.apply(seal);
+  current_.reset();
 }
 
 void RootWriter::compact_journal() {

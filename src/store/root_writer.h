@@ -78,9 +78,9 @@ class RootWriter {
   bool wants_spare() const;
   /// No next segment for now: stores that want one are to be dropped, not to wait.
   void refuse_more() { no_space_ = true; }
-  /// Leaves the segments that are to be filled when somebody took their files away: what went there would be
-  /// lost with them.
-  void leave_removed_segments();
+  /// Leaves the segments that are to be filled when somebody took their files away or cut them short: what
+  /// went there would be lost.
+  void leave_spoilt_segments();
   /// Takes the journal's lock once more, which a network file system frees when a connection breaks. Where
   /// another process has the journal by now, goes on with a new journal and new segments. To be called once a
   /// second; on a network file system nothing is appended when the last success is kHoldNs ago.
@@ -182,6 +182,10 @@ class RootWriter {
                          const BeforeEviction& before_eviction, SegmentMapping* kept = nullptr);
   /// Removes the file of a segment that nothing speaks of, without the keeper's lock.
   Status remove_unused(const SegmentId& id);
+  void drop_spare(const SegmentId& id);
+  void leave_removed(const SegmentId& id);
+  /// Seals it, so that reserve() goes on with the next one.
+  void leave_cut(const SegmentId& id);
   /// Condemns a segment, whose file goes after the grace. The caller holds the keeper's lock. False: it
   /// stays.
   Result<bool> remove_segment(KeeperLock& keeper, uint32_t slot, Cause cause);

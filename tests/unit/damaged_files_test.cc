@@ -305,6 +305,33 @@ TEST_P(RemovedSegments, StopBeingFilledAndWhatTheyHeldIsStoredAnew) {
   }
 }
 
+// The same of one that is cut short: what lies before the cut is served on.
+TEST_P(RemovedSegments, AreLeftWhenTheyAreCutShortToo) {
+  auto depot = open();
+  ASSERT_TRUE(depot->attach(cache_.paged()));
+  cache_.fill(1);
+  const auto keys = prompt_keys(ns_, 1, 6);
+  store_all(*depot, keys, 0, 3);
+  const ExtentRef second = plan_of(*depot, keys, 0, 3, 100).items[1].where;
+  for (const auto& entry : std::filesystem::directory_iterator(directory_.path() + "/root/segments")) {
+    const bool filled = entry.path().filename() == segment_name(second.segment);
+    std::filesystem::resize_file(entry.path(), filled ? second.offset : 0);
+  }
+  // What is stored meanwhile may go behind the end, and is then a miss or refused; afterwards nothing does.
+  for (int i = 0; i < 500 && load(*depot, plan_of(*depot, keys, 0, 3, 100)).items_ok > 1; ++i) usleep(10'000);
+  EXPECT_EQ(load(*depot, plan_of(*depot, keys, 0, 1, 100)).items_ok, 1u) << "before the cut";
+  for (const size_t chunk : {1, 2}) depot->forget(keys[chunk], 0);
+  usleep(2'500'000);
+  store_all(*depot, keys, 1, 6);
+  for (int restarted = 0; restarted < 2; ++restarted) {
+    ASSERT_EQ(depot->longest_prefix(keys, std::vector{want_}), 6u);
+    EXPECT_EQ(load(*depot, plan_of(*depot, keys, 0, 6, 100)).items_ok, 6u);
+    depot.reset();
+    depot = open();
+    ASSERT_TRUE(depot->attach(cache_.paged()));
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Roots, RemovedSegments, ::testing::Values("tmpfs", "disk"),
                          [](const auto& suite) { return suite.param; });
 

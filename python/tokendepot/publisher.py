@@ -8,6 +8,7 @@ same is sent again when somebody asks for batches that are not kept any more.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ BATCH_EVENTS = 512
 BATCHES_KEPT = 10_000  # as many as vLLM keeps unless told otherwise
 HIGH_WATER = 100_000
 POLL_MS = 100
+LINGER_MS = 500
 FRESH_START_EVERY_S = 10.0
 END = (-1).to_bytes(8, "big", signed=True)
 SUBSCRIPTION = {b"\x01": 1, b"\x00": -1}  # first byte of what subscribers send -> change
@@ -161,9 +163,13 @@ class Publisher:
         return lacking
 
     def close(self) -> None:
-        self._publish.close(linger=500)
+        """Gives subscribers LINGER_MS for what is on its way to them."""
+        self._publish.close(linger=LINGER_MS)
         self._replay.close(linger=0)
-        self._context.term()
+        # On a busy machine ZeroMQ has been seen to wait for ever, whatever the linger, for a slow subscriber that has gone.
+        ending = threading.Thread(target=self._context.term, daemon=True)
+        ending.start()
+        ending.join(2 * LINGER_MS / 1e3)
 
 
 def follow(holdings: Holdings, publisher: Publisher, wire: Wire, stopped: Callable[[], bool]) -> None:

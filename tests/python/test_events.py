@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 
@@ -330,6 +331,18 @@ def test_batches_that_a_slow_subscriber_does_not_get_are_counted_and_the_others_
     assert one.sent.dropped_batches == 1 and one.sent.batches == sent > 4
     context.destroy(linger=0)
     one.close()
+
+
+def test_a_publisher_ends_even_when_zeromq_does_not(monkeypatch):
+    one = publisher.Publisher("tcp://127.0.0.1:0", None, "", publisher.Wire(arrays=False, number_hashes=False))
+    never = threading.Event()
+    term = one._context.term
+    monkeypatch.setattr(one._context, "term", lambda: never.wait(60))
+    begun = time.monotonic()
+    one.close()
+    assert time.monotonic() - begun < 30, "a slow subscriber that went once made it wait for ever"
+    never.set()
+    term()
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 #include "tokendepot/watch.h"
 
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
 #include <mutex>
+#include <optional>
 
 #include "convert.h"
 #include "extents.h"
@@ -168,13 +170,20 @@ Watch* watch_root(const std::string& path) {
   return new Watch(unwrap(RootWatch::open(path)));  // the module owns it
 }
 
+std::optional<MemoryLimit> unlocked_memory_limit() {
+  nb::gil_scoped_release unlocked;
+  return memory_limit();
+}
+
 nb::object limit_of_memory() {
-  const auto limit = [] {
-    nb::gil_scoped_release unlocked;
-    return memory_limit();
-  }();
+  const auto limit = unlocked_memory_limit();
   if (!limit) return nb::none();
   return nb::make_tuple(limit->bytes, limit->file);
+}
+
+std::optional<uint64_t> unused_memory() {
+  const auto limit = unlocked_memory_limit();
+  return limit ? std::optional(limit->unused_bytes) : std::nullopt;
 }
 
 }  // namespace
@@ -187,6 +196,7 @@ void bind_tools(nb::module_& module) {
       .def_prop_ro("in_memory", &Watch::in_memory);
   module.def("watch_root", &watch_root, nb::arg("path"), nb::rv_policy::take_ownership);
   module.def("memory_limit", &limit_of_memory);
+  module.def("unused_memory", &unused_memory);
   module.def("inspect_root", &inspect, nb::arg("path"));
   module.def("list_extents", &list, nb::arg("path"));
   module.def("verify_extents", &verify, nb::arg("path"), nb::arg("extents"));

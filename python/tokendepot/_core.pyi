@@ -118,6 +118,9 @@ def describe_plan(plan: bytes) -> dict[str, Any]:
 def memory_limit() -> tuple[int, str] | None:
     """Bytes that the control groups of this process allow, where that is less than the machine has, and the file that says so."""
 
+def unused_memory() -> int | None:
+    """The least that any of those groups has left, files on tmpfs counted as taken; None where memory_limit() is None."""
+
 def inspect_root(path: str) -> dict[str, Any]:
     """path, root_id, format_version, created, file_system, available_bytes, transport, extents, live_bytes, file_bytes,
     namespaces (digest, manifest, damaged, extents, bytes), segments (segment, file, file_bytes, live_bytes, extents,

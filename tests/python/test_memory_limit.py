@@ -73,6 +73,15 @@ sys.argv[1:] = ["doctor", sys.argv[2]]
 main()
 """
 
+BENCH = """
+import os, sys
+with open(sys.argv[1], "w") as group:
+    group.write(str(os.getpid()))
+from tokendepot.cli import main
+sys.argv[1:] = ["bench", "io", sys.argv[2], "--size", "1MiB", "--op", "write", "--in-flight", "2", "--volume", "256MiB"]
+main()
+"""
+
 
 def limited(directory, file):
     group = pathlib.Path(directory, f"tokendepot-test-{os.getpid()}")
@@ -157,3 +166,12 @@ def test_the_doctor_names_the_limit_that_a_memory_root_must_stay_below(memory_ro
     done = run(DOCTOR, group, memory_root)
     assert "Traceback" not in done.stderr
     assert "limited to 128.0 MiB" in done.stdout and "count as memory of the" in done.stdout
+
+
+def test_a_benchmark_that_needs_more_than_the_limit_leaves_is_refused_before_it_writes(memory_root, group):
+    needs_room_in_shared_memory(512 * MIB)
+    memory_root.mkdir()
+    done = run(BENCH, group, memory_root)
+    assert done.returncode == 2, done.stderr
+    assert "of memory are available" in done.stderr and "expected fewer extents in flight" in done.stderr
+    assert os.listdir(memory_root) == []

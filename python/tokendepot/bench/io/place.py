@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from ... import _core
 from ...cli import show
 from .plan import MIB, Cell, refuse
 
@@ -20,6 +21,12 @@ def free_bytes(path: str) -> int:
 
 
 def available_memory() -> int:
+    """What the machine and the control groups of this process have left."""
+    unused = _core.unused_memory()
+    return machines_memory() if unused is None else min(unused, machines_memory())
+
+
+def machines_memory() -> int:
     with open("/proc/meminfo", encoding="ascii") as file:
         for line in file:
             if line.startswith("MemAvailable:"):

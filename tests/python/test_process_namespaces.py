@@ -1,10 +1,12 @@
-"""Trials E3 and R9: engines in containers or on hosts of which each calls itself process 1, on one directory.
+"""Trials E3, X1 and R9: engines in containers or on hosts of which each calls itself process 1, on one directory.
 
 Whoever told the living from the dead by process id would take a dead owner's lock for its own, or a living owner for dead.
 """
 
 import json
+import os
 import queue
+import random
 import shutil
 import subprocess
 import sys
@@ -12,12 +14,14 @@ import threading
 from pathlib import Path
 
 import pytest
+from paged import config
+from tokendepot import Depot
 
 UNSHARE = ["unshare", "--map-root-user", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child"]
 CHUNKS = 4  # of a prompt
 REOPEN_S = 5.0
 ENGINE = """
-import json, os, socket, sys, time
+import json, os, random, socket, sys, time
 import numpy as np
 from paged import BLOCKS_PER_CHUNK, CHUNK_TOKENS, MANIFEST, WANT, Cache, config, keys_of, load, store
 from tokendepot import Depot
@@ -48,12 +52,26 @@ def exact(prompt):
         return False
     return bool((cache.data == bytes_of(prompt)).all())
 
+def race(prompts):  # puts each once, and gets another after each: how many came back with other bytes
+    wrong = 0
+    for prompt in random.sample(prompts, len(prompts)):
+        cache.data[:] = bytes_of(prompt)
+        store(depot, namespace, keys_of_prompt(prompt), next(jobs))
+        other = random.choice(prompts)
+        cache.data[:] = 0
+        keys = keys_of_prompt(other)
+        if depot.longest_prefix(keys, [WANT]) == chunks and load(depot, namespace, keys, next(jobs))["items_ok"] == chunks:
+            wrong += not (cache.data == bytes_of(other)).all()
+    return wrong
+
 say([os.getpid(), socket.gethostname(), opened])
 for line in sys.stdin:
     what, *prompts = json.loads(line)
     if what == "store":
         for prompt in prompts:
             say(stored(prompt))
+    elif what == "race":
+        say(race(prompts))
     else:
         depot.refresh()
         say([prompt for prompt in prompts if not exact(prompt)])
@@ -75,8 +93,8 @@ pytestmark = pytest.mark.skipif(refusal() is not None, reason=str(refusal()))
 class Engine:
     """One that says how long its depot took to open, then does what it is told line by line."""
 
-    def __init__(self, root, host_name):
-        command = [*UNSHARE, sys.executable, "-c", ENGINE, str(root), host_name, str(CHUNKS)]
+    def __init__(self, root, host_name, chunks=CHUNKS):
+        command = [*UNSHARE, sys.executable, "-c", ENGINE, str(root), host_name, str(chunks)]
         self.process = subprocess.Popen(
             command, cwd=Path(__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -115,8 +133,8 @@ class Engine:
 def start():
     engines = []
 
-    def start_one(root, host_name):
-        engines.append(Engine(root, host_name))
+    def start_one(*arguments):
+        engines.append(Engine(*arguments))
         return engines[-1]
 
     yield start_one
@@ -148,3 +166,31 @@ def test_of_processes_that_are_all_number_one_the_dead_hold_nothing_up_and_the_l
     reopened = start(root, "living-host")
     assert reopened.opened_s < REOPEN_S
     assert reopened.not_exact(acknowledged) == []
+
+
+def test_writers_of_one_key_with_equal_process_ids_never_mix_what_they_write(root, start):
+    """X1: four hosts put and get the same 32 keys, round after round, and one of them is killed in each."""
+    rounds = 50 if os.environ.get("TOKENDEPOT_LONG_TESTS") else 6
+    keys = list(range(32))
+    engines = {f"host-{n}": start(root, f"host-{n}", 1) for n in range(4)}
+    for number in range(rounds):
+        for engine in engines.values():
+            engine.tell("race", keys)
+        victim = random.Random(number).choice(sorted(engines))
+        said = {name: engine.answer() for name, engine in engines.items() if name != victim}
+        assert said == dict.fromkeys(said, 0), f"round {number}: an error, or other bytes than were put"
+        assert set(engines[victim].kill()) <= {0}, "it may have ended its round"
+        engines[victim] = start(root, victim, 1)
+        assert engines[victim].pid == 1 and engines[victim].opened_s < REOPEN_S
+
+    for engine in engines.values():
+        assert engine.close() == 0
+    last = start(root, "another-host", 1)
+    last.tell("store", keys)
+    assert [last.answer() for _ in keys] == keys
+    assert last.not_exact(keys) == []
+    assert last.close() == 0
+    assert not [path for path in root.rglob("*") if path.name.startswith(".tmp-")]
+    depot = Depot.open(config(root))
+    assert depot.stats()["entries"] == len(keys)
+    depot.close()

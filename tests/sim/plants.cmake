@@ -53,7 +53,7 @@ tokendepot_plant(answer_before_journal 30 "acknowledged lost" transfer/store.cc
   [[if (auto known = task.writer->acknowledge(task.place, put); !known) {]]
   [[if (auto known = Status(); !known) {]])
 
-tokendepot_plant(swallow_short_write 150 "acknowledged lost" io/thread_engine.cc
+tokendepot_plant(swallow_short_write 150 "(acknowledged lost|broken)" io/thread_engine.cc
   [[moved += static_cast<uint32_t>(result);]]
   [[moved += operation.write ? operation.bytes - moved : static_cast<uint32_t>(result);]])
 

@@ -22,11 +22,12 @@ import torch
 import vllm
 
 from tokendepot import _core
-from tokendepot.engines.vllm import versions
+from tokendepot.engines.vllm import foreign, versions
 from tokendepot.engines.vllm.groups import OPAQUE, Group, layer_number
 from tokendepot.engines.vllm.settings import RefusedError, Settings
 
 CACHE_FILE = "identity-cache.json"
+CACHE_MOST_BYTES = 16 << 20  # some 50,000 files
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz", ".ckpt", ".model")
 CONFIG_FILES = (
     "config.json",
@@ -264,10 +265,11 @@ def _cache_key(file: Path) -> str:
 
 
 def _read_cache(roots: tuple[str, ...]) -> dict[str, Any]:
-    """{path: [stamp, digest]}; anything unexpected in the file counts as nothing known."""
+    """{path: [stamp, digest]}; anything unexpected in the file counts as nothing known. So does a file that somebody else
+    can have written: it says which model a file's bytes are."""
     for root in roots[:1]:
         try:
-            known = json.loads(Path(root, CACHE_FILE).read_text(encoding="utf-8"))
+            known = foreign.read_json(Path(root, CACHE_FILE), own=True, most_bytes=CACHE_MOST_BYTES)
             return {
                 path: entry
                 for path, entry in known.items()

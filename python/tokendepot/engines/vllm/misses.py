@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import OrderedDict
 from typing import Any
 
 from tokendepot import _core
+from tokendepot.engines.vllm import foreign
 
 FAILED_KEPT = 4096  # chunks whose load failed, the latest ones
 NAMESPACES_ASKED = 16  # others than the engine's own, the newest manifests
+MANIFESTS_READ = 4 * NAMESPACES_ASKED  # whatever is in them
+LONGEST_CHUNK = 1 << 20  # tokens
 CAUSE_OF_REASON = {"corrupt": "corrupt", "mismatch": "corrupt", "timed_out": "timed_out", "absent": "evicted"}
 
 
 def other_namespaces(root_paths: tuple[str, ...], own: bytes) -> list[tuple[bytes, int]]:
     """(digest, tokens of a chunk) of the namespaces that roots hold beside `own`, newest first. Reads files."""
-    found: dict[bytes, tuple[float, int]] = {}
+    manifests: list[tuple[float, str]] = []
     for root in root_paths:
         try:
             with os.scandir(os.path.join(root, "manifests")) as entries:
-                for entry in entries:
-                    digest = bytes.fromhex(entry.name.removesuffix(".json"))
-                    with open(entry.path, encoding="utf-8") as file:
-                        found[digest] = entry.stat().st_mtime, int(json.load(file)["chunk_tokens"])
-        except (OSError, ValueError, KeyError, TypeError):
+                manifests += [(entry.stat(follow_symlinks=False).st_mtime, entry.path) for entry in entries]
+        except OSError:
             continue  # explains nothing, then
+    found: dict[bytes, int] = {}
+    for _, path in sorted(manifests, reverse=True)[:MANIFESTS_READ]:
+        try:
+            digest = bytes.fromhex(os.path.basename(path).removesuffix(".json"))
+            chunk_tokens = int(foreign.read_json(path)["chunk_tokens"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if len(digest) == len(own) and 0 < chunk_tokens <= LONGEST_CHUNK:
+            found.setdefault(digest, chunk_tokens)
     found.pop(own, None)
-    newest = sorted(found.items(), key=lambda item: -item[1][0])[:NAMESPACES_ASKED]
-    return [(digest, chunk) for digest, (_, chunk) in newest]
+    return list(found.items())[:NAMESPACES_ASKED]
 
 
 class Misses:

@@ -2,10 +2,15 @@
 
 import http.server
 import json
+import os
+import pty
 import re
+import select
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from paged import MANIFEST, Cache, config, filled_root, keys_of, store
@@ -15,6 +20,31 @@ from tokendepot import Depot, live
 from tokendepot.cli.top import Screen
 
 COMMAND = [sys.executable, "-c", "from tokendepot.cli import main; main()", "top"]
+OTHER_SCREEN, OWN_SCREEN, ROOT_COLUMN = b"\x1b[?1049h", b"\x1b[?1049l", b"root"
+
+
+def test_in_a_terminal_it_draws_anew_until_it_is_interrupted_and_gives_the_screen_back(memory_root):
+    filled_root(memory_root, chunks=2)
+    host, terminal = pty.openpty()
+    child = subprocess.Popen([*COMMAND, str(memory_root), "--every", "0.2"], stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    drawn, end = b"", time.monotonic() + 60
+    while drawn.count(ROOT_COLUMN) < 3 and time.monotonic() < end:
+        if select.select([host], [], [], 1.0)[0]:
+            drawn += os.read(host, 65536)
+    assert drawn.count(ROOT_COLUMN) >= 3 and OTHER_SCREEN in drawn
+    child.send_signal(signal.SIGINT)
+    while True:
+        try:
+            piece = os.read(host, 65536)
+        except OSError:  # the last end of the terminal is closed
+            break
+        if not piece:
+            break
+        drawn += piece
+    os.close(host)
+    assert child.wait(timeout=60) == 130
+    assert drawn.rindex(OWN_SCREEN) > drawn.rindex(OTHER_SCREEN) and b"Traceback" not in drawn
 
 
 class Engine:

@@ -3,7 +3,10 @@
 import dataclasses
 import io
 import json
+import os
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -13,6 +16,7 @@ import model
 import panels
 import report
 
+DEMO = Path(__file__).parents[2] / "scripts/demo"
 GOOD = report.Row(
     context=1000, prompt_tokens=1072, cold_s=4.0, restart_cold_s=5.0, restart_warm_s=0.5, loaded_bytes=40_000_000,
     load_s=0.02, cached_tokens=1024, answers_equal=True, warm_answer=" a", cold_answer=" a",
@@ -134,3 +138,19 @@ def test_a_query_may_have_another_unit_than_its_panel():
 def test_every_panel_that_must_have_data_is_on_the_dashboard():
     titles = [panel["title"] for panel in json.loads(panels.DASHBOARD.read_text())["panels"]]
     assert set(panels.MUST_HAVE) <= set(titles)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--frobnicate"], "unknown argument '--frobnicate'"),
+        (["--tiny", "--lmcache", "once"], "unknown argument 'once'"),
+        (["--lmcache", "--contexts"], "--contexts wants a value"),
+    ],
+)
+def test_an_option_that_is_not_understood_is_refused_before_anything_is_set_up(arguments, complaint, tmp_path):
+    environment = {**os.environ, "TOKENDEPOT_VENV": str(tmp_path / "venv")}
+    done = subprocess.run([DEMO, *arguments], capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert complaint in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "venv").exists()

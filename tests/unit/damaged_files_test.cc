@@ -306,7 +306,7 @@ TEST_P(RemovedSegments, StopBeingFilledAndWhatTheyHeldIsStoredAnew) {
 }
 
 // The same of one that is cut short: what lies before the cut is served on.
-TEST_P(RemovedSegments, AreLeftWhenTheyAreCutShortToo) {
+TEST_P(RemovedSegments, AreLeftWhenTheyAreTruncatedToo) {
   auto depot = open();
   ASSERT_TRUE(depot->attach(cache_.paged()));
   cache_.fill(1);

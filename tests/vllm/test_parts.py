@@ -403,7 +403,7 @@ def test_manifests_that_are_none_are_passed_over_and_never_waited_for(tmp_path) 
     (manifests / f"{'33' * 32}.json").write_text("[" * 100_000)
     with open(manifests / f"{'44' * 32}.json", "wb") as holes:
         holes.truncate(64 << 30)
-    for number, tokens in enumerate(("0", "-1", str(1 << 40), '"x"', "null", "[]")):
+    for number, tokens in enumerate(("0", "-1", str(1 << 40), "Infinity", '"x"', "null", "[]")):
         (manifests / f"{bytes([80 + number] * 32).hex()}.json").write_text(f'{{"chunk_tokens": {tokens}}}')
     for name in ("no-number.json", "5.json", "55.json"):
         (manifests / name).write_text('{"chunk_tokens": 256}')

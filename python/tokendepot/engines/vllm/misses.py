@@ -30,7 +30,7 @@ def other_namespaces(root_paths: tuple[str, ...], own: bytes) -> list[tuple[byte
         try:
             digest = bytes.fromhex(os.path.basename(path).removesuffix(".json"))
             chunk_tokens = int(foreign.read_json(path)["chunk_tokens"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             continue
         if len(digest) == len(own) and 0 < chunk_tokens <= LONGEST_CHUNK:
             found.setdefault(digest, chunk_tokens)

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cstdlib>
+#include <deque>
 #include <thread>
 
 #include "device/cuda/cuda_device.h"
@@ -221,6 +222,65 @@ TEST_F(CudaDeviceTest, StoresThatShareACopyWriteNothingBetweenThem) {
   device_->slab().release(staging);
 }
 
+// A shard's digest is made of its pages' digests: by one thread up to 30 of them, by a warp in groups of 512.
+TEST_F(CudaDeviceTest, DigestsOfLongShardsEqualTheirHostTwins) {
+  std::deque<PagedCache> attached;  // the device knows a cache by its address
+  for (const uint32_t pages :
+       {29u, 30u, 31u, 33u, 128u, 129u, 136u, 137u, 511u, 512u, 513u, 520u, 521u, 1025u, 4099u}) {
+    SCOPED_TRACE(pages);
+    CacheForm form;
+    form.shape.kind = LayoutKind::opaque;
+    form.shape.planes = 0;
+    form.shape.part = {0, 3, 0, 1};
+    form.shape.tokens = form.shape.block_tokens = 16;
+    form.shape.page_bytes = pages * static_cast<uint32_t>(kPageBytes) - 48;
+    form.blocks = 2;
+    const GroupShape& shape = form.shape;
+    ASSERT_EQ(shape.shard_stride(), pages * kPageBytes);
+    auto host_bytes = random_bytes(form.bytes(), pages);
+    DeviceMemory memory(form.bytes());
+    memory.upload(host_bytes);
+    const PagedCache host = form.at(reinterpret_cast<std::byte*>(host_bytes.data()));
+    const PagedCache& cache = attached.emplace_back(form.at(memory.data()));
+    const std::vector<int32_t> from{1}, to{0};
+    std::byte* const payload = device_->slab().allocate(shape.payload_bytes());
+    ASSERT_NE(payload, nullptr);
+    std::vector<std::byte> expected(shape.payload_bytes());
+    std::vector<uint64_t> expected_digests(shape.shards()), digests(shape.shards());
+    GatherWork gather;
+    gather.cache = &host;
+    gather.blocks = from;
+    gather.payload = expected;
+    gather.digests = expected_digests;
+    gather_and_digest(gather);
+    gather.cache = &cache;
+    gather.payload = {payload, shape.payload_bytes()};
+    gather.digests = digests;
+    Outcome gathered;
+    run(*device_, gather, gathered);
+    ASSERT_TRUE(gathered.gathered);
+    ASSERT_EQ(expected_digests, digests);
+    for (const bool spoilt : {true, false}) {
+      // In the last shard's last page, whose digest is the last word of what is digested.
+      payload[shape.payload_bytes() - 100] ^= std::byte{1};
+      const ExtentHeader header = header_of(shape, digests);
+      ScatterWork scatter;
+      scatter.cache = &cache;
+      scatter.header = &header;
+      scatter.shards = shape.shards();
+      scatter.payload = {payload, shape.payload_bytes()};
+      scatter.blocks = to;
+      Outcome scattered;
+      run(*device_, scatter, scattered);
+      ASSERT_EQ(scattered.scatter, spoilt ? ScatterOutcome::corrupt : ScatterOutcome::ok);
+      if (spoilt) {
+        ASSERT_TRUE(memory.download() == host_bytes);
+      }
+    }
+    device_->slab().release(payload);
+  }
+}
+
 TEST_F(CudaDeviceTest, BlocksOnBothSidesOfTwoAndFourGiBAreExact) {
   CacheForm form;
   form.shape.kind = LayoutKind::opaque;
@@ -272,6 +332,55 @@ TEST_F(CudaDeviceTest, BlocksOnBothSidesOfTwoAndFourGiBAreExact) {
                     cudaMemcpyDeviceToHost));
     ASSERT_EQ(page, pages[i]) << to[i];
   }
+}
+
+TEST_F(CudaDeviceTest, EightyLayersInOneTensorOfFourGiBAreExact) {
+  constexpr uint32_t kLayers = 80, kBlocks = 4'400, kAtOnce = 40, kPage = 12'528;
+  CacheForm form;
+  form.shape.kind = LayoutKind::opaque;
+  form.shape.planes = 0;
+  form.shape.part = {0, kLayers, 0, 1};
+  form.shape.block_tokens = 16;
+  form.shape.tokens = 16 * kAtOnce;
+  form.shape.page_bytes = kPage;
+  form.blocks = kBlocks;
+  DeviceMemory memory(form.bytes());
+  must(cudaMemset(memory.data(), 0xEE, memory.size()));
+  std::vector<uint64_t> stamps(uint64_t{kLayers} * kBlocks);  // one at each page's begin
+  for (uint64_t i = 0; i < stamps.size(); ++i) stamps[i] = i * 0x9E3779B97F4A7C15ull;
+  must(cudaMemcpy2D(memory.data(), kPage, stamps.data(), 8, 8, stamps.size(), cudaMemcpyHostToDevice));
+  PagedCache cache;
+  cache.shape = form.shape;
+  cache.block_count = kBlocks;
+  for (uint32_t layer = 0; layer < kLayers; ++layer)
+    cache.layers.push_back(
+        {{memory.data() + uint64_t{layer} * kPage, int64_t{kLayers} * kPage, 0, 0, kPage}});
+  ASSERT_TRUE(validate(cache));
+  std::byte* const payload = device_->slab().allocate(form.shape.payload_bytes());
+  ASSERT_NE(payload, nullptr);
+  std::vector<uint64_t> digests(kLayers);
+  std::vector<int32_t> blocks(kAtOnce);
+  for (uint32_t first = 0; first < kBlocks; first += kAtOnce) {
+    for (uint32_t i = 0; i < kAtOnce; ++i) blocks[i] = static_cast<int32_t>(first + i);
+    GatherWork gather;
+    gather.cache = &cache;
+    gather.blocks = blocks;
+    gather.payload = {payload, form.shape.payload_bytes()};
+    gather.digests = digests;
+    Outcome gathered;
+    run(*device_, gather, gathered);
+    ASSERT_TRUE(gathered.gathered);
+    for (uint32_t layer = 0; layer < kLayers; ++layer) {
+      for (uint32_t i = 0; i < kAtOnce; ++i) {
+        const std::byte* const page = payload + layer * form.shape.shard_stride() + uint64_t{i} * kPage;
+        uint64_t stamp = 0;
+        std::memcpy(&stamp, page, 8);
+        ASSERT_EQ(stamp, stamps[uint64_t{first + i} * kLayers + layer]) << first + i << ' ' << layer;
+        ASSERT_TRUE(std::all_of(page + 8, page + kPage, [](std::byte at) { return at == std::byte{0xEE}; }));
+      }
+    }
+  }
+  device_->slab().release(payload);
 }
 
 TEST_F(CudaDeviceTest, AForkedChildDoesNotGetTheSlab) {

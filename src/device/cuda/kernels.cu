@@ -12,8 +12,8 @@ namespace tokendepot::cuda {
 namespace {
 
 constexpr uint32_t kThreads = 512;
-// A bf16 matrix product beside loads at 46 to 48 GB/s is slowed down by 5.2 % with 16 blocks, 3.8 to 5.0 with 64, 2.7
-// with 132, 4.2 with 264 (one H100).
+// A bf16 matrix product beside loads at 46 to 48 GB/s is slowed down by 5.2 % with 16 blocks, 3.8 to 5.0 with
+// 64, 2.7 with 132, 4.2 with 264 (one H100).
 constexpr uint32_t kMostBlocks = 132;
 constexpr uint32_t kPage = 4096;
 constexpr uint64_t kPrime32_1 = 0x9E3779B1u;
@@ -89,6 +89,14 @@ __device__ uint64_t scramble(uint64_t acc, uint64_t key) {
   return ((acc ^ (acc >> 47)) ^ key) * kPrime32_1;
 }
 
+/// The digest of `bytes` whose accumulators 2j and 2j + 1 the lane has.
+__device__ uint64_t merged(uint64_t even, uint64_t odd, uint64_t bytes, const Secret& secret, uint32_t j) {
+  uint64_t part = fold(even ^ secret_at(secret, 11 + 16 * j), odd ^ secret_at(secret, 11 + 16 * j + 8));
+  part += __shfl_xor_sync(~0u, part, 1);
+  part += __shfl_xor_sync(~0u, part, 2);
+  return avalanche3(part + bytes * kPrime64_1);
+}
+
 /// XXH3-64 of one 4 KiB page whose vector i * 32 + lane is v[i]. All lanes get the digest.
 __device__ uint64_t page_digest(const uint4 (&v)[8], const Secret& secret, uint32_t lane) {
   const uint32_t j = lane & 3;
@@ -111,10 +119,7 @@ __device__ uint64_t page_digest(const uint4 (&v)[8], const Secret& secret, uint3
       odd += sum_over_groups(o);
     }
   }
-  uint64_t part = fold(even ^ secret_at(secret, 11 + 16 * j), odd ^ secret_at(secret, 11 + 16 * j + 8));
-  part += __shfl_xor_sync(~0u, part, 1);
-  part += __shfl_xor_sync(~0u, part, 2);
-  return avalanche3(part + kPage * kPrime64_1);
+  return merged(even, odd, kPage, secret, j);
 }
 
 __device__ uint64_t swap64(uint64_t x) {
@@ -126,8 +131,11 @@ __device__ uint64_t mix16(const uint64_t* in, const Secret& secret, uint32_t byt
   return fold(in[0] ^ secret_at(secret, byte), in[1] ^ secret_at(secret, byte + 8));
 }
 
-/// XXH3-64 of `count` words, by one thread. Short inputs have forms of their own in the specification.
-__device__ uint64_t digest_of_words(const volatile uint64_t* words, uint32_t count, const Secret& secret) {
+constexpr uint32_t kFewWords = 30;
+
+/// XXH3-64 of at most kFewWords words, by one thread: short inputs have forms of their own in the
+/// specification.
+__device__ uint64_t digest_of_few(const volatile uint64_t* words, uint32_t count, const Secret& secret) {
   const uint64_t bytes = uint64_t{count} * 8;
   if (count == 1) {  // 4 to 8 bytes
     const uint64_t w = words[0];
@@ -159,51 +167,69 @@ __device__ uint64_t digest_of_words(const volatile uint64_t* words, uint32_t cou
     }
     return avalanche3(acc);
   }
-  if (count <= 30) {  // 129 to 240 bytes
-    uint64_t acc = bytes * kPrime64_1;
-    uint64_t in[2];
-    const uint32_t rounds = static_cast<uint32_t>(bytes) / 16;
-    for (uint32_t i = 0; i < 8; ++i) {
-      in[0] = words[2 * i];
-      in[1] = words[2 * i + 1];
-      acc += mix16(in, secret, 16 * i);
-    }
-    acc = avalanche3(acc);
-    for (uint32_t i = 8; i < rounds; ++i) {
-      in[0] = words[2 * i];
-      in[1] = words[2 * i + 1];
-      acc += mix16(in, secret, 16 * (i - 8) + 3);
-    }
-    in[0] = words[count - 2];
-    in[1] = words[count - 1];
-    acc += mix16(in, secret, 136 - 17);
-    return avalanche3(acc);
-  }
-  uint64_t acc[8];
-  for (uint32_t i = 0; i < 8; ++i) acc[i] = initial(i);
-  const uint32_t stripes = (count - 1) / 8;  // before the last one, which may overlap
-  for (uint32_t s = 0; s < stripes; ++s) {
-    const uint32_t in_block = s % 16;
-    for (uint32_t i = 0; i < 8; ++i) {
-      const uint64_t value = words[s * 8 + i];
-      acc[i ^ 1] += value;
-      acc[i] += product(value ^ secret.words[in_block + i]);
-    }
-    if (in_block == 15) {
-      for (uint32_t i = 0; i < 8; ++i) acc[i] = scramble(acc[i], secret.words[16 + i]);
-    }
-  }
+  // 129 to 240 bytes
+  uint64_t acc = bytes * kPrime64_1;
+  uint64_t in[2];
+  const uint32_t rounds = static_cast<uint32_t>(bytes) / 16;
   for (uint32_t i = 0; i < 8; ++i) {
-    const uint64_t value = words[count - 8 + i];
-    acc[i ^ 1] += value;
-    acc[i] += product(value ^ secret_at(secret, 192 - 64 - 7 + 8 * i));
+    in[0] = words[2 * i];
+    in[1] = words[2 * i + 1];
+    acc += mix16(in, secret, 16 * i);
   }
-  uint64_t result = bytes * kPrime64_1;
-  for (uint32_t i = 0; i < 4; ++i) {
-    result += fold(acc[2 * i] ^ secret_at(secret, 11 + 16 * i),
-                   acc[2 * i + 1] ^ secret_at(secret, 11 + 16 * i + 8));
+  acc = avalanche3(acc);
+  for (uint32_t i = 8; i < rounds; ++i) {
+    in[0] = words[2 * i];
+    in[1] = words[2 * i + 1];
+    acc += mix16(in, secret, 16 * (i - 8) + 3);
   }
-  return avalanche3(result);
+  in[0] = words[count - 2];
+  in[1] = words[count - 1];
+  acc += mix16(in, secret, 136 - 17);
+  return avalanche3(acc);
+}
+
+/// The words were written by other warps: they are read past the caches that are not shared with those.
+__device__ uint4 two_words(const uint64_t* at) {
+  const uint64_t low = __ldcg(reinterpret_cast<const unsigned long long*>(at));
+  const uint64_t high = __ldcg(reinterpret_cast<const unsigned long long*>(at + 1));
+  return {static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), static_cast<uint32_t>(high),
+          static_cast<uint32_t>(high >> 32)};
+}
+
+/// XXH3-64 of more words than that, by a warp; all lanes get it.
+__device__ uint64_t digest_of_many(const uint64_t* words, uint32_t count, const Secret& secret,
+                                   uint32_t lane) {
+  const uint32_t j = lane & 3;
+  uint64_t even = initial(2 * j), odd = initial(2 * j + 1);
+  const uint32_t stripes = (count - 1) / 8;  // before the last one, which may overlap
+  for (uint32_t first = 0; first < stripes; first += 4 * 16) {
+    uint4 v[8];  // of four blocks at once: one after the other would wait for the memory each time
+#pragma unroll
+    for (uint32_t i = 0; i < 8; ++i) {
+      const uint32_t stripe = first + i * 8 + (lane >> 2);
+      v[i] = stripe < stripes ? two_words(words + stripe * 8 + 2 * j) : uint4{};
+    }
+#pragma unroll
+    for (uint32_t block = 0; block < 4; ++block) {
+      uint64_t e = 0, o = 0;
+#pragma unroll
+      for (uint32_t half = 0; half < 2; ++half) {
+        const uint32_t in_block = half * 8 + (lane >> 2);
+        if (first + block * 16 + in_block < stripes) add(e, o, v[block * 2 + half], secret, in_block * 8, j);
+      }
+      even += sum_over_groups(e);
+      odd += sum_over_groups(o);
+      if (first + block * 16 + 16 <= stripes) {
+        even = scramble(even, secret.words[16 + 2 * j]);
+        odd = scramble(odd, secret.words[16 + 2 * j + 1]);
+      }
+    }
+  }
+  uint64_t e = 0, o = 0;
+  if (lane < 4) add(e, o, two_words(words + count - 8 + 2 * j), secret, 192 - 64 - 7, j);
+  even += sum_over_groups(e);
+  odd += sum_over_groups(o);
+  return merged(even, odd, uint64_t{count} * 8, secret, j);
 }
 
 /// `aligned`: rows, strides and bases are multiples of 16, so a vector never straddles a row.
@@ -251,19 +277,30 @@ __device__ void write_cache(const Move& move, uint32_t shard, uint64_t offset, c
 template <typename Finish>
 __device__ void page_done(const Move& move, const Secret& secret, uint32_t shard, uint32_t page,
                           uint64_t digest, uint32_t lane, const Finish& finish) {
-  if (lane != 0) return;
   const auto pages = static_cast<uint32_t>(move.shard_stride / kPage);
-  volatile uint64_t* digests = move.page_digests + uint64_t{shard} * pages;
-  digests[page] = digest;
-  __threadfence();
-  if (atomicAdd(move.counters->pages_done + shard, 1u) + 1 != pages) return;
-  move.counters->pages_done[shard] = 0;
-  __threadfence();
-  finish(shard, digest_of_words(digests, pages, secret));
+  uint64_t* const digests = move.page_digests + uint64_t{shard} * pages;
+  bool last = false;
+  if (lane == 0) {
+    *static_cast<volatile uint64_t*>(digests + page) = digest;
+    __threadfence();
+    last = atomicAdd(move.counters->pages_done + shard, 1u) + 1 == pages;
+    if (last) move.counters->pages_done[shard] = 0;
+    __threadfence();
+  }
+  if (!__any_sync(~0u, last)) return;
+  __syncwarp();
+  uint64_t whole = 0;
+  if (pages > kFewWords) {
+    whole = digest_of_many(digests, pages, secret, lane);
+  } else if (lane == 0) {
+    whole = digest_of_few(digests, pages, secret);
+  }
+  if (lane == 0) finish(shard, whole);
 }
 
 template <bool aligned>
-__global__ void __launch_bounds__(kThreads) gather(const __grid_constant__ Move move, const __grid_constant__ Secret secret) {
+__global__ void __launch_bounds__(kThreads)
+    gather(const __grid_constant__ Move move, const __grid_constant__ Secret secret) {
   const uint32_t lane = threadIdx.x & 31;
   const auto pages = static_cast<uint32_t>(move.shard_stride / kPage);
   const uint32_t total = pages * move.shards;
@@ -281,7 +318,8 @@ __global__ void __launch_bounds__(kThreads) gather(const __grid_constant__ Move 
   }
 }
 
-__global__ void __launch_bounds__(kThreads) verify(const __grid_constant__ Move move, const __grid_constant__ Secret secret) {
+__global__ void __launch_bounds__(kThreads)
+    verify(const __grid_constant__ Move move, const __grid_constant__ Secret secret) {
   const uint32_t lane = threadIdx.x & 31;
   const auto pages = static_cast<uint32_t>(move.shard_stride / kPage);
   const uint32_t total = pages * move.shards;
@@ -360,8 +398,8 @@ cudaError_t launch_gather(const Move& move, const Secret& secret, bool aligned, 
 
 cudaError_t launch_verify(const Move& move, const Secret& secret, cudaStream_t stream) {
   void* arguments[] = {const_cast<Move*>(&move), const_cast<Secret*>(&secret)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(verify), dim3(thread_blocks(move)), dim3(kThreads), arguments,
-                          0, stream);
+  return cudaLaunchKernel(reinterpret_cast<const void*>(verify), dim3(thread_blocks(move)), dim3(kThreads),
+                          arguments, 0, stream);
 }
 
 cudaError_t launch_scatter(const Move& move, bool aligned, cudaStream_t stream) {

@@ -14,7 +14,7 @@
 
 namespace tokendepot::cuda {
 
-constexpr uint32_t kMostInFlight = 64;
+constexpr uint32_t kMostInFlight = 96;
 constexpr uint32_t kLoadLanes = 4;
 constexpr uint32_t kStoreLanes = 3;
 

@@ -4,11 +4,11 @@
 
 #include <algorithm>
 #include <array>
-#include <charconv>
-#include <fstream>
 #include <ranges>
 #include <string_view>
 #include <vector>
+
+#include "io/kernel_file.h"
 
 namespace tokendepot {
 namespace {
@@ -28,26 +28,22 @@ constexpr Version kVersion2{
     "/sys/fs/cgroup", "memory.max", "memory.current", {"inactive_file", "active_file", "slab_reclaimable"}};
 
 /// "max", and whatever else is no number, is none.
-std::optional<uint64_t> number_in(std::string_view text) {
-  uint64_t value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size()) return std::nullopt;
-  return value;
+std::optional<uint64_t> bytes_in(std::string_view text) {
+  const auto value = number_in(text);
+  return value && *value >= 0 ? std::optional(static_cast<uint64_t>(*value)) : std::nullopt;
 }
 
-std::optional<uint64_t> number_at(const std::string& path) {
-  std::string text;
-  std::ifstream file(path);
-  std::getline(file, text);
-  return number_in(text);
+std::optional<uint64_t> bytes_at(const std::string& path) {
+  return bytes_in(kernel_text(path));
 }
 
 uint64_t reclaimable_bytes(const std::string& group, const Version& version) {
-  std::ifstream file(group + "/memory.stat");
+  const std::string text = kernel_text(group + "/memory.stat");
   uint64_t sum = 0;
-  for (std::string name, value; file >> name >> value;) {
+  for (const auto line : text | std::views::split('\n')) {
+    const auto [name, value] = cut_at(std::string_view(line), ' ');
     if (std::ranges::find(version.reclaimable, name) != version.reclaimable.end())
-      sum += number_in(value).value_or(0);
+      sum += bytes_in(value).value_or(0);
   }
   return sum;
 }
@@ -87,24 +83,23 @@ std::vector<std::string> groups_of(std::string_view path) {
 std::optional<MemoryLimit> memory_limit(const std::string& top) {
   std::optional<MemoryLimit> found;
   const uint64_t machine = machine_bytes();
-  std::ifstream memberships(top + "/proc/self/cgroup");
-  for (std::string line; std::getline(memberships, line);) {
+  const std::string memberships = kernel_text(top + "/proc/self/cgroup");
+  for (const auto part : memberships | std::views::split('\n')) {
+    const std::string_view line(part);
     // hierarchy:controllers:path, and the path may have colons
-    const size_t first = line.find(':');
-    const size_t second = line.find(':', first + 1);
-    if (first == std::string::npos || second == std::string::npos) continue;
-    const std::string_view controllers = std::string_view(line).substr(first + 1, second - first - 1);
+    if (std::ranges::count(line, ':') < 2) continue;
+    const auto [controllers, path] = cut_at(cut_at(line, ':').second, ':');
     if (!controllers.empty() && !has_memory_controller(controllers)) continue;
     const Version& version = controllers.empty() ? kVersion2 : kVersion1;
     // A container often sees its own group as the top, under the path that it has on the host: what is not
     // there is passed over.
-    for (const std::string& group : groups_of(std::string_view(line).substr(second + 1))) {
+    for (const std::string& group : groups_of(path)) {
       const std::string shown = version.directory + group;
       const std::string place = top + shown;
-      const auto limit = number_at(place + "/" + version.limit);
+      const auto limit = bytes_at(place + "/" + version.limit);
       // Version 1 says "none" with a number that no machine has.
       if (!limit || *limit >= machine) continue;
-      const uint64_t usage = number_at(place + "/" + version.usage).value_or(0);
+      const uint64_t usage = bytes_at(place + "/" + version.usage).value_or(0);
       const uint64_t unused = less(*limit, less(usage, reclaimable_bytes(place, version)));
       if (!found || *limit < found->bytes) {
         found = MemoryLimit{*limit, shown + "/" + version.limit,

@@ -9,10 +9,10 @@
 #include <cctype>
 #include <cerrno>
 #include <climits>
-#include <fstream>
 #include <string>
 
 #include "base/errors.h"
+#include "io/kernel_file.h"
 
 namespace tokendepot {
 namespace {
@@ -26,9 +26,8 @@ int node_of_pci_device(std::string_view address, std::string_view devices) {
   std::string path(devices);
   path += '/';
   std::ranges::transform(address, std::back_inserter(path), [](unsigned char c) { return std::tolower(c); });
-  std::ifstream file(path + "/numa_node");
-  int node = -1;
-  return file >> node && node < kMostNodes ? node : -1;
+  const auto node = number_in(kernel_text(path + "/numa_node"));
+  return node && *node >= 0 && *node < kMostNodes ? static_cast<int>(*node) : -1;
 }
 
 Status prefer_memory_of_node(int node) {

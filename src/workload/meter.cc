@@ -3,8 +3,10 @@
 #include <sys/resource.h>
 
 #include <chrono>
-#include <fstream>
+#include <ranges>
 #include <string>
+
+#include "io/kernel_file.h"
 
 namespace tokendepot {
 namespace {
@@ -31,11 +33,10 @@ double thread_cpu_s() {
 }
 
 uint64_t device_read_bytes() {
-  std::ifstream file("/proc/self/io");
-  std::string name;
-  uint64_t value = 0;
-  while (file >> name >> value) {
-    if (name == "read_bytes:") return value;
+  const std::string text = kernel_text("/proc/self/io");
+  for (const auto line : text | std::views::split('\n')) {
+    const auto [name, value] = cut_at(std::string_view(line), ' ');
+    if (name == "read_bytes:") return static_cast<uint64_t>(number_in(value).value_or(0));
   }
   return 0;
 }

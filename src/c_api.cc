@@ -448,6 +448,14 @@ td_status td_depot_mark_stream(td_depot* depot, void* stream) {
   });
 }
 
+td_status td_depot_engine_step(td_depot* depot, int begins) {
+  return guarded([&]() -> Status {
+    if (auto given = require_open(depot); !given) return given;
+    depot->engine->engine_step(begins != 0);
+    return {};
+  });
+}
+
 td_status td_cancel(td_depot* depot, uint64_t job) {
   return guarded([&]() -> Status {
     if (auto given = require_open(depot); !given) return given;

@@ -46,6 +46,9 @@ class OpenDepot final : public Depot {
   void condemn(std::span<const Key> keys, const GroupWant& want, std::span<uint8_t> out) override;
   Status attach(const PagedCache& cache) override;
   Status mark_stream(void* stream) override;
+  void engine_step(bool begins) override {
+    if (!forked()) transfers_->engine_step(begins);
+  }
   Status submit_load(uint64_t job, LoadPlan plan) override;
   Status submit_hold(uint64_t job, LoadPlan plan) override;
   Status place(uint64_t job, uint64_t held_job, std::span<const HeldBlocks> blocks) override;

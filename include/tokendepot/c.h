@@ -196,6 +196,8 @@ td_status td_submit_load(td_depot* depot, uint64_t job, const void* plan, size_t
 td_status td_submit_store(td_depot* depot, uint64_t job, const void* plan, size_t plan_bytes);
 /* `stream`: a cudaStream_t, NULL for the legacy default stream. */
 td_status td_depot_mark_stream(td_depot* depot, void* stream);
+/* Depot::engine_step(): `begins` is 1 before a step's work is queued on the device, 0 after. */
+td_status td_depot_engine_step(td_depot* depot, int begins);
 /* TD_OK, or TD_TIMED_OUT. */
 td_status td_wait_gathered(td_depot* depot, uint64_t timeout_ns);
 td_status td_cancel(td_depot* depot, uint64_t job);

@@ -179,6 +179,11 @@ class Depot {
   /// the host device it does nothing. `busy` while the stream is being captured into a graph.
   virtual Status mark_stream(void* stream) = 0;
 
+  /// The engine begins (true) or has ended (false) to queue a step's work on the device. Meanwhile what keeps
+  /// others from the driver in the background, which is registering mapped segments, holds back, 16 ms at a
+  /// time at most. Only speed depends on it. Never blocks; thread-safe; does nothing on the host device.
+  virtual void engine_step(bool begins) = 0;
+
   /// Queues the items of `plan` that intersect this worker's part. Never blocks on I/O. The job is reported
   /// by poll() exactly once, also when every item failed or none was this worker's; after that report no byte
   /// of the listed blocks is written any more. A failed item's blocks hold undefined bytes. `busy`: job id in

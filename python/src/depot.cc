@@ -339,6 +339,10 @@ void bind_depot(nb::module_& module) {
             }));
           },
           nb::arg("stream"))
+      .def(
+          "engine_step",
+          [](Handle& self, bool begins) { self.use([&](Depot& depot) { depot.engine_step(begins); }); },
+          nb::arg("begins"))
       .def("submit_load", &submit_load, nb::arg("job"), nb::arg("plan"))
       .def("submit_hold", &submit_hold, nb::arg("job"), nb::arg("plan"))
       .def("place", &place, nb::arg("job"), nb::arg("held_job"), nb::arg("blocks"))

@@ -90,6 +90,8 @@ class Depot:
         """Marks the present end of a CUDA stream (its address, as torch's Stream.cuda_stream; 0 = the default
         stream): what is submitted later touches the cache only when the stream has come so far. Waits for nothing;
         does nothing on the host device."""
+    def engine_step(self, begins: bool) -> None:
+        """Before (True) and after (False) a step's work is queued on the device. See include/tokendepot/depot.h."""
     def submit_load(self, job: int, plan: bytes) -> None: ...
     def submit_hold(self, job: int, plan: bytes) -> None:
         """Verifies the plan's extents into staging memory without writing to the cache; poll() reports it as a load."""

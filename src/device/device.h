@@ -94,6 +94,8 @@ class Device {
     static_cast<void>(stream);
     return 0;
   }
+  /// See Depot::engine_step().
+  virtual void engine_step(bool begins) { static_cast<void>(begins); }
   /// Whether a cache may be lent: it lies in this device's memory and its extents fit the slabs.
   virtual Status accept(const PagedCache& cache) {
     static_cast<void>(cache);

@@ -47,6 +47,7 @@ class Transfers {
 
   Status attach(const PagedCache& cache);
   Status mark_stream(void* stream);
+  void engine_step(bool begins) { device_.engine_step(begins); }
   Status submit_load(uint64_t job, LoadPlan plan, bool hold = false);
   Status place(uint64_t job, uint64_t held_job, std::span<const Depot::HeldBlocks> blocks);
   void drop_held(uint64_t held_job);

@@ -192,6 +192,22 @@ TEST_F(PayloadTest, AMappingIsUsedWhileItIsRegisteredAndReleasedInBetween) {
   EXPECT_TRUE(registered(0));
 }
 
+TEST_F(PayloadTest, AMappingIsRegisteredAlthoughAStepOfTheEngineNeverEnds) {
+  const uint64_t bytes = form_.shape.payload_bytes();
+  Mapping mapping = map(directory_.path() + "/segment", 4 * bytes);
+  const std::span<std::byte> all(mapping.data(), mapping.size());
+  device_->engine_step(true);
+  device_->adopt(all, true, 1);
+  ASSERT_TRUE(gather(all.first(bytes), true));
+  expect_twin(all.first(bytes));
+  ASSERT_EQ(scatter(all.first(bytes), true), ScatterOutcome::ok);
+  expect_scattered();
+  EXPECT_TRUE(registered(all.size()));
+  device_->release(std::move(mapping));
+  EXPECT_TRUE(registered(0));
+  device_->engine_step(false);
+}
+
 TEST_F(PayloadTest, AGraphThatTheEngineCapturesMeanwhileIsNotSpoilt) {
   const uint64_t bytes = form_.shape.payload_bytes();
   Mapping mapping = map(directory_.path() + "/segment", 2 * bytes);

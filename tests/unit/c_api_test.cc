@@ -151,6 +151,9 @@ TEST_F(CApi, AnIdleDepotHasNoCompletionsAndNothingToWaitFor) {
   EXPECT_EQ(td_cancel(depot.get(), 42), TD_OK);
   EXPECT_EQ(td_depot_mark_stream(depot.get(), nullptr), TD_OK);
   EXPECT_EQ(td_depot_mark_stream(nullptr, nullptr), TD_INVALID_ARGUMENT);
+  EXPECT_EQ(td_depot_engine_step(depot.get(), 1), TD_OK);
+  EXPECT_EQ(td_depot_engine_step(depot.get(), 0), TD_OK);
+  EXPECT_EQ(td_depot_engine_step(nullptr, 0), TD_INVALID_ARGUMENT);
 }
 
 TEST_F(CApi, PlansThatDoNotProveThemselvesAreRefused) {

@@ -156,15 +156,25 @@ def an_engine_that_goes_to_sleep_waits_for_what_touches_its_cache(lab: Lab) -> N
     same([engine.output[name]], lab.expected(prompts=SHARERS[:1]))
 
 
+def _last_step_before(calls: list, name: str) -> set:
+    """What engine_step() was last told when something was called."""
+    told, found = None, set()
+    for call in calls:
+        told = call if isinstance(call, tuple) else told
+        if call == name and told is not None:
+            found.add(told)
+    return found
+
+
 class CallsInOrder:
-    """A depot that notes what is called."""
+    """A depot that notes what is called; of engine_step() also how."""
 
     def __init__(self, depot) -> None:
         self._depot, self.calls = depot, []
 
     def __getattr__(self, name: str):
         def noted(*arguments):
-            self.calls.append(name)
+            self.calls.append(arguments if name == "engine_step" else name)
             return getattr(self._depot, name)(*arguments)
 
         return noted
@@ -179,6 +189,8 @@ def on_a_gpu_the_stream_is_marked_before_anything_is_submitted_and_no_step_waits
         half = engine.ranks[0].connector._worker_half
         depot = half._depot = CallsInOrder(half._depot)
         half._device, half._stores_hold_up_step = "cuda:0", False
+        forward = engine.forward
+        engine.forward = lambda so: depot.calls.append("forward") or forward(so)
         marked, current_stream = [], torch.cuda.current_stream
         torch.cuda.current_stream = lambda device: marked.append(str(device)) or SimpleNamespace(cuda_stream=7)
         try:
@@ -193,6 +205,8 @@ def on_a_gpu_the_stream_is_marked_before_anything_is_submitted_and_no_step_waits
         for index in submits:
             assert depot.calls[index - 1] in ("mark_stream", "submit_store"), depot.calls[index - 3 : index + 1]
         assert set(marked) == {"cuda:0"} and "wait_gathered" not in depot.calls
+        before = {name: _last_step_before(depot.calls, name) for name in ("forward", "poll")}
+        assert before == {"forward": {(True,)}, "poll": {(False,)}}
 
 
 @case

@@ -125,6 +125,7 @@ class CudaDevice final : public Device {
   }
 
   Result<uint64_t> mark(void* stream) override { return marks_->mark(static_cast<cudaStream_t>(stream)); }
+  void engine_step(bool begins) override { busy_.step = begins; }
 
   Status accept(const PagedCache& cache) override {
     const GroupShape& shape = cache.shape;
@@ -192,7 +193,7 @@ class CudaDevice final : public Device {
       if (auto s = bounce->start(); !s) return s;
     }
     std::memcpy(secret_.words, XXH3_kSecret, sizeof secret_.words);
-    registry_ = std::make_unique<cuda::Registry>(ordinal_, copies_);
+    registry_ = std::make_unique<cuda::Registry>(ordinal_, busy_);
     if (!registry_->running())
       return fail(ErrorKind::busy, "the system refused the CUDA device's second thread");
     return {};
@@ -414,6 +415,7 @@ class CudaDevice final : public Device {
   void launch_loads() {
     Flight& first = *convoy_.front();
     if (!first.reached) {
+      ++busy_.loads;
       const std::lock_guard lock(mutex_);
       copies_in_.push_back(&first);
       wake_copiers_.notify_one();
@@ -433,8 +435,10 @@ class CudaDevice final : public Device {
       if (status == cudaSuccess) status = queue_scatter(*flight);
     }
     if (status == cudaSuccess) status = cudaEventRecord(last.done, first.stream);
-    if (copies && status == cudaSuccess) copying_.push_back(&last);
-    copies_ = copying_.size();
+    if (copies && status == cudaSuccess) {
+      copying_.push_back(&last);
+      ++busy_.loads;
+    }
     land_later(status);
   }
 
@@ -472,18 +476,17 @@ class CudaDevice final : public Device {
   }
 
   bool finish_flights() {
-    bool any = std::erase_if(copying_, [](const Flight* flight) {
-                 return cudaEventQuery(flight->copied) != cudaErrorNotReady;
-               }) > 0;
-    copies_ = copying_.size();
+    const size_t copied = std::erase_if(
+        copying_, [](const Flight* flight) { return cudaEventQuery(flight->copied) != cudaErrorNotReady; });
+    busy_.loads -= copied;
+    bool any = copied > 0;
     for (std::deque<Flight*>& lane : flying_) {
       while (!lane.empty()) {
         Flight& flight = *lane.front();
         const cudaError_t status = cudaEventQuery(flight.lands_with->done);
         if (status == cudaErrorNotReady) break;  // those behind it come later
         lane.pop_front();
-        std::erase(copying_, &flight);
-        copies_ = copying_.size();
+        busy_.loads -= std::erase(copying_, &flight);
         if (flight.gather != nullptr && flight.lands_with == &flight) --storing_;
         any = true;
         if (status != cudaSuccess) {
@@ -506,8 +509,7 @@ class CudaDevice final : public Device {
     std::memcpy(digests.data(), flight.note_digests, digests.size_bytes());
     const std::lock_guard lock(mutex_);
     landed_stores_.push_back(&flight);
-    // One copier keeps up with those that are only reported.
-    if (!flight.reached || landed_stores_.size() == 1) wake_copiers_.notify_one();
+    if (landed_stores_.size() == 1) wake_copiers_.notify_one();  // and the one that comes wakes the next
   }
 
   // --- the copiers: payloads that are not registered, and what the end of a store costs, a header and a
@@ -521,9 +523,10 @@ class CudaDevice final : public Device {
     std::unique_lock lock(mutex_);
     cuda::Bounce& bounce = *bounces_[next_bounce_++];
     while (true) {
-      if (!landed_stores_.empty()) {  // first: they are few, see kStoresBesideLoads
+      if (!landed_stores_.empty()) {  // first: the engine may be waiting for them
         Flight& flight = *landed_stores_.front();
         landed_stores_.pop_front();
+        if (!landed_stores_.empty()) wake_copiers_.notify_one();
         lock.unlock();
         if (flight.reached) {
           end(flight, ScatterOutcome::ok);
@@ -549,6 +552,7 @@ class CudaDevice final : public Device {
     using Copied = cuda::Bounce::Copied;
     const Copied copied =
         bounce.to_device(flight.device, flight.payload, flight.scatter->guarded, flight.stream);
+    --busy_.loads;
     if (copied == Copied::gone) return end(flight, ScatterOutcome::gone);
     if (copied == Copied::failed) return give_up(flight, cudaGetLastError());
     cudaError_t status = queue_scatter(flight);
@@ -623,7 +627,7 @@ class CudaDevice final : public Device {
   std::unique_ptr<RangeSlab> file_slab_;  // the rest of it; null unless asked for
   cuda::Secret secret_{};
   std::unique_ptr<cuda::Marks> marks_;
-  std::atomic<size_t> copies_ = 0;  // copying_.size(), for the registry
+  cuda::Busy busy_;
   std::unique_ptr<cuda::Registry> registry_;
   std::vector<std::unique_ptr<cuda::Bounce>> bounces_;
 

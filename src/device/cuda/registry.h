@@ -16,6 +16,12 @@
 
 namespace tokendepot::cuda {
 
+/// What registering gives way to, for a bounded time: the driver does one thing at a time.
+struct Busy {
+  std::atomic<size_t> loads = 0;   // whose payloads are being copied, or wait for a thread that does
+  std::atomic<bool> step = false;  // the engine queues work
+};
+
 /// One thread registers, unregisters and unmaps, so that none of it meets another or waits for a load. Ranges
 /// are registered in chunks, hottest mapping first; a failure is a log line and a slower path. Thread-safe.
 ///
@@ -24,9 +30,8 @@ namespace tokendepot::cuda {
 /// with the file and its extents are absent. Nothing of it raises SIGBUS, which only a CPU's access does.
 class Registry {
  public:
-  /// While `copies`, which outlives this, is not 0, registering waits, for a bounded time: the driver does
-  /// one thing at a time, and copies that are not followed by others in time leave the link idle.
-  Registry(int ordinal, const std::atomic<size_t>& copies);
+  /// `busy` outlives this.
+  Registry(int ordinal, const Busy& busy);
   /// Everything adopted has been released.
   ~Registry();
   Registry(const Registry&) = delete;
@@ -59,7 +64,7 @@ class Registry {
   void unregister(std::unique_lock<std::mutex>& lock, std::byte* begin, uint64_t bytes);
 
   const int ordinal_;
-  const std::atomic<size_t>& copies_;
+  const Busy& busy_;
   // The thread's own.
   bool read_only_possible_ = false;
   bool complained_ = false;

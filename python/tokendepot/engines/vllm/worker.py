@@ -124,10 +124,17 @@ class WorkerHalf:
         if self._device != "host":
             depot.mark_stream(torch.cuda.current_stream(torch.device(self._device)).cuda_stream)
 
+    def _engine_step(self, begins: bool) -> None:
+        """Around the launches of a forward pass, which the depot's own work at the driver would hold up."""
+        depot = self._usable()
+        if depot is not None and self._device != "host":
+            depot.engine_step(begins)
+
     def fence(self, orders: StepOrders) -> None:
         """Before anything of a step touches the cache."""
         if orders.fence and self._depot is not None and not self._stores_hold_up_step:
             self._wait_gathered(self._depot)
+        self._engine_step(True)  # not in start_loads(), which newer releases call after the forward pass
 
     def let_go_of_cache(self) -> None:
         """Returns when nothing under way touches the cache any more, whose memory the engine takes away now. It comes back
@@ -220,6 +227,7 @@ class WorkerHalf:
         """Takes what ended since the last call. Cheap when nothing did."""
         if self._depot is None:
             return
+        self._engine_step(False)  # asked after each step, also after one without a forward pass
         try:
             ended = self._depot.poll()
         except _core.DepotError as error:

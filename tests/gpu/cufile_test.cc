@@ -7,13 +7,14 @@
 namespace tokendepot::testing {
 namespace {
 
+/// Bytes that cuFile carried.
+uint64_t carried(const TransferStats& stats) {
+  return stats.by_path.gds_p2p + stats.by_path.gds_compat;
+}
+
 class CuFileOnAGpu : public CudaDepot {
  protected:
   void SetUp() override { prepare_cufile(); }
-  /// Bytes that cuFile carried.
-  static uint64_t carried(const TransferStats& stats) {
-    return stats.by_path.gds_p2p + stats.by_path.gds_compat;
-  }
 };
 
 TEST_F(CuFileOnAGpu, PayloadsGoThroughItByteForByteAndAreCountedByTheWayTheyWent) {
@@ -106,6 +107,32 @@ TEST_F(CuFileOnAGpu, ItsSlabIsHalfOfTheDevicesAndComesBack) {
     EXPECT_EQ((*cufile)->slab().size(), 32ull << 20);
     EXPECT_EQ((*cufile)->summary().find("not registered"), std::string::npos) << (*cufile)->summary();
   }
+}
+
+class CuFileThatMayRefuse : public CudaDepot {
+ protected:
+  void SetUp() override { prepare(disk(), TransportChoice::gds); }
+};
+
+// As in a container: no library, or no database of disks, without which it registers no file of an ext4.
+TEST_F(CuFileThatMayRefuse, WhateverItTakesTheBytesAreTheSameAndTheWayIsTold) {
+  const auto depot = open(options());
+  ASSERT_NE(depot, nullptr);
+  const std::string transport = depot->stats().roots.at(0).transport;
+  if (!transport.starts_with("gds") && !transport.starts_with("direct")) GTEST_SKIP() << transport;
+  store(*depot);
+  clear();
+  ASSERT_EQ(load(*depot, 0, kChunks).items_ok, kChunks);
+  expect_loaded(0, kChunks);
+  const DepotStats stats = depot->stats();
+  const RootStats& root = stats.roots.at(0);
+  const uint64_t by_cufile = carried(stats.load);
+  const uint64_t payloads = kChunks * form_.shape.payload_bytes();
+  EXPECT_EQ(by_cufile, root.transport.starts_with("gds") ? payloads : 0);
+  EXPECT_EQ(by_cufile + stats.load.by_path.direct, stats.load.bytes);
+  EXPECT_FALSE(root.reason.empty());
+  std::printf("%s: %s, %llu of %llu bytes by cuFile\n", root.transport.c_str(), root.reason.c_str(),
+              static_cast<unsigned long long>(by_cufile), static_cast<unsigned long long>(payloads));
 }
 
 }  // namespace

@@ -3,8 +3,8 @@
 A row is one prompt: "cold" (nothing known), "hit" (the prompt and a new tail, from the system), "gpu" (the prompt and
 another tail, from the GPU's own prefix cache, the floor). In the phase "restart" there is no "cold"; short contexts
 have "fresh" instead, another prompt of that length, computed by the same engine in the same state. The phase "decode"
-has no rows, see decoding.py. The engine without
-a connector has "whole" instead of "hit": a GPU hit of whole chunks. An answer depends on how many tokens were computed
+has no rows, see decoding.py. The engine without a connector has "whole" instead of "hit": a GPU hit of whole chunks;
+started again it has nothing but "fresh". An answer depends on how many tokens were computed
 together, so an answer is compared with that of a GPU hit of as many tokens, "gpu" or "whole".
 """
 
@@ -43,7 +43,7 @@ class Engine:
             enforce_eager=order["eager"],
         )
         if not order["eager"]:
-            arguments["compilation_config"] = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}
+            arguments["compilation_config"] = workload.COMPILATION
         if order["phase"] == "decode":
             arguments["num_gpu_blocks_override"] = decoding.KV_TOKENS // 16
             arguments["max_model_len"] = decoding.CONTEXT + 1024
@@ -169,18 +169,18 @@ def measure(
             row["kept"] = wait_until_kept(order, context, before) - before
             row["kept_s"] = time.perf_counter() - began
             engine.empty_gpu_cache()
-    if base:
+    if base and order["phase"] == "cold":
         row["gpu"] = engine.ask(ids + workload.tail(context, repetition, 0))
         whole = context // workload.CHUNK * workload.CHUNK
         if 0 < whole < context:
             engine.empty_gpu_cache()
             engine.ask(ids[:whole])
             row["whole"] = engine.ask(ids + workload.tail(context, repetition, 0))
-    else:
+    elif not base:
         row["hit"] = engine.ask(ids + workload.tail(context, repetition, 0))
         row["gpu"] = engine.ask(ids + workload.tail(context, repetition, 1))
-        if order["phase"] == "restart" and context <= FRESH_UP_TO:
-            row["fresh"] = engine.ask(workload.prompt(context, 100 + repetition))
+    if order["phase"] == "restart" and context <= FRESH_UP_TO:
+        row["fresh"] = engine.ask(workload.prompt(context, 100 + repetition))
     rows.append(row)
     times = " ".join(
         f"{name} {row[name]['s'] * 1e3:.1f} ms ({row[name]['cached']} cached)"

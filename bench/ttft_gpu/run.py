@@ -112,7 +112,8 @@ class Run:
         if self.left() < 60:
             print(f"# {system} {phase} not started: {self.left():.0f} s left", flush=True)
             return False
-        name = ".".join(filter(None, (system, place.kind if place else "", phase if system != "base" else "")))
+        first = system == "base" and phase == "cold"
+        name = ".".join(filter(None, (system, place.kind if place else "", "" if first else phase)))
         folder = str(place.root) if place else ""
         limit = self.left() - 5
         order = {
@@ -160,8 +161,9 @@ class Run:
             serve()
             if self.options.decode:
                 self.engine(system, place, "decode")
-            elif self.engine(system, place, "cold") and SYSTEMS[system].restarts and place is not None:
-                place.forget_page_cache()
+            elif self.engine(system, place, "cold") and SYSTEMS[system].restarts:
+                if place is not None:
+                    place.forget_page_cache()
                 serve()
                 self.engine(system, place, "restart")
         except RuntimeError as error:

@@ -40,6 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="llama-3.1-8b", choices=workload.MODELS, help="shape")
     parser.add_argument("--capacity", default="72GiB", help="of the depot's root")
     parser.add_argument("--utilization", type=float, default=0.9, help="share of the GPU's memory that vLLM takes")
+    parser.add_argument("--compiled", action="store_true", help="with CUDA graphs; about a minute more for each start")
     parser.add_argument("client", nargs="*", metavar="OPTION", help="of bench ttft, after --")
     return parser.parse_args()
 
@@ -58,7 +59,8 @@ class Server:
         workload.write_vocabulary(Path(model), workload.MODELS[options.model]["vocab_size"])
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name"]
         command += [options.model, "--host", "127.0.0.1", "--port", str(port), "--load-format", "dummy", "--seed", "0"]
-        command += ["--max-model-len", "131072", "--max-num-seqs", "64", "--enforce-eager", "--enable-prompt-tokens-details"]
+        command += ["--max-model-len", "131072", "--max-num-seqs", "64", "--enable-prompt-tokens-details"]
+        command += ["--compilation-config", json.dumps(workload.COMPILATION)] if options.compiled else ["--enforce-eager"]
         command += ["--gpu-memory-utilization", str(options.utilization)]
         if options.root:
             transfer = transfer_config("depot", str(options.root), options.capacity, "24GiB")

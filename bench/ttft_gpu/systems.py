@@ -21,12 +21,12 @@ LMCACHE_PORT, LMCACHE_HTTP_PORT = 5655, 5656
 
 @dataclass(frozen=True)
 class System:
-    restarts: bool  # keeps KV beyond the process
+    restarts: bool  # keeps KV beyond the process; or is asked again after a restart, as what computes is
     needs_place: bool
 
 
 SYSTEMS = {
-    "base": System(restarts=False, needs_place=False),
+    "base": System(restarts=True, needs_place=False),
     "depot": System(restarts=True, needs_place=True),
     "offload": System(restarts=False, needs_place=False),
     "fs": System(restarts=True, needs_place=True),

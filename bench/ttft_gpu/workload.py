@@ -8,6 +8,7 @@ from pathlib import Path
 
 CONTEXTS = (50, 1000, 2000, 8000, 16_000, 24_000, 32_000, 64_000, 96_000, 128_000)
 CHUNK = 256
+COMPILATION = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}  # vLLM's, when it is not eager
 TAIL = 20  # new tokens behind a context that was seen before
 LLAMA = dict(
     architectures=["LlamaForCausalLM"],

@@ -76,7 +76,8 @@ def test_engines_run_one_after_the_other_and_runs_add_up(tmp_path: Path) -> None
     )
     assert second.returncode == 0, second.stdout + second.stderr
     found = {(entry["name"], entry["context"]): entry for entry in json.loads(summary.read_text())["results"]}
-    assert {name for name, _ in found} == {"base", "fs.disk.cold", "fs.disk.restart"}
+    assert {name for name, _ in found} == {"base", "base.restart", "fs.disk.cold", "fs.disk.restart"}
+    assert found[("base.restart", 50)]["fresh_ms"] > 0 and found[("base.restart", 50)]["hit_ms"] is None
     for phase in ("cold", "restart"):
         entry = found[(f"fs.disk.{phase}", 1000)]
         assert entry["cached"] == 1000 and entry["same"] == entry["compared"] == 3

@@ -28,7 +28,8 @@ class OneOfVllm(ScriptedServer):
         return (200, {}) if path == "/health" else super().answer(path, body)
 
 with open(os.environ["STARTS"], "a") as starts:
-    print("depot" if "--kv-transfer-config" in sys.argv else "none", after("--model"), file=starts)
+    mode = "eager" if "--enforce-eager" in sys.argv else after("--compilation-config")
+    print("depot" if "--kv-transfer-config" in sys.argv else "none", mode, file=starts)
 asyncio.run(OneOfVllm().serve(socket.create_server(("127.0.0.1", int(after("--port"))))))
 '''
 
@@ -60,9 +61,9 @@ def test_a_server_is_killed_before_turn_two_with_a_depot_and_without(served, tmp
     with_depot, starts = served("--root", str(root))
     # The stand-in has no prefix cache that could be emptied, which the client reports.
     assert "Turn 2" in with_depot.stdout, with_depot.stdout + with_depot.stderr
-    assert [line.split()[0] for line in starts] == ["depot", "depot"] and not root.exists()
-    without, starts = served()
-    assert [line.split()[0] for line in starts] == ["none", "none"]
+    assert starts == ["depot eager", "depot eager"] and not root.exists()
+    without, starts = served("--compiled")
+    assert [line.split()[0] for line in starts] == ["none", "none"] and all("cudagraph_capture_sizes" in line for line in starts)
     for name, done in (("on", with_depot), ("off", without)):
         result = json.loads((tmp_path / "out" / f"{name}.json").read_text())
         assert result["complete"] and len(result["requests"]) == 4

@@ -12,6 +12,11 @@ else()
     # Ampere, Hopper, Blackwell; PTX for what comes later.
     set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100-real 100-virtual)
   endif()
+  # What is installed, or what scripts/setup brought.
+  find_program(TOKENDEPOT_NVCC nvcc PATHS ${CMAKE_CURRENT_SOURCE_DIR}/.cache/cuda/nvidia/cu13/bin)
+  if(TOKENDEPOT_NVCC AND NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+    set(CMAKE_CUDA_COMPILER ${TOKENDEPOT_NVCC})
+  endif()
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
     enable_language(CUDA)

@@ -13,7 +13,8 @@ else()
     set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100-real 100-virtual)
   endif()
   # What is installed, or what scripts/setup brought.
-  find_program(TOKENDEPOT_NVCC nvcc PATHS ${CMAKE_CURRENT_SOURCE_DIR}/.cache/cuda/nvidia/cu13/bin)
+  find_program(TOKENDEPOT_NVCC nvcc
+    PATHS /usr/local/cuda/bin ${CMAKE_CURRENT_SOURCE_DIR}/.cache/cuda/nvidia/cu13/bin)
   if(TOKENDEPOT_NVCC AND NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
     set(CMAKE_CUDA_COMPILER ${TOKENDEPOT_NVCC})
   endif()

@@ -1,4 +1,3 @@
-#include <fcntl.h>
 #include <liburing.h>
 #include <sys/eventfd.h>
 #include <sys/resource.h>
@@ -18,6 +17,7 @@
 #include "base/log.h"
 #include "io/engine.h"
 #include "io/io_thread.h"
+#include "io/kernel_file.h"
 #include "io/operation_queue.h"
 
 namespace tokendepot {
@@ -258,12 +258,8 @@ class UringEngine final : public IoEngine {
 
 // " (kernel.io_uring_disabled=2)", or nothing on kernels without the setting.
 std::string disabled_setting() {
-  const int fd = ::open("/proc/sys/kernel/io_uring_disabled", O_RDONLY | O_CLOEXEC);
-  if (fd < 0) return {};
-  char digit = 0;
-  const ssize_t got = ::read(fd, &digit, 1);
-  ::close(fd);
-  return got == 1 ? fmt::format(" (kernel.io_uring_disabled={})", digit) : std::string();
+  const auto setting = number_in(kernel_text("/proc/sys/kernel/io_uring_disabled"));
+  return setting ? fmt::format(" (kernel.io_uring_disabled={})", *setting) : std::string();
 }
 
 // Many kernels count the rings themselves, without any registered buffer, as locked memory of the user.

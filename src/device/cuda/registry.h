@@ -16,7 +16,8 @@
 
 namespace tokendepot::cuda {
 
-/// What registering gives way to, for a bounded time: the driver does one thing at a time.
+/// What registering gives way to, for a bounded time: the driver does one thing at a time, and copies that
+/// are not followed by others in time leave the link idle.
 struct Busy {
   std::atomic<size_t> loads = 0;   // whose payloads are being copied, or wait for a thread that does
   std::atomic<bool> step = false;  // the engine queues work

@@ -41,8 +41,8 @@ function(tokendepot_add_cuda target)
   target_compile_options(${target}_kernels PRIVATE -std=c++20)
   target_include_directories(${target}_kernels PRIVATE src)
   target_sources(${target} PRIVATE
-    src/device/cuda/bounce.cc src/device/cuda/caches.cc src/device/cuda/cuda_device.cc src/device/cuda/flight.cc
-    src/device/cuda/holdings.cc src/device/cuda/marks.cc src/device/cuda/registry.cc
+    src/device/cuda/bounce.cc src/device/cuda/caches.cc src/device/cuda/copiers.cc src/device/cuda/cuda_device.cc
+    src/device/cuda/flight.cc src/device/cuda/holdings.cc src/device/cuda/marks.cc src/device/cuda/registry.cc
     src/workload/cuda/cuda_link.cc src/workload/cuda/cuda_memory.cc
     $<TARGET_OBJECTS:${target}_kernels>)
   target_link_libraries(${target} PRIVATE CUDA::cudart_static)

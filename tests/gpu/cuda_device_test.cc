@@ -13,6 +13,7 @@
 #include "device/cuda/cuda_device.h"
 #include "device/host_kernels.h"
 #include "device_memory.h"
+#include "format/digest.h"
 
 namespace tokendepot::testing {
 namespace {
@@ -46,6 +47,40 @@ void run(Device& device, GatherWork work, Outcome& outcome) {
   };
   device.submit(&work);
   outcome.wait();
+}
+
+GatherWork store_of(const PagedCache& cache, std::span<const int32_t> blocks, std::span<std::byte> payload,
+                    std::span<uint64_t> digests) {
+  GatherWork work;
+  work.cache = &cache;
+  work.blocks = blocks;
+  work.payload = payload;
+  work.digests = digests;
+  return work;
+}
+
+/// Of the whole extent.
+ScatterWork load_of(const PagedCache& cache, const ExtentHeader& header, std::span<const std::byte> payload,
+                    std::span<const int32_t> blocks) {
+  ScatterWork work;
+  work.cache = &cache;
+  work.header = &header;
+  work.shards = cache.shape.shards();
+  work.payload = payload;
+  work.blocks = blocks;
+  return work;
+}
+
+bool gathers(Device& device, const GatherWork& work) {
+  Outcome outcome;
+  run(device, work, outcome);
+  return outcome.gathered;
+}
+
+ScatterOutcome scattered(Device& device, const ScatterWork& work) {
+  Outcome outcome;
+  run(device, work, outcome);
+  return outcome.scatter;
 }
 
 CacheForm random_form(std::mt19937_64& random) {
@@ -120,18 +155,8 @@ TEST_F(CudaDeviceTest, GatherAndScatterEqualTheirHostTwinsOnRandomShapes) {
     ASSERT_NE(actual, nullptr);
     std::memset(actual, 0x55, payload);
     std::vector<uint64_t> expected_digests(shape.shards()), digests(shape.shards());
-    GatherWork gather;
-    gather.cache = &host;
-    gather.blocks = from;
-    gather.payload = expected;
-    gather.digests = expected_digests;
-    gather_and_digest(gather);
-    gather.cache = attached.back().get();
-    gather.payload = {actual, payload};
-    gather.digests = digests;
-    Outcome gathered;
-    run(*device_, gather, gathered);
-    ASSERT_TRUE(gathered.gathered);
+    gather_and_digest(store_of(host, from, expected, expected_digests));
+    ASSERT_TRUE(gathers(*device_, store_of(*attached.back(), from, {actual, payload}, digests)));
     ASSERT_EQ(std::memcmp(expected.data(), actual, payload), 0);
     ASSERT_EQ(expected_digests, digests);
 
@@ -144,20 +169,15 @@ TEST_F(CudaDeviceTest, GatherAndScatterEqualTheirHostTwinsOnRandomShapes) {
       expected[at] ^= std::byte{4};
       actual[at] ^= std::byte{4};
     }
-    ScatterWork scatter;
-    scatter.cache = &host;
-    scatter.header = &header;
+    ScatterWork scatter = load_of(host, header, {}, to);
     scatter.first_shard = static_cast<uint32_t>(random() % shape.shards());
     scatter.shards = 1 + static_cast<uint32_t>(random() % (shape.shards() - scatter.first_shard));
     const uint64_t begin = scatter.first_shard * shape.shard_stride();
     scatter.payload = {expected.data() + begin, scatter.shards * shape.shard_stride()};
-    scatter.blocks = to;
     const ScatterOutcome twin = verify_and_scatter(scatter);
     scatter.cache = attached.back().get();
     scatter.payload = {actual + begin, scatter.payload.size()};
-    Outcome scattered;
-    run(*device_, scatter, scattered);
-    ASSERT_EQ(scattered.scatter, twin);
+    ASSERT_EQ(scattered(*device_, scatter), twin);
     ASSERT_TRUE(memory.download() == host_bytes)
         << "cells differ, or cells were touched that nobody asked for";
     device_->slab().release(actual);
@@ -223,6 +243,8 @@ TEST_F(CudaDeviceTest, StoresThatShareACopyWriteNothingBetweenThem) {
 }
 
 // A shard's digest is made of its pages' digests: by one thread up to 30 of them, by a warp in groups of 512.
+// Of the larger ones a warp takes two to six pages in a row, which also lie on both sides of a shard's
+// border.
 TEST_F(CudaDeviceTest, DigestsOfLongShardsEqualTheirHostTwins) {
   std::deque<PagedCache> attached;  // the device knows a cache by its address
   for (const uint32_t pages :
@@ -247,32 +269,16 @@ TEST_F(CudaDeviceTest, DigestsOfLongShardsEqualTheirHostTwins) {
     ASSERT_NE(payload, nullptr);
     std::vector<std::byte> expected(shape.payload_bytes());
     std::vector<uint64_t> expected_digests(shape.shards()), digests(shape.shards());
-    GatherWork gather;
-    gather.cache = &host;
-    gather.blocks = from;
-    gather.payload = expected;
-    gather.digests = expected_digests;
-    gather_and_digest(gather);
-    gather.cache = &cache;
-    gather.payload = {payload, shape.payload_bytes()};
-    gather.digests = digests;
-    Outcome gathered;
-    run(*device_, gather, gathered);
-    ASSERT_TRUE(gathered.gathered);
+    gather_and_digest(store_of(host, from, expected, expected_digests));
+    ASSERT_TRUE(gathers(*device_, store_of(cache, from, {payload, shape.payload_bytes()}, digests)));
+    ASSERT_EQ(std::memcmp(expected.data(), payload, shape.payload_bytes()), 0);
     ASSERT_EQ(expected_digests, digests);
     for (const bool spoilt : {true, false}) {
       // In the last shard's last page, whose digest is the last word of what is digested.
       payload[shape.payload_bytes() - 100] ^= std::byte{1};
       const ExtentHeader header = header_of(shape, digests);
-      ScatterWork scatter;
-      scatter.cache = &cache;
-      scatter.header = &header;
-      scatter.shards = shape.shards();
-      scatter.payload = {payload, shape.payload_bytes()};
-      scatter.blocks = to;
-      Outcome scattered;
-      run(*device_, scatter, scattered);
-      ASSERT_EQ(scattered.scatter, spoilt ? ScatterOutcome::corrupt : ScatterOutcome::ok);
+      ASSERT_EQ(scattered(*device_, load_of(cache, header, {payload, shape.payload_bytes()}, to)),
+                spoilt ? ScatterOutcome::corrupt : ScatterOutcome::ok);
       if (spoilt) {
         ASSERT_TRUE(memory.download() == host_bytes);
       }
@@ -303,29 +309,14 @@ TEST_F(CudaDeviceTest, BlocksOnBothSidesOfTwoAndFourGiBAreExact) {
   const uint64_t payload = form.shape.payload_bytes();
   std::byte* const staging = device_->slab().allocate(payload);
   std::vector<uint64_t> digests(1);
-  GatherWork gather;
-  gather.cache = &cache;
-  gather.blocks = blocks;
-  gather.payload = {staging, payload};
-  gather.digests = digests;
-  Outcome gathered;
-  run(*device_, gather, gathered);
-  ASSERT_TRUE(gathered.gathered);
+  ASSERT_TRUE(gathers(*device_, store_of(cache, blocks, {staging, payload}, digests)));
   for (size_t i = 0; i < blocks.size(); ++i) {
     ASSERT_EQ(std::memcmp(staging + i * form.shape.page_bytes, pages[i].data(), pages[i].size()), 0)
         << blocks[i];
   }
   const std::vector<int32_t> to{1, 2141, 2144, 4284, 4287};
   const ExtentHeader header = header_of(form.shape, digests);
-  ScatterWork scatter;
-  scatter.cache = &cache;
-  scatter.header = &header;
-  scatter.shards = 1;
-  scatter.payload = {staging, payload};
-  scatter.blocks = to;
-  Outcome scattered;
-  run(*device_, scatter, scattered);
-  ASSERT_EQ(scattered.scatter, ScatterOutcome::ok);
+  ASSERT_EQ(scattered(*device_, load_of(cache, header, {staging, payload}, to)), ScatterOutcome::ok);
   std::vector<uint8_t> page(form.shape.page_bytes);
   for (size_t i = 0; i < to.size(); ++i) {
     must(cudaMemcpy(page.data(), memory.data() + int64_t{to[i]} * form.shape.page_bytes, page.size(),
@@ -356,31 +347,36 @@ TEST_F(CudaDeviceTest, EightyLayersInOneTensorOfFourGiBAreExact) {
     cache.layers.push_back(
         {{memory.data() + uint64_t{layer} * kPage, int64_t{kLayers} * kPage, 0, 0, kPage}});
   ASSERT_TRUE(validate(cache));
-  std::byte* const payload = device_->slab().allocate(form.shape.payload_bytes());
+  const uint64_t bytes = form.shape.payload_bytes();
+  std::byte* const payload = device_->slab().allocate(bytes);
+  std::byte* const again = device_->slab().allocate(bytes);
   ASSERT_NE(payload, nullptr);
-  std::vector<uint64_t> digests(kLayers);
+  ASSERT_NE(again, nullptr);
+  std::vector<uint64_t> digests(kLayers), digests_again(kLayers);
   std::vector<int32_t> blocks(kAtOnce);
   for (uint32_t first = 0; first < kBlocks; first += kAtOnce) {
     for (uint32_t i = 0; i < kAtOnce; ++i) blocks[i] = static_cast<int32_t>(first + i);
-    GatherWork gather;
-    gather.cache = &cache;
-    gather.blocks = blocks;
-    gather.payload = {payload, form.shape.payload_bytes()};
-    gather.digests = digests;
-    Outcome gathered;
-    run(*device_, gather, gathered);
-    ASSERT_TRUE(gathered.gathered);
+    ASSERT_TRUE(gathers(*device_, store_of(cache, blocks, {payload, bytes}, digests)));
     for (uint32_t layer = 0; layer < kLayers; ++layer) {
+      const std::byte* const shard = payload + layer * form.shape.shard_stride();
+      ASSERT_EQ(digests[layer], shard_digest({shard, form.shape.shard_stride()})) << first << ' ' << layer;
       for (uint32_t i = 0; i < kAtOnce; ++i) {
-        const std::byte* const page = payload + layer * form.shape.shard_stride() + uint64_t{i} * kPage;
+        const std::byte* const page = shard + uint64_t{i} * kPage;
         uint64_t stamp = 0;
         std::memcpy(&stamp, page, 8);
         ASSERT_EQ(stamp, stamps[uint64_t{first + i} * kLayers + layer]) << first + i << ' ' << layer;
         ASSERT_TRUE(std::all_of(page + 8, page + kPage, [](std::byte at) { return at == std::byte{0xEE}; }));
       }
     }
+    must(cudaMemset(memory.data() + uint64_t{first} * kLayers * kPage, 0, kAtOnce * kLayers * kPage));
+    const ExtentHeader header = header_of(form.shape, digests);
+    ASSERT_EQ(scattered(*device_, load_of(cache, header, {payload, bytes}, blocks)), ScatterOutcome::ok);
+    ASSERT_TRUE(gathers(*device_, store_of(cache, blocks, {again, bytes}, digests_again)));
+    ASSERT_EQ(std::memcmp(payload, again, bytes), 0) << first;
+    ASSERT_EQ(digests, digests_again);
   }
   device_->slab().release(payload);
+  device_->slab().release(again);
 }
 
 TEST_F(CudaDeviceTest, AForkedChildDoesNotGetTheSlab) {

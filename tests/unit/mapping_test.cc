@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -75,6 +76,39 @@ TEST(Mapping, MovesItsOwnership) {
   EXPECT_EQ(moved.size(), kBytes);
   moved = Mapping();
   EXPECT_FALSE(moved.is_mapped());
+}
+
+int64_t faults_of_this_thread() {
+  rusage usage{};
+  EXPECT_EQ(getrusage(RUSAGE_THREAD, &usage), 0);
+  return usage.ru_minflt;
+}
+
+// Fresh segments: what they are written with afterwards, and what a driver pins, must be there.
+TEST(Mapping, APopulatedOneOfAFreshFileIsWrittenWithoutAFaultForEachPage) {
+  constexpr int64_t kPages = kBytes / 4096;
+  const TemporaryDirectory directory("/dev/shm");
+  for (const bool populated : {false, true}) {
+    MappedFile mapped(directory.path() + (populated ? "/populated" : "/not"));
+    if (populated) mapped.mapping.populate();
+    const int64_t before = faults_of_this_thread();
+    for (uint64_t at = 0; at < kBytes; at += 4096) mapped.mapping.data()[at] = std::byte{1};
+    const int64_t faults = faults_of_this_thread() - before;
+    if (populated) {
+      EXPECT_LT(faults, kPages / 16);
+    } else if (faults < kPages / 16) {
+      GTEST_SKIP() << "this machine maps pages ahead: " << faults << " faults for " << kPages << " pages";
+    }
+  }
+}
+
+TEST(Mapping, ATruncatedOneIsPopulatedAsFarAsItGoes) {
+  const TemporaryDirectory directory("/dev/shm");
+  MappedFile mapped(directory.path() + "/file");
+  ASSERT_EQ(truncate((directory.path() + "/file").c_str(), 8192), 0);
+  mapped.mapping.populate();
+  EXPECT_TRUE(readable(mapped.bytes().first(8192)));
+  EXPECT_FALSE(readable(mapped.bytes()));
 }
 
 TEST(Guard, RunsTheBodyOnce) {

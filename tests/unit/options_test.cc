@@ -114,7 +114,7 @@ TEST(ParseOptions, EveryKeyReachesItsOption) {
 
 TEST(ParseOptions, AGpuGetsMoreThreadsThanAHostUnlessTheirNumberIsNamed) {
   EXPECT_EQ(parse_options(with_root(R"("device":"host")"))->device_threads, 2u);
-  EXPECT_EQ(parse_options(with_root(R"("device":"cuda:0")"))->device_threads, 8u);
+  EXPECT_EQ(parse_options(with_root(R"("device":"cuda:0")"))->device_threads, 12u);
   EXPECT_EQ(parse_options(with_root(R"("device_threads":3,"device":"cuda:0")"))->device_threads, 3u);
 }
 

@@ -31,22 +31,10 @@ constexpr auto kRest = std::chrono::microseconds(1400);
 constexpr auto kLongestWaitForLoads = std::chrono::milliseconds(50);
 constexpr auto kLongestWaitForStep = std::chrono::milliseconds(16);
 constexpr auto kLook = std::chrono::microseconds(500);
-// The kernel maps the neighbours of a touched page with it: 90 ms a GiB for one thread, where
-// MADV_POPULATE_WRITE takes 220.
-constexpr uint64_t kFaultAroundBytes = 64 << 10;
 constexpr uint64_t kTouchers = 4;
 
-void touch(std::span<const std::byte> part) {
-  auto read = [part] {
-    for (uint64_t at = 0; at < part.size(); at += kFaultAroundBytes)
-      static_cast<void>(*static_cast<const volatile std::byte*>(part.data() + at));
-  };
-  // A file cut short has no page there: what it means for the payloads is found out when they are used.
-  static_cast<void>(guard_mapping(part, read));
-}
-
 void bring_pages(std::span<const std::byte> chunk) {
-  const uint64_t each = align_up(chunk.size() / kTouchers, kFaultAroundBytes);
+  const uint64_t each = align_up(chunk.size() / kTouchers);
   std::array<std::span<const std::byte>, kTouchers> parts;
   for (uint64_t i = 0; i < kTouchers; ++i) {
     const uint64_t begin = std::min(i * each, chunk.size());
@@ -54,11 +42,11 @@ void bring_pages(std::span<const std::byte> chunk) {
   }
   std::array<std::thread, kTouchers> threads;
   for (uint64_t i = 1; i < kTouchers; ++i) {
-    threads[i] = start_io_thread([](void* part) { touch(*static_cast<std::span<const std::byte>*>(part)); },
-                                 &parts[i]);
-    if (!threads[i].joinable()) touch(parts[i]);
+    threads[i] = start_io_thread(
+        [](void* part) { touch_pages(*static_cast<std::span<const std::byte>*>(part)); }, &parts[i]);
+    if (!threads[i].joinable()) touch_pages(parts[i]);
   }
-  touch(parts[0]);
+  touch_pages(parts[0]);
   for (std::thread& thread : threads) {
     if (thread.joinable()) thread.join();
   }

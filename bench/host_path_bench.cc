@@ -1,5 +1,11 @@
 // Host path on tmpfs: 2.5 MiB extents, 8 in flight, digest on. Limit: two threads of plain memcpy of the same
-// bytes between the same memories in the same run.
+// bytes between the same memories in the same run. Beside stores a thread maps and unmaps memory, as engines
+// do: the kernel has one lock for that in a process.
+#include <sys/mman.h>
+
+#include <atomic>
+#include <thread>
+
 #include "rig.h"
 #include "workload/raw_control.h"
 
@@ -15,6 +21,41 @@ double memcpy_limit(const std::string& directory, Rig& rig, uint64_t bytes, Traf
   return median(rates);
 }
 
+/// A thread of the engine that maps and unmaps a MiB of memory over and over; what one round took at most.
+class Mapper {
+ public:
+  Mapper() : thread_([this] { run(); }) {}
+  ~Mapper() {
+    if (thread_.joinable()) longest_ms();
+  }
+  Mapper(const Mapper&) = delete;
+  Mapper& operator=(const Mapper&) = delete;
+  /// Ends it.
+  double longest_ms() {
+    over_ = true;
+    thread_.join();
+    return longest_ms_;
+  }
+
+ private:
+  void run() {
+    constexpr size_t kBytes = 1 << 20;
+    while (!over_) {
+      const double begin = now_s();
+      void* const mapped =
+          ::mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (mapped == MAP_FAILED) stop("the system refused a MiB of memory");
+      ::munmap(mapped, kBytes);
+      longest_ms_ = std::max(longest_ms_, (now_s() - begin) * 1e3);
+      ::usleep(200);
+    }
+  }
+
+  std::atomic<bool> over_ = false;
+  double longest_ms_ = 0;
+  std::thread thread_;
+};
+
 void run(const std::string& base, bool toy) {
   const size_t extents = toy ? 16 : 400;  // 1 GB
   const uint64_t segment = toy ? 16ull << 20 : 256ull << 20;
@@ -25,8 +66,14 @@ void run(const std::string& base, bool toy) {
               rig.transport().c_str(), extents);
   std::vector<Rig::Run> stores;
   std::vector<Rig::Run> loads;
+  Mapper alone;
+  ::usleep(toy ? 10'000 : 1'000'000);
+  const double mapping_alone_ms = alone.longest_ms();
+  double mapping_ms = 0;
   for (int round = 0; round < (toy ? 1 : 5); ++round) {
+    Mapper beside;
     stores.push_back(rig.store(8));
+    mapping_ms = std::max(mapping_ms, beside.longest_ms());
     for (int again = 0; again < (toy ? 1 : 2); ++again) loads.push_back(rig.load(8));
   }
   auto rate = [](const std::vector<Rig::Run>& runs, bool cpu) {
@@ -46,6 +93,7 @@ void run(const std::string& base, bool toy) {
   }
   print_result("host_tmpfs_store", rate(stores, false), "GB/s", in_limit);
   print_result("host_tmpfs_store_cpu", rate(stores, true), "CPU-s/GB", 0.30);
+  print_result("host_tmpfs_mmap_beside_store", mapping_ms, "ms at most", mapping_alone_ms);
 }
 
 }  // namespace

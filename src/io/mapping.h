@@ -22,7 +22,8 @@ class Mapping {
   /// Maps [0, bytes) of the file. `writable` needs a file opened for writing. Fails when the file is shorter.
   static Result<Mapping> map(const File& file, uint64_t bytes, bool writable);
 
-  /// touch_pages() of all, so that the first store does not pay a fault a page.
+  /// Makes the pages present for writing now, so that the first store does not pay a fault a page. Best
+  /// effort.
   void populate() const;
 
   std::byte* data() const { return data_; }
@@ -33,10 +34,6 @@ class Mapping {
   std::byte* data_ = nullptr;
   uint64_t size_ = 0;
 };
-
-/// Brings part of a mapping into the page table; in tmpfs for writing, too. A file that was cut short has no
-/// pages there: what that means is found out when they are used. Thread-safe.
-void touch_pages(std::span<const std::byte> part);
 
 /// Runs `body` while SIGBUS on addresses inside `guarded` makes this function return false instead of killing
 /// the process (the file behind the mapping was truncated, or its medium failed). `body` must own nothing

@@ -95,8 +95,8 @@ TEST(Mapping, APopulatedOneOfAFreshFileIsWrittenWithoutAFaultForEachPage) {
     for (uint64_t at = 0; at < kBytes; at += 4096) mapped.mapping.data()[at] = std::byte{1};
     const int64_t faults = faults_of_this_thread() - before;
     if (populated) {
-      EXPECT_LT(faults, kPages / 16);
-    } else if (faults < kPages / 16) {
+      EXPECT_LT(faults, kPages / 2);  // a sanitizer has pages of its own
+    } else if (faults < kPages) {
       GTEST_SKIP() << "this machine maps pages ahead: " << faults << " faults for " << kPages << " pages";
     }
   }

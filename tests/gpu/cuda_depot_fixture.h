@@ -110,7 +110,7 @@ class CudaDepot : public ::testing::Test {
       ASSERT_EQ(block_of(now, kChunks * kBlocksPerChunk + block), block_of(cells_, block)) << block;
     }
   }
-  void clear() { must(cudaMemset(memory_->data(), 0xEE, memory_->size())); }
+  void clear() { memory_->fill(0, memory_->size(), 0xEE); }
 
   const CacheForm form_ = form_of();
   const GroupWant want_ = want_of(form_.shape);

@@ -1,4 +1,5 @@
 // The CUDA kernels against their host twins, bit for bit.
+#include <fmt/format.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -243,17 +244,36 @@ TEST_F(CudaDeviceTest, StoresThatShareACopyWriteNothingBetweenThem) {
 }
 
 // A shard's digest is made of its pages' digests: by one thread up to 30 of them, by a warp in groups of 512.
-// Of the larger ones a warp takes two to six pages in a row, which also lie on both sides of a shard's
-// border.
-TEST_F(CudaDeviceTest, DigestsOfLongShardsEqualTheirHostTwins) {
+// Of large extents a warp takes two to six pages in a row, which also lie on both sides of a shard's border,
+// or are two shards and more.
+TEST_F(CudaDeviceTest, DigestsOfLongShardsAndOfManyEqualTheirHostTwins) {
+  struct Shards {
+    uint16_t number;
+    uint32_t pages;
+  };
   std::deque<PagedCache> attached;  // the device knows a cache by its address
-  for (const uint32_t pages :
-       {29u, 30u, 31u, 33u, 128u, 129u, 136u, 137u, 511u, 512u, 513u, 520u, 521u, 1025u, 4099u}) {
-    SCOPED_TRACE(pages);
+  for (const auto [number, pages] : {Shards{3, 29},
+                                     {3, 30},
+                                     {3, 31},
+                                     {3, 33},
+                                     {3, 128},
+                                     {3, 129},
+                                     {3, 136},
+                                     {3, 137},
+                                     {3, 511},
+                                     {3, 512},
+                                     {3, 513},
+                                     {3, 520},
+                                     {3, 521},
+                                     {3, 1025},
+                                     {3, 4099},
+                                     {4000, 1},
+                                     {3000, 2}}) {
+    SCOPED_TRACE(fmt::format("{} shards of {} pages", number, pages));
     CacheForm form;
     form.shape.kind = LayoutKind::opaque;
     form.shape.planes = 0;
-    form.shape.part = {0, 3, 0, 1};
+    form.shape.part = {0, number, 0, 1};
     form.shape.tokens = form.shape.block_tokens = 16;
     form.shape.page_bytes = pages * static_cast<uint32_t>(kPageBytes) - 48;
     form.blocks = 2;
@@ -297,7 +317,7 @@ TEST_F(CudaDeviceTest, BlocksOnBothSidesOfTwoAndFourGiBAreExact) {
   form.shape.page_bytes = 1'002'240;
   form.blocks = 4'400;
   DeviceMemory memory(form.bytes());
-  must(cudaMemset(memory.data(), 0xEE, memory.size()));
+  memory.fill(0, memory.size(), 0xEE);
   const PagedCache cache = form.at(memory.data());
   const std::vector<int32_t> blocks{0, 2142, 2143, 4285, 4286};
   std::vector<std::vector<uint8_t>> pages;
@@ -336,7 +356,7 @@ TEST_F(CudaDeviceTest, EightyLayersInOneTensorOfFourGiBAreExact) {
   form.shape.page_bytes = kPage;
   form.blocks = kBlocks;
   DeviceMemory memory(form.bytes());
-  must(cudaMemset(memory.data(), 0xEE, memory.size()));
+  memory.fill(0, memory.size(), 0xEE);
   std::vector<uint64_t> stamps(uint64_t{kLayers} * kBlocks);  // one at each page's begin
   for (uint64_t i = 0; i < stamps.size(); ++i) stamps[i] = i * 0x9E3779B97F4A7C15ull;
   must(cudaMemcpy2D(memory.data(), kPage, stamps.data(), 8, 8, stamps.size(), cudaMemcpyHostToDevice));
@@ -368,7 +388,7 @@ TEST_F(CudaDeviceTest, EightyLayersInOneTensorOfFourGiBAreExact) {
         ASSERT_TRUE(std::all_of(page + 8, page + kPage, [](std::byte at) { return at == std::byte{0xEE}; }));
       }
     }
-    must(cudaMemset(memory.data() + uint64_t{first} * kLayers * kPage, 0, kAtOnce * kLayers * kPage));
+    memory.fill(uint64_t{first} * kLayers * kPage, kAtOnce * kLayers * kPage, 0);
     const ExtentHeader header = header_of(form.shape, digests);
     ASSERT_EQ(scattered(*device_, load_of(cache, header, {payload, bytes}, blocks)), ScatterOutcome::ok);
     ASSERT_TRUE(gathers(*device_, store_of(cache, blocks, {again, bytes}, digests_again)));

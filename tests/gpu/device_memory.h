@@ -35,6 +35,11 @@ class DeviceMemory {
   void upload(const std::vector<uint8_t>& from) {
     must(cudaMemcpy(memory_, from.data(), from.size(), cudaMemcpyHostToDevice));
   }
+  /// Done when it returns: streams that do not wait for the default one may go on.
+  void fill(uint64_t begin, uint64_t bytes, uint8_t value) {
+    must(cudaMemset(data() + begin, value, bytes));
+    must(cudaDeviceSynchronize());
+  }
   std::vector<uint8_t> download() const {
     std::vector<uint8_t> bytes(bytes_);
     must(cudaMemcpy(bytes.data(), memory_, bytes_, cudaMemcpyDeviceToHost));

@@ -20,7 +20,7 @@ class CopierReports {
  public:
   /// A load: its payload is on its way to the device if `ok`, and then the flight's stream waits for it.
   virtual void copied_in(Flight& flight, Bounce::Copied how) = 0;
-  /// A store: its payload lies in host memory if `ok`.
+  /// A store: its payload lies where it was wanted if `ok`.
   virtual void stored(Flight& flight, Bounce::Copied how) = 0;
 
  protected:

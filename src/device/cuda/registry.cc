@@ -33,8 +33,9 @@ constexpr auto kLongestWaitForStep = std::chrono::milliseconds(16);
 constexpr auto kLook = std::chrono::microseconds(500);
 constexpr uint64_t kTouchers = 4;
 
-// By faults: MADV_POPULATE_READ would lock the process's memory map, and takes twice as long. Each page,
-// although the kernel maps the neighbours of one that holds data with it: of a fresh segment none does.
+// By faults: MADV_POPULATE_READ would lock the process's memory map until it ends. Each page, although the
+// kernel maps the neighbours of one that holds data with it: of a fresh segment none does. Where they hold
+// data that takes as long as one touch for 64 KiB, 45 ms a GiB on one core.
 void touch_pages(std::span<const std::byte> part) {
   auto read = [part] {
     for (uint64_t at = 0; at < part.size(); at += kPageBytes)

@@ -43,6 +43,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 torch.set_num_threads(1)  # small tensors: more threads only wait for each other
 LAYERS, WINDOW = 4, 40
 STUCK_AFTER_S = 60.0
+PLANES, DIMS = torch.arange(2)[:, None], torch.arange(DIM)
 
 
 @dataclass
@@ -165,6 +166,22 @@ class Sequence:
     tokens: list[int]
     tables: list[list[int]]
     drafts: list[int] = field(default_factory=list)
+    _states: list[int] = field(default_factory=list)
+
+    def states_of(self, tokens: list[int]) -> list[int]:
+        """A number for each token that depends on all tokens up to it. `tokens` begin like `self.tokens`, which only grow."""
+        own = min(len(tokens), len(self.tokens))
+        _extend(self._states, tokens[len(self._states) : own])
+        states = self._states[: len(tokens)]
+        _extend(states, tokens[len(states) :])
+        return states
+
+
+def _extend(states: list[int], tokens: list[int]) -> None:
+    state = states[-1] if states else 0
+    for token in tokens:
+        state = (state * 1000003 + token + 7) % 65521
+        states.append(state)
 
 
 class Engine:
@@ -275,46 +292,48 @@ class Engine:
 
     def write(self, sequence: Sequence, tokens: list[int], start: int) -> None:
         """Fills the cells of positions [start, len(tokens)); their content depends on all tokens up to there."""
-        state, states = 0, []
-        for token in tokens:
-            state = (state * 1000003 + token + 7) % 65521
-            states.append(state)
+        states = sequence.states_of(tokens)
         position = torch.arange(start, len(tokens))
         value = torch.tensor(states[start:])[:, None, None, None]
         size = self.options.block_size
+        places = self.places(sequence, position)
         for rank in self.ranks:
             head = torch.arange(rank.first_head, rank.first_head + rank.heads)[None, :, None, None]
-            plane, dim = torch.arange(2)[None, None, :, None], torch.arange(DIM)[None, None, None, :]
+            content = value + (7 * head + 3 * PLANES + DIMS)
             for layer, cells in rank.cells.items():
-                table = torch.tensor(sequence.tables[self.group_of(layer)])
-                content = (value + 31 * layer + 7 * head + 3 * plane + dim) % self.options.cells[1]
-                cells[table[position // size], :, position % size] = content.to(cells.dtype)
+                content_of_layer = (content + 31 * layer) % self.options.cells[1]
+                cells[places[self.group_of(layer)], :, position % size] = content_of_layer.to(cells.dtype)
+
+    def places(self, sequence: Sequence, position: torch.Tensor) -> list[torch.Tensor]:
+        """For each group, the block of each position."""
+        return [torch.tensor(table)[position // self.options.block_size] for table in sequence.tables]
 
     def read(self, sequence: Sequence, length: int, first: int) -> list[int]:
         """The token after each position in [first, length), as a function of all cells visible from it."""
-        size = self.options.block_size
         position = torch.arange(length)
         mix = (position * 7919 + 13) % 9973
+        places, offset = self.places(sequence, position), position % self.options.block_size
+        index = torch.arange(first, length)
         totals = torch.zeros(length - first, dtype=torch.int64)
+        weights = [
+            (1 + 17 * torch.arange(rank.first_head, rank.first_head + rank.heads)[:, None, None] + (5 * PLANES + DIMS))
+            .flatten()
+            .to(torch.float64)
+            for rank in self.ranks
+        ]
         for layer in range(LAYERS):
             group = self.group_of(layer)
             begin = max(0, first - WINDOW + 1) if group else 0
-            table, seen = torch.tensor(sequence.tables[group]), position[begin:]
-            value = torch.zeros(len(seen), dtype=torch.int64)
-            for rank in self.ranks:
+            value = torch.zeros(length - begin, dtype=torch.float64)
+            for rank, weight in zip(self.ranks, weights, strict=True):
                 if layer in rank.cells:
-                    head = torch.arange(rank.first_head, rank.first_head + rank.heads)[:, None, None]
-                    weight = (
-                        1 + 17 * head + 5 * torch.arange(2)[None, :, None] + torch.arange(DIM)[None, None, :]
-                    )
-                    rows = rank.cells[layer][table[seen // size], :, seen % size].to(torch.int64)
-                    value += (rows * weight).sum((1, 2, 3))
-            value = value % 1000003 * (mix[begin:] * (layer + 1) % 9973) % 1000003
+                    rows = rank.cells[layer][places[group][begin:], :, offset[begin:]]
+                    value += rows.flatten(1).to(torch.float64) @ weight  # small whole numbers: exact
+            value = value.to(torch.int64) % 1000003 * (mix[begin:] * (layer + 1) % 9973) % 1000003
             sums = torch.cat([torch.zeros(1, dtype=torch.int64), value.cumsum(0)])
-            for index in range(first, length):
-                low = max(0, index - WINDOW + 1) if group else 0
-                totals[index - first] += sums[index + 1 - begin] - sums[low - begin]
-        return [int(total) % 240 + 3 for total in totals]
+            low = (index - WINDOW + 1).clamp(min=0) if group else torch.zeros_like(index)
+            totals += sums[index + 1 - begin] - sums[low - begin]
+        return [total % 240 + 3 for total in totals.tolist()]
 
     def forward(self, so) -> tuple[list[str], list[list[int]]]:
         for new in so.scheduled_new_reqs:

@@ -109,6 +109,7 @@ def cached(result: dict, tokens: int) -> bool:
     return False
 
 
+@pytest.mark.xdist_group("the engine without a depot that they are compared with")
 def test_one_group_cold_warm_killed_restarted_corrupted(llama, expected, scratch) -> None:
     root = scratch / "llama-root"
     cold, warm = run(llama, options(root), [{**ROUND, "settle": 2}, ROUND], PLENTY, kill=True)
@@ -127,6 +128,7 @@ def test_one_group_cold_warm_killed_restarted_corrupted(llama, expected, scratch
     assert metric(healed, "failures_total") == metric(corrupted, "failures_total")
 
 
+@pytest.mark.xdist_group("the engine without a depot that they are compared with")
 def test_one_group_with_a_pool_too_small_for_its_requests(llama, expected, scratch) -> None:
     root = scratch / "short-root"
     rounds = [{"length": 200}, {"length": 200, "damage": True}]

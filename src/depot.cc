@@ -80,6 +80,7 @@ class OpenDepot final : public Depot {
   Status plan_chunk(LoadPlan& plan, const Key& key, uint32_t chunk, const GroupWant& want,
                     const std::vector<std::vector<PartId>>& covers, std::span<const int32_t> blocks);
 
+  Status takes_objects() const;
   std::vector<Transfers::ObjectItem> find_objects(std::span<const Object> objects, bool touch);
 
   Status open_cufile(const Options& options, const std::string& library);
@@ -475,20 +476,28 @@ std::vector<Transfers::ObjectItem> OpenDepot::find_objects(std::span<const Objec
   return items;
 }
 
-Status OpenDepot::submit_store_objects(uint64_t job, std::span<const Object> objects) {
+// A device with a memory of its own knows caches by their addresses, and that of an object ends with its
+// task.
+Status OpenDepot::takes_objects() const {
   if (forked())
     return fail(ErrorKind::closed, "this depot was opened before fork(); open it again in the child");
   if (!catalog_)
     return fail(ErrorKind::invalid_argument, "catalog=false: this depot was opened without lookups");
+  if (!device_->on_host()) {
+    return fail(ErrorKind::unsupported, "device={}: objects are in host memory; expected device=host",
+                device_->stats().name);
+  }
+  return {};
+}
+
+Status OpenDepot::submit_store_objects(uint64_t job, std::span<const Object> objects) {
+  if (auto takes = takes_objects(); !takes) return takes;
   return transfers_->submit_store_objects(job, find_objects(objects, false), *keeper_);
 }
 
 Status OpenDepot::submit_load_objects(uint64_t job, std::span<const Object> objects,
                                       std::chrono::nanoseconds deadline) {
-  if (forked())
-    return fail(ErrorKind::closed, "this depot was opened before fork(); open it again in the child");
-  if (!catalog_)
-    return fail(ErrorKind::invalid_argument, "catalog=false: this depot was opened without lookups");
+  if (auto takes = takes_objects(); !takes) return takes;
   return transfers_->submit_load_objects(job, find_objects(objects, true),
                                          static_cast<uint64_t>(std::max<int64_t>(0, deadline.count())));
 }

@@ -49,7 +49,7 @@ struct Options {
   std::string device = "host";                // where the paged caches are: "host" or "cuda:N"
   uint64_t device_slab_bytes = 512ull << 20;  // CUDA: device memory for extents in flight
   uint64_t slab_bytes = 256ull << 20;         // staging memory on the host; pinned for a CUDA device
-  // Gather, verify and scatter; CUDA: copy what is not registered, there parse_options() chooses 8.
+  // Gather, verify and scatter; CUDA: copy what is not registered, there parse_options() chooses 12.
   uint32_t device_threads = 2;
   uint32_t io_depth = 16;                      // operations in flight per root
   uint64_t store_queue_bytes = 512ull << 20;   // stores queued beyond this are dropped and counted
@@ -214,7 +214,7 @@ class Depot {
 
   /// An opaque object in the caller's memory, kept as one extent with one shard: for cache servers that hand
   /// over finished buffers, not blocks of a paged cache. Nothing needs to be attached. `memory` is 1 byte to
-  /// 1 GiB of the depot's device, of any alignment.
+  /// 1 GiB of host memory, of any alignment; a depot of another device refuses objects (unsupported).
   struct Object {
     NamespaceDigest ns;  // checked when it is read: another namespace under the same key is a miss
     Key key;             // names the object in the catalog; made from the namespace too, as KeyChain does

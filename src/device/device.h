@@ -96,6 +96,9 @@ class Device {
   }
   /// See Depot::engine_step().
   virtual void engine_step(bool begins) { static_cast<void>(begins); }
+  /// Whether caches are host memory: then one may come and go with its work. Others are known by their
+  /// address as long as the device lives.
+  virtual bool on_host() const { return true; }
   /// Whether a cache may be lent: it lies in this device's memory and its extents fit the slabs.
   virtual Status accept(const PagedCache& cache) {
     static_cast<void>(cache);

@@ -31,10 +31,13 @@ uint64_t default_segment_bytes(uint64_t capacity) {
   return std::clamp(capacity / kSegmentsPerRoot / kMiB * kMiB, kSmallestSegment, kLargestSegment);
 }
 
+// The rest of the process's files are the engine's, and those of other roots.
+constexpr size_t kShareOfFiles = 8;
+
 size_t files_kept_open() {
   rlimit limit{};
   if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return 64;
-  return std::clamp<size_t>(limit.rlim_cur / 8, 4, 4096);
+  return std::clamp<size_t>(limit.rlim_cur / kShareOfFiles, 4, 4096);
 }
 
 bool writable_directory(const std::string& path) {
@@ -290,7 +293,15 @@ void Root::map_ahead(const SegmentTable& segments, const std::atomic<bool>& stop
   const auto coldest_first = segments.present_segments(index_);
   for (const auto& [slot, segment] : std::views::reverse(coldest_first)) {
     bytes += segment.roots[index_].file_bytes;
-    if (stop || bytes > capacity() || !files_->map_ahead(segment.id, segment.last_used_ns)) return;
+    if (stop || bytes > capacity()) return;
+    if (!files_->map_ahead(segment.id, segment.last_used_ns)) {
+      log(LogLevel::warning,
+          "root \"{}\": {} of its {} segments are kept mapped for the device, loads from the others are "
+          "slower: of `ulimit -n` a share of 1/{} is for segments; expected {} or more",
+          path(), files_->most_open(), coldest_first.size(), kShareOfFiles,
+          coldest_first.size() * kShareOfFiles);
+      return;
+    }
     // Recycled or removed while it was opened: nobody else would let go of the file.
     if (segments.condemned(slot, index_)) files_->drop(segment.id);
   }

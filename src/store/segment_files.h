@@ -73,6 +73,8 @@ class SegmentFiles {
   /// Lets go of the file as soon as nobody uses it: the segment was recycled or removed.
   void drop(const SegmentId& id);
 
+  /// So many files are kept open when nobody uses them.
+  size_t most_open() const { return max_open_; }
   std::string path_of(const SegmentId& id) const;
   uint64_t mapped_bytes() const;
 

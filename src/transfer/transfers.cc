@@ -479,7 +479,7 @@ void Transfers::add_to(DepotStats& stats) const {
 
 double Transfers::tokens_locked(const PagedCache& cache, const Part& part) const {
   const GroupShape& shape = cache.shape;
-  if (shape.group != caches_.begin()->first) return 0;
+  if (caches_.empty() || shape.group != caches_.begin()->first) return 0;  // an object, or another group
   const auto cells = [](uint32_t begin, uint32_t end, uint32_t from, uint32_t to) {
     return static_cast<double>(std::min(end, to) - std::max(begin, from));
   };

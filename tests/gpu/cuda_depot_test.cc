@@ -53,6 +53,25 @@ class Stream {
   cudaStream_t stream_ = nullptr;
 };
 
+class CudaDepotInMemory : public CudaDepot {
+ protected:
+  void SetUp() override { prepare("/dev/shm", TransportChoice::automatic); }
+};
+
+TEST_F(CudaDepotInMemory, ObjectsAreRefusedInWords) {
+  const auto depot = open(options());
+  ASSERT_NE(depot, nullptr);
+  std::vector<std::byte> memory(64);
+  const Depot::Object object{ns_, keys_.front(), memory};
+  for (const Status& refused : {depot->submit_store_objects(++job_, {&object, 1}),
+                                depot->submit_load_objects(++job_, {&object, 1}, 1s)}) {
+    ASSERT_FALSE(refused);
+    EXPECT_EQ(refused.error().kind, ErrorKind::unsupported);
+    EXPECT_NE(refused.error().message.find("device=cuda:0"), std::string::npos) << refused.error().message;
+  }
+  EXPECT_TRUE(depot->poll().empty());
+}
+
 class CudaDepotOn : public CudaDepot, public ::testing::WithParamInterface<std::string> {
  protected:
   void SetUp() override {

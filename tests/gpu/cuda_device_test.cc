@@ -436,5 +436,25 @@ TEST_F(CudaDeviceTest, TheDevicesThreadMakesNoSecondContext) {
   EXPECT_LT(before - after, (64ull << 20) + (50ull << 20));
 }
 
+// Also of a stream that belongs to whatever device is current on the calling thread.
+TEST_F(CudaDeviceTest, OnAnotherGpuItTakesNothingOfTheCallersOneAndLeavesItCurrent) {
+  int devices = 0;
+  must(cudaGetDeviceCount(&devices));
+  if (devices < 2) GTEST_SKIP() << "one GPU only";
+  must(cudaSetDevice(0));
+  must(cudaDeviceSynchronize());
+  size_t before = 0, after = 0, total = 0;
+  must(cudaMemGetInfo(&before, &total));
+  auto other = make_cuda_device(1, 64ull << 20, 16ull << 20, 64);
+  ASSERT_TRUE(other) << other.error().message;
+  const auto marked = (*other)->mark(nullptr);
+  EXPECT_TRUE(marked) << marked.error().message;
+  int current = -1;
+  must(cudaGetDevice(&current));
+  EXPECT_EQ(current, 0);
+  must(cudaMemGetInfo(&after, &total));
+  EXPECT_EQ(before, after);
+}
+
 }  // namespace
 }  // namespace tokendepot::testing

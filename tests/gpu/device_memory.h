@@ -84,7 +84,7 @@ struct CacheForm {
       auto& planes = cache.layers.emplace_back();
       std::byte* const first = base + layer * page_bytes() * blocks;
       if (shape.kind == LayoutKind::opaque) {
-        const bool two_pieces = (split_layers >> layer & 1u) != 0;
+        const bool two_pieces = layer < 32 && (split_layers >> layer & 1u) != 0;
         const uint32_t half = two_pieces ? std::max(16u, shape.page_bytes / 32 * 16) : shape.page_bytes;
         if (!two_pieces || half >= shape.page_bytes) {
           planes.push_back({first, page, 0, 0, shape.page_bytes});

@@ -2,7 +2,9 @@
 #include "store/segment_mapping.h"
 
 #include <gmock/gmock.h>
+#include <sys/resource.h>
 
+#include "base/log.h"
 #include "depot_fixture.h"
 #include "recording_device.h"
 #include "store/replay.h"
@@ -11,7 +13,9 @@
 namespace tokendepot::testing {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::ElementsAre;
+using ::testing::HasSubstr;
 
 constexpr uint64_t kSegment = 1 << 20;
 
@@ -125,6 +129,35 @@ TEST_F(SegmentMappingTest, NoMoreIsMappedAheadThanTheCapacity) {
   ASSERT_TRUE(replay.first());
   root->map_ahead(segments, go_on_);
   EXPECT_EQ(device.adopted_bytes(), 3 * kSegment);
+}
+
+TEST_F(SegmentMappingTest, TooFewOpenFilesForAllSegmentsAreSaidWithWhatToSet) {
+  {
+    RecordingDevice device;
+    Process process(options(8 * kSegment), device);
+    for (int i = 0; i < 8; ++i) process.fill_a_segment();
+  }
+  rlimit before{};
+  ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &before), 0);
+  const rlimit few{40, before.rlim_max};  // for 5 segments
+  RecordingDevice device;
+  const Options all = options(8 * kSegment);
+  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &few), 0);
+  auto root = Root::open(all.roots[0], 0, all, &device);
+  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &before), 0);
+  ASSERT_TRUE(root) << root.error().message;
+  SegmentTable segments;
+  Replay replay(**root, segments, nullptr);
+  ASSERT_TRUE(replay.first());
+  std::vector<std::string> warnings;
+  set_log_sink([&](LogLevel level, std::string_view line) {
+    if (level == LogLevel::warning) warnings.emplace_back(line);
+  });
+  (*root)->map_ahead(segments, go_on_);
+  set_log_sink(nullptr);
+  EXPECT_EQ(device.adopted_bytes(), 5 * kSegment);
+  EXPECT_THAT(warnings, ElementsAre(AllOf(HasSubstr("5 of its 8 segments"), HasSubstr("ulimit -n"),
+                                          HasSubstr("expected 64 or more"))));
 }
 
 TEST_F(SegmentMappingTest, ADroppedSegmentIsGivenBackWhenItsLastLeaseEnds) {

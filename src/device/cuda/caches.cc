@@ -23,7 +23,20 @@ Status check_memory(const PagedCache& cache, int ordinal) {
 }
 
 Caches::~Caches() {
-  for (const auto& [cache, known] : known_) cudaFree(known.planes);
+  for (void* memory : more_) cudaFree(memory);
+}
+
+cudaError_t Caches::allocate(size_t bytes, void** memory) {
+  const size_t whole =
+      (bytes + alignof(std::max_align_t) - 1) / alignof(std::max_align_t) * alignof(std::max_align_t);
+  if (whole <= room_.size()) {
+    *memory = room_.data();
+    room_ = room_.subspan(whole);
+    return cudaSuccess;
+  }
+  const cudaError_t status = cudaMalloc(memory, bytes);
+  if (status == cudaSuccess) more_.push_back(*memory);
+  return status;
 }
 
 cudaError_t Caches::find_or_add(const PagedCache& cache, cudaStream_t stream, const DeviceCache** found) {
@@ -51,17 +64,14 @@ cudaError_t Caches::find_or_add(const PagedCache& cache, cudaStream_t stream, co
     planes.resize(next_layer);  // opaque layers may have fewer pieces: nobody looks behind a page's last one
   }
   const size_t bytes = planes.size() * sizeof(DevicePlane);
-  // Not on the default stream, which would wait for the engine's work.
   void* memory = nullptr;
-  cudaError_t status = cudaMalloc(&memory, bytes);
+  cudaError_t status = allocate(bytes, &memory);
   if (status != cudaSuccess) return status;
   known.planes = static_cast<DevicePlane*>(memory);
+  // Not on the default stream, which would wait for the engine's work.
   status = cudaMemcpyAsync(known.planes, planes.data(), bytes, cudaMemcpyHostToDevice, stream);
   if (status == cudaSuccess) status = cudaStreamSynchronize(stream);
-  if (status != cudaSuccess) {
-    cudaFree(known.planes);
-    return status;
-  }
+  if (status != cudaSuccess) return status;
   *found = &known_.emplace(&cache, known).first->second;
   return cudaSuccess;
 }

@@ -3,8 +3,11 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <map>
+#include <span>
+#include <vector>
 
 #include "device/cuda/move.h"
 #include "tokendepot/error.h"
@@ -24,7 +27,8 @@ Status check_memory(const PagedCache& cache, int ordinal);
 /// For one thread. A cache is known by its address, which must not change while this lives.
 class Caches {
  public:
-  Caches() = default;
+  /// `room`: device memory for what the kernels know. When it is full more is allocated.
+  explicit Caches(std::span<std::byte> room) : room_(room) {}
   ~Caches();
   Caches(const Caches&) = delete;
   Caches& operator=(const Caches&) = delete;
@@ -32,6 +36,10 @@ class Caches {
   cudaError_t find_or_add(const PagedCache& cache, cudaStream_t stream, const DeviceCache** found);
 
  private:
+  cudaError_t allocate(size_t bytes, void** memory);
+
+  std::span<std::byte> room_;  // what is left of it
+  std::vector<void*> more_;
   std::map<const PagedCache*, DeviceCache> known_;
 };
 

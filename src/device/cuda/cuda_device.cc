@@ -116,6 +116,7 @@ class CudaDevice final : public Device, public cuda::CopierReports {
 
   Result<uint64_t> mark(void* stream) override { return marks_->mark(static_cast<cudaStream_t>(stream)); }
   void engine_step(bool begins) override { busy_.step = begins; }
+  bool on_host() const override { return false; }
 
   Status accept(const PagedCache& cache) override {
     const GroupShape& shape = cache.shape;
@@ -175,7 +176,8 @@ class CudaDevice final : public Device, public cuda::CopierReports {
     if (regions_->size() == 0)
       return fail(ErrorKind::no_space, "device_slab={} holds no whole page", slab_bytes_);
     for (Flight& flight : held_->flights) free_.push_back(&flight);
-    marks_ = std::make_unique<cuda::Marks>();
+    caches_ = std::make_unique<cuda::Caches>(held_->descriptions());
+    marks_ = std::make_unique<cuda::Marks>(ordinal_);
     if (auto s = marks_->start(); !s) return s;
     copiers_ = std::make_unique<cuda::Copiers>(ordinal_, *this);
     if (auto s = copiers_->start(copier_threads_); !s) return s;
@@ -578,7 +580,7 @@ class CudaDevice final : public Device, public cuda::CopierReports {
   std::vector<Flight*> copying_;  // the last ones of convoys whose copy has not ended
   std::array<std::deque<Flight*>, kLoadLanes + kStoreLanes>
       flying_;  // their events tell when they have landed
-  std::unique_ptr<cuda::Caches> caches_ = std::make_unique<cuda::Caches>();
+  std::unique_ptr<cuda::Caches> caches_;
   uint32_t next_load_ = 0;
   uint32_t next_store_ = 0;
   uint32_t storing_ = 0;  // convoys of stores that have not landed

@@ -12,6 +12,9 @@
 namespace tokendepot::cuda {
 namespace {
 
+// A plane of a layer takes 48 bytes: hundreds of groups of 80 layers.
+constexpr size_t kDescriptionBytes = 1 << 20;
+
 /// What the device reads and writes over its link lies on the node that the link ends at.
 void stay_near(int ordinal) {
   std::array<char, 32> address{};
@@ -61,6 +64,7 @@ Holdings::~Holdings() {
   for (cudaStream_t stream : streams) {
     if (stream != nullptr) cudaStreamDestroy(stream);
   }
+  if (descriptions_ != nullptr) cudaFree(descriptions_);
   if (counters_ != nullptr) cudaFree(counters_);
   if (notes_ != nullptr) cudaFreeHost(notes_);
   if (slab_is_pinned_) cudaHostUnregister(pinned->base());
@@ -80,7 +84,11 @@ Status Holdings::take_memory(int ordinal, uint64_t device_slab_bytes) {
     return fail(ErrorKind::no_space, "device_slab={} cannot be had on cuda:{} with {} bytes free ({})",
                 device_slab_bytes, ordinal, free_bytes, cudaGetErrorString(allocated));
   }
-  return {};
+  return check(cudaMalloc(&descriptions_, kDescriptionBytes), "memory for what describes caches");
+}
+
+std::span<std::byte> Holdings::descriptions() const {
+  return {static_cast<std::byte*>(descriptions_), kDescriptionBytes};
 }
 
 Status Holdings::pin_slab(int ordinal, uint64_t slab_bytes) {

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 
 #include "device/cuda/flight.h"
 #include "device/host_slab.h"
@@ -28,6 +29,10 @@ struct Holdings {
   Holdings(const Holdings&) = delete;
   Holdings& operator=(const Holdings&) = delete;
 
+  /// Device memory for what the kernels know of attached caches: had when the depot opens, so that an engine
+  /// that fills the GPU afterwards does not take it away.
+  std::span<std::byte> descriptions() const;
+
   void* memory = nullptr;            // device_slab_bytes of the GPU
   std::unique_ptr<HostSlab> pinned;  // slab_bytes of the host
   std::array<Flight, kMostInFlight> flights{};
@@ -43,6 +48,7 @@ struct Holdings {
   bool slab_is_pinned_ = false;
   void* notes_ = nullptr;     // kNoteBytes a flight, mapped
   void* counters_ = nullptr;  // Counters, one a flight
+  void* descriptions_ = nullptr;
 };
 
 }  // namespace tokendepot::cuda

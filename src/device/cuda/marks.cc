@@ -22,7 +22,31 @@ Status Marks::start() {
   return {};
 }
 
+namespace {
+
+// The default stream is that of the device which is current on the calling thread, a thread of the engine's.
+class OnDevice {
+ public:
+  explicit OnDevice(int ordinal) {
+    if (cudaGetDevice(&before_) != cudaSuccess) before_ = ordinal;
+    if (before_ != ordinal) cudaSetDevice(ordinal);
+    switched_ = before_ != ordinal;
+  }
+  ~OnDevice() {
+    if (switched_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool switched_ = false;
+};
+
+}  // namespace
+
 Result<uint64_t> Marks::mark(cudaStream_t stream) {
+  const OnDevice here(ordinal_);
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   const cudaError_t asked = cudaStreamIsCapturing(stream, &capture);
   if (asked == cudaErrorStreamCaptureImplicit ||

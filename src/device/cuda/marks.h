@@ -16,18 +16,20 @@ namespace tokendepot::cuda {
 /// waits a little longer, never too short. Thread-safe.
 class Marks {
  public:
-  Marks() = default;
+  explicit Marks(int ordinal) : ordinal_(ordinal) {}
   ~Marks();
   Marks(const Marks&) = delete;
   Marks& operator=(const Marks&) = delete;
   Status start();
 
-  /// `busy` while the stream is being captured: the event would become part of the graph.
+  /// Of a stream of this device, its default stream too. `busy` while the stream is being captured: the event
+  /// would become part of the graph.
   Result<uint64_t> mark(cudaStream_t stream);
   /// What is queued on `stream` from now on runs when the mark is reached. 0: nothing to wait for.
   cudaError_t wait(cudaStream_t stream, uint64_t mark);
 
  private:
+  const int ordinal_;
   std::mutex mutex_;
   cudaStream_t order_ = nullptr;
   cudaEvent_t arrived_ = nullptr;

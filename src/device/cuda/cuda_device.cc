@@ -368,9 +368,19 @@ class CudaDevice final : public Device, public cuda::CopierReports {
     if (needs.region_bytes > regions_->size() || needs.note_bytes > kNoteBytes ||
         !cuda::fits_kernels(job.shape))
       return false;
-    const cudaError_t status = caches_->find_or_add(*job.cache, held_->setup_stream, &flight.cache);
+    cudaError_t status = clear(flight);
+    if (status == cudaSuccess) status = caches_->find_or_add(*job.cache, held_->setup_stream, &flight.cache);
     if (status != cudaSuccess) complain(status);
     return status == cudaSuccess;
+  }
+
+  /// What give_up() could not.
+  cudaError_t clear(Flight& flight) {
+    if (!flight.stale) return cudaSuccess;
+    cudaError_t status = cudaMemsetAsync(flight.counters, 0, sizeof(cuda::Counters), held_->setup_stream);
+    if (status == cudaSuccess) status = cudaStreamSynchronize(held_->setup_stream);
+    flight.stale = status != cudaSuccess;
+    return status;
   }
 
   void launch_stores() {
@@ -525,7 +535,7 @@ class CudaDevice final : public Device, public cuda::CopierReports {
   void give_up(Flight& flight, cudaError_t status) {
     complain(status);
     // A verify without its scatter leaves what it found, and the next extent of this flight would have it.
-    (void)cudaMemsetAsync(flight.counters, 0, sizeof(cuda::Counters), flight.stream);
+    flight.stale = cudaMemsetAsync(flight.counters, 0, sizeof(cuda::Counters), flight.stream) != cudaSuccess;
     (void)cudaStreamSynchronize(flight.stream);  // what was queued before it failed still uses the region
     end(flight, ScatterOutcome::failed);
   }

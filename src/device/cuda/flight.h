@@ -55,6 +55,7 @@ struct Flight {
   uint64_t* note_digests = nullptr;
   uint32_t* note_outcome = nullptr;
   Counters* counters = nullptr;  // in device memory
+  bool stale = false;            // the counters could not be cleared: not before they are
   cudaStream_t stream = nullptr;
   uint32_t lane = 0;             // the number of the stream
   cudaEvent_t copied = nullptr;  // behind the copy that this one shares as the last

@@ -17,7 +17,7 @@ double memcpy_limit(const std::string& directory, Rig& rig, uint64_t bytes, Traf
   const auto control = unwrap(CopyControl::make(directory, bytes));
   std::vector<double> rates;
   for (int round = 0; round < 3; ++round)
-    rates.push_back(control->run(rig.memory(), rig.memory_bytes(), 5ull << 19, 2, traffic, 0));
+    rates.push_back(unwrap(control->run(rig.memory(), rig.memory_bytes(), 5ull << 19, 2, traffic, 0)));
   return median(rates);
 }
 

@@ -13,6 +13,7 @@
 #include "device/gds/cufile.h"
 #include "device/open_device.h"
 #include "format/manifest.h"
+#include "io/io_thread.h"
 #include "open_depot.h"
 #include "store/catalog.h"
 #include "store/first_replay.h"
@@ -229,9 +230,7 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::uniq
   depot->scrubber_ =
       std::make_unique<Scrubber>(writers, *depot->segments_, system_clock(), options.scrub_bytes_per_second);
   if (!depot->transfers_->running() || !depot->keeper_->running() || !depot->scrubber_->running()) {
-    return fail(
-        ErrorKind::busy,
-        "the system refused the depot's background threads; check the limit of processes (ulimit -u)");
+    return thread_refused("the depot's background threads");
   }
   depot->open_ns_ = system_clock().steady_ns() - began;
   const DepotStats found = depot->stats();

@@ -20,6 +20,7 @@
 #include "base/log.h"
 #include "base/sha256.h"
 #include "convert.h"
+#include "io/io_thread.h"
 #include "unlocked.h"
 
 namespace tokendepot::py {
@@ -100,7 +101,9 @@ class LMCacheConnector {
   LMCacheConnector(std::unique_ptr<Depot> depot, Json identity, double deadline_s)
       : depot_(std::move(depot)), identity_(std::move(identity)), deadline_(duration_from(deadline_s)) {
     if (event_.fd() < 0) throw DepotException(fail_errno(errno, "no event descriptor").error());
-    reaper_ = std::thread([this] { reap(); });
+    reaper_ = start_io_thread([](void* self) { static_cast<LMCacheConnector*>(self)->reap(); }, this);
+    if (!reaper_.joinable())
+      throw DepotException(thread_refused("the thread that reports to LMCache").error());
   }
   LMCacheConnector(const LMCacheConnector&) = delete;
   LMCacheConnector& operator=(const LMCacheConnector&) = delete;

@@ -125,7 +125,8 @@ class Device {
   virtual void enter_thread() {}
 };
 
-/// `threads` in 1..64 run scatters before gathers. The slab is anonymous memory, touched only when used.
-std::unique_ptr<Device> make_host_device(uint32_t threads, uint64_t slab_bytes);
+/// `threads` in 1..64 run scatters before gathers; `busy` where the system refuses one. The slab is anonymous
+/// memory, touched only when used.
+Result<std::unique_ptr<Device>> make_host_device(uint32_t threads, uint64_t slab_bytes);
 
 }  // namespace tokendepot

@@ -1,6 +1,3 @@
-#include <pthread.h>
-#include <signal.h>
-
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -10,6 +7,7 @@
 #include "device/host_kernels.h"
 #include "device/host_slab.h"
 #include "device/stream_copy.h"
+#include "io/io_thread.h"
 #include "io/mapping.h"
 
 namespace tokendepot {
@@ -62,35 +60,22 @@ void run(GatherWork* work) {
   work->done(work, ok);
 }
 
-/// Keeps the host process's signals off the threads that are started while this lives. Those that a thread
-/// brings upon itself stay open: a blocked SIGBUS would kill the process instead of reaching the mapping
-/// guard.
-class SignalsBlocked {
- public:
-  SignalsBlocked() {
-    sigset_t blocked;
-    sigfillset(&blocked);
-    for (const int own : {SIGBUS, SIGSEGV, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS})
-      sigdelset(&blocked, own);
-    TD_CHECK(pthread_sigmask(SIG_BLOCK, &blocked, &before_) == 0);
-  }
-  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
-  SignalsBlocked(const SignalsBlocked&) = delete;
-  SignalsBlocked& operator=(const SignalsBlocked&) = delete;
-
- private:
-  sigset_t before_;
-};
-
 class HostDevice final : public Device {
  public:
   HostDevice(uint32_t threads, uint64_t slab_bytes) : slab_(slab_bytes), thread_count_(threads) {
     TD_CHECK(threads >= 1 && threads <= 64);
-    const SignalsBlocked blocked;
-    for (uint32_t i = 0; i < threads; ++i) {
-      threads_.emplace_back([this] { serve(); });
-      pthread_setname_np(threads_.back().native_handle(), "td-dev");
+  }
+
+  /// Once, right after construction: all threads, or an error.
+  Status start() {
+    threads_.reserve(thread_count_);
+    for (uint32_t i = 0; i < thread_count_; ++i) {
+      std::thread thread =
+          start_io_thread([](void* self) { static_cast<HostDevice*>(self)->serve(); }, this, "td-dev");
+      if (!thread.joinable()) return thread_refused("the host device's threads");
+      threads_.push_back(std::move(thread));
     }
+    return {};
   }
 
   ~HostDevice() override {
@@ -175,8 +160,10 @@ class HostDevice final : public Device {
 
 }  // namespace
 
-std::unique_ptr<Device> make_host_device(uint32_t threads, uint64_t slab_bytes) {
-  return std::make_unique<HostDevice>(threads, slab_bytes);
+Result<std::unique_ptr<Device>> make_host_device(uint32_t threads, uint64_t slab_bytes) {
+  auto device = std::make_unique<HostDevice>(threads, slab_bytes);
+  if (auto started = device->start(); !started) return std::unexpected(started.error());
+  return device;
 }
 
 }  // namespace tokendepot

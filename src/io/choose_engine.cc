@@ -6,7 +6,6 @@
 #include <cstring>
 #include <vector>
 
-#include "base/check.h"
 #include "base/clock.h"
 #include "io/engine.h"
 #include "io/huge_memory.h"
@@ -25,7 +24,7 @@ class ProbeMemory {
  public:
   // Like the slab's: what kind of pages a buffer has decides how fast it is filled.
   ProbeMemory() : address_(map_huge_memory(kProbeBytes)) {
-    TD_CHECK(address_ != nullptr);
+    if (address_ == nullptr) return;
     // Not zeros: a file system that compresses or skips them would be measured at something else.
     uint64_t state = 1;
     auto* const words = reinterpret_cast<uint64_t*>(address_);
@@ -36,7 +35,10 @@ class ProbeMemory {
   }
   ProbeMemory(const ProbeMemory&) = delete;
   ProbeMemory& operator=(const ProbeMemory&) = delete;
-  ~ProbeMemory() { ::munmap(address_, kProbeBytes); }
+  ~ProbeMemory() {
+    if (address_ != nullptr) ::munmap(address_, kProbeBytes);
+  }
+  /// nullptr where the system refuses it.
   std::byte* data() const { return address_; }
 
  private:
@@ -54,8 +56,10 @@ EngineChoice threads_because(std::unique_ptr<IoEngine> threads, std::string reas
 
 }  // namespace
 
-EngineChoice choose_engine(const std::string& directory, bool direct, uint32_t depth) {
-  std::unique_ptr<IoEngine> threads = make_thread_engine(depth);
+Result<EngineChoice> choose_engine(const std::string& directory, bool direct, uint32_t depth) {
+  Result<std::unique_ptr<IoEngine>> made = make_thread_engine(depth);
+  if (!made) return std::unexpected(made.error());
+  std::unique_ptr<IoEngine> threads = std::move(*made);
   Result<std::unique_ptr<IoEngine>> uring = make_uring_engine(depth);
   if (!uring) return threads_because(std::move(threads), uring.error().message);
 
@@ -63,6 +67,10 @@ EngineChoice choose_engine(const std::string& directory, bool direct, uint32_t d
   if (!file) return threads_because(std::move(threads), "not measured: " + file.error().message);
 
   const ProbeMemory memory;
+  if (memory.data() == nullptr) {
+    return threads_because(std::move(threads),
+                           fmt::format("not measured: the system refused {} bytes of memory", kProbeBytes));
+  }
   const Clock& clock = system_clock();
   const uint64_t start = clock.steady_ns();
   // On a slow disk a smaller file has to do.
@@ -98,8 +106,8 @@ EngineChoice choose_engine(const std::string& directory, bool direct, uint32_t d
   const double with_uring = median(rates[1]);
   std::string reason = fmt::format("threads {:.1f} GB/s, uring {:.1f} GB/s", with_threads, with_uring);
   const bool take_uring = with_uring > 1.1 * with_threads;
-  return {take_uring ? std::move(*uring) : std::move(threads), std::move(reason),
-          static_cast<uint64_t>((take_uring ? with_uring : with_threads) * 1e9)};
+  return EngineChoice{take_uring ? std::move(*uring) : std::move(threads), std::move(reason),
+                      static_cast<uint64_t>((take_uring ? with_uring : with_threads) * 1e9)};
 }
 
 }  // namespace tokendepot

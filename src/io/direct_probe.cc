@@ -1,12 +1,10 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 
-#include "base/check.h"
 #include "base/errors.h"
+#include "io/aligned_memory.h"
 #include "io/file.h"
 #include "io/file_size_signal.h"
 #include "io/scratch_file.h"
@@ -16,17 +14,6 @@ namespace {
 
 constexpr uint32_t kSmallest = 512;
 constexpr uint32_t kLargest = 64 << 10;
-
-struct Release {
-  void operator()(std::byte* memory) const { std::free(memory); }
-};
-using AlignedBytes = std::unique_ptr<std::byte, Release>;
-
-AlignedBytes allocate(size_t bytes) {
-  AlignedBytes memory(static_cast<std::byte*>(std::aligned_alloc(2 * kLargest, bytes)));
-  TD_CHECK(memory != nullptr);
-  return memory;
-}
 
 // Zero when one transfer works whose offset, length and address are odd multiples of `alignment`.
 int try_alignment(int fd, uint32_t alignment, std::byte* out, std::byte* in) {
@@ -51,10 +38,13 @@ Result<uint32_t> probe_direct_alignment(const std::string& directory) {
   const Result<ScratchFile> file = ScratchFile::create(directory, true);
   if (!file) return std::unexpected(file.error());
   const FileSizeSignalGuard no_signal;
-  const AlignedBytes out = allocate(4 * kLargest);
-  const AlignedBytes in = allocate(4 * kLargest);
+  constexpr uint64_t kEach = 4 * kLargest;
+  const auto memory = aligned_memory(2 * kLargest, 2 * kEach, "a probe of direct I/O");
+  if (!memory) return std::unexpected(memory.error());
+  std::byte* const out = memory->get();
+  std::byte* const in = out + kEach;
   for (uint32_t alignment = kSmallest; alignment <= kLargest; alignment *= 2) {
-    const int error = try_alignment(file->fd(), alignment, out.get() + alignment, in.get() + alignment);
+    const int error = try_alignment(file->fd(), alignment, out + alignment, in + alignment);
     if (error == 0) return alignment;
     // EINVAL is how every file system says "not aligned enough"; anything else is a real failure.
     if (error != EINVAL) return fail_errno(error, "cannot probe direct I/O in {}", directory);

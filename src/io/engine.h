@@ -50,9 +50,10 @@ struct IoMover {
 };
 IoMover file_mover();
 
-/// `depth` in 1..128 threads.
-std::unique_ptr<IoEngine> make_thread_engine(uint32_t depth, const IoMover& mover = file_mover());
-/// `unsupported` or `permission` with the cause (errno and, where it explains it, kernel.io_uring_disabled).
+/// `depth` in 1..128 threads, or as many of them as the system grants; `busy` where it grants none.
+Result<std::unique_ptr<IoEngine>> make_thread_engine(uint32_t depth, const IoMover& mover = file_mover());
+/// `unsupported` or `permission` with the cause (errno and, where it explains it, kernel.io_uring_disabled);
+/// `busy` where the system refuses the thread.
 Result<std::unique_ptr<IoEngine>> make_uring_engine(uint32_t depth);
 
 /// Moves [offset, offset + bytes) of a file in pieces of 1 MiB that are all submitted at once, and waits for
@@ -68,7 +69,8 @@ struct EngineChoice {
 };
 /// Reads a probe file of 32 MiB that it writes in `directory` (removed again, never left behind: unlinked
 /// right after creation) with both engines and keeps the faster one; a difference under 10 % goes to threads.
-/// Takes at most about 0.3 s a root. `direct` = open with O_DIRECT.
-EngineChoice choose_engine(const std::string& directory, bool direct, uint32_t depth);
+/// Takes at most about 0.3 s a root. What is in the way of measuring is told as the reason for threads;
+/// `busy` where the system refuses even those. `direct` = open with O_DIRECT.
+Result<EngineChoice> choose_engine(const std::string& directory, bool direct, uint32_t depth);
 
 }  // namespace tokendepot

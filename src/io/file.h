@@ -108,7 +108,8 @@ struct FileSystemInfo {
 Result<FileSystemInfo> file_system_of(const std::string& path);
 
 /// Smallest power of two (512..64 KiB) that O_DIRECT accepts in `directory` for offset, length and address,
-/// found by writing and reading a temporary file there; `unsupported` when direct I/O does not work.
+/// found by writing and reading a temporary file there; `unsupported` when direct I/O does not work,
+/// `busy` when there is no memory to try it.
 Result<uint32_t> probe_direct_alignment(const std::string& directory);
 
 }  // namespace tokendepot

@@ -3,11 +3,14 @@
 #include <pthread.h>
 #include <signal.h>
 
+#include <cerrno>
 #include <system_error>
+
+#include "base/errors.h"
 
 namespace tokendepot {
 
-std::thread start_io_thread(void (*body)(void*), void* context) {
+std::thread start_io_thread(void (*body)(void*), void* context, const char* name) {
   sigset_t blocked;
   sigfillset(&blocked);
   for (const int fault : {SIGBUS, SIGSEGV, SIGILL, SIGFPE, SIGTRAP, SIGABRT, SIGSYS})
@@ -17,11 +20,20 @@ std::thread start_io_thread(void (*body)(void*), void* context) {
   std::thread thread;
   try {
     thread = std::thread(body, context);
-    pthread_setname_np(thread.native_handle(), "td-io");
+    pthread_setname_np(thread.native_handle(), name);
   } catch (const std::system_error&) {
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
   return thread;
+}
+
+std::unexpected<Error> thread_refused(std::string_view whose) {
+  auto refused = fail(ErrorKind::busy,
+                      "the system refused {}; check the limits of processes (ulimit -u, pids.max of the "
+                      "control group) and of address space (ulimit -v)",
+                      whose);
+  refused.error().os_errno = EAGAIN;
+  return refused;
 }
 
 }  // namespace tokendepot

@@ -26,7 +26,10 @@ int64_t move_file(void* /*context*/, const IoOperation& operation, uint32_t move
 
 class ThreadEngine final : public IoEngine {
  public:
-  ThreadEngine(uint32_t depth, const IoMover& mover) : mover_(mover) {
+  explicit ThreadEngine(const IoMover& mover) : mover_(mover) {}
+
+  /// Once, right after construction. Fewer threads than asked for are slower, not wrong.
+  Status start(uint32_t depth) {
     threads_.reserve(depth);
     for (uint32_t i = 0; i < depth; ++i) {
       std::thread thread =
@@ -37,7 +40,8 @@ class ThreadEngine final : public IoEngine {
       }
       threads_.push_back(std::move(thread));
     }
-    TD_CHECK(!threads_.empty());
+    if (threads_.empty()) return thread_refused("the I/O threads");
+    return {};
   }
 
   ~ThreadEngine() override {
@@ -103,9 +107,11 @@ IoMover file_mover() {
   return {.move = move_file};
 }
 
-std::unique_ptr<IoEngine> make_thread_engine(uint32_t depth, const IoMover& mover) {
+Result<std::unique_ptr<IoEngine>> make_thread_engine(uint32_t depth, const IoMover& mover) {
   TD_CHECK(depth >= 1 && depth <= 128);
-  return std::make_unique<ThreadEngine>(depth, mover);
+  auto engine = std::make_unique<ThreadEngine>(mover);
+  if (auto started = engine->start(depth); !started) return std::unexpected(started.error());
+  return engine;
 }
 
 }  // namespace tokendepot

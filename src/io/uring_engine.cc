@@ -276,6 +276,7 @@ Result<std::unique_ptr<IoEngine>> make_uring_engine(uint32_t depth) {
   TD_CHECK(depth >= 1 && depth <= 128);
   auto engine = std::make_unique<UringEngine>(depth);
   if (const int error = engine->start(); error != 0) {
+    if (error == EAGAIN) return thread_refused("io_uring's thread");
     const ErrorKind kind = error == EPERM || error == EACCES ? ErrorKind::permission : ErrorKind::unsupported;
     return std::unexpected(Error{kind, error,
                                  fmt::format("io_uring: {}{}", std::strerror(error),

@@ -116,16 +116,19 @@ Status Root::choose_transport(const FileSystemInfo& system, uint32_t io_depth) {
     auto alignment = writable_ ? probe_direct_alignment(segments_dir()) : Result<uint32_t>(4096u);
     // Direct I/O was not refused, there is just no room to try it: a full disk still serves what it holds.
     if (!alignment && alignment.error().kind == ErrorKind::no_space) alignment = 4096u;
+    const bool untried = !alignment && alignment.error().kind == ErrorKind::busy;
     if (alignment && *alignment <= kPageBytes) {
       direct_ = true;
     } else if (options_.transport == TransportChoice::direct || options_.transport == TransportChoice::gds) {
-      return fail(ErrorKind::unsupported, "root \"{}\": transport={} is not possible here: {}", path(),
+      return fail(untried ? ErrorKind::busy : ErrorKind::unsupported,
+                  "root \"{}\": transport={} is not possible here: {}", path(),
                   options_.transport == TransportChoice::gds ? "gds" : "direct",
                   alignment ? fmt::format("alignment {} is larger than 4096", *alignment)
                             : alignment.error().message);
     } else {
       reason_ = alignment ? fmt::format("O_DIRECT needs alignment {}; ", *alignment)
-                          : fmt::format("O_DIRECT refused ({}); ", alignment.error().message);
+                          : fmt::format("{} ({}); ", untried ? "O_DIRECT not tried" : "O_DIRECT refused",
+                                        alignment.error().message);
       log(LogLevel::warning, "root \"{}\": {}using the page cache", path(), reason_);
     }
   }
@@ -138,13 +141,16 @@ Status Root::choose_transport(const FileSystemInfo& system, uint32_t io_depth) {
     engine_ = std::move(*engine);
     reason_ += "io=uring asked for";
   } else if (options_.io == IoChoice::threads || !writable_) {
-    engine_ = make_thread_engine(io_depth);
+    auto engine = make_thread_engine(io_depth);
+    if (!engine) return fail(engine.error().kind, "root \"{}\": {}", path(), engine.error().message);
+    engine_ = std::move(*engine);
     reason_ += writable_ ? "io=threads asked for" : "read-only";
   } else {
     auto choice = choose_engine(segments_dir(), direct_, io_depth);
-    engine_ = std::move(choice.engine);
-    reason_ += choice.reason;
-    read_bytes_per_second_ = choice.read_bytes_per_second;
+    if (!choice) return fail(choice.error().kind, "root \"{}\": {}", path(), choice.error().message);
+    engine_ = std::move(choice->engine);
+    reason_ += choice->reason;
+    read_bytes_per_second_ = choice->read_bytes_per_second;
   }
   transport_ = fmt::format("{}-{}", direct_ ? "direct" : "buffered", engine_->name());
   return {};
@@ -158,23 +164,26 @@ Status Root::choose_gds(CuFile* cufile, uint32_t io_depth) {
     return fail(ErrorKind::unsupported, "root \"{}\": require_gds=true, but there is only {}", path(),
                 cufile->summary());
   }
-  auto lane = std::make_unique<GdsLane>(*cufile, io_depth, path());
+  auto lane = GdsLane::make(*cufile, io_depth, path());
   GdsLane::Rates rates;
   Status works;
-  if (writable_) {
-    const auto probed = lane->probe(segments_dir(), *engine_, asked ? kGdsCheckBytes : kGdsMeasureBytes);
+  if (!lane) {
+    works = std::unexpected(lane.error());
+  } else if (writable_) {
+    const auto probed = (*lane)->probe(segments_dir(), *engine_, asked ? kGdsCheckBytes : kGdsMeasureBytes);
     if (probed) {
       rates = *probed;
     } else {
       works = std::unexpected(probed.error());
     }
   } else {
-    works = lane->check_files(segments_dir());
+    works = (*lane)->check_files(segments_dir());
   }
   if (!works) {
     if (options_.require_gds) {
-      return fail(ErrorKind::unsupported, "root \"{}\": require_gds=true, but {}", path(),
-                  works.error().message);
+      const bool busy = works.error().kind == ErrorKind::busy;
+      return fail(busy ? ErrorKind::busy : ErrorKind::unsupported, "root \"{}\": require_gds=true, but {}",
+                  path(), works.error().message);
     }
     log(asked ? LogLevel::warning : LogLevel::info, "root \"{}\": going on without cuFile: {}", path(),
         works.error().message);
@@ -187,7 +196,7 @@ Status Root::choose_gds(CuFile* cufile, uint32_t io_depth) {
     reason_ += measured;
     return {};
   }
-  gds_ = std::move(lane);
+  gds_ = std::move(*lane);
   without_gds_ = std::move(transport_);
   transport_ = cufile->p2p() ? "gds-p2p" : "gds-compat";
   reason_ = fmt::format("{}{}; headers {}", cufile->summary(), asked ? "" : measured, reason_);

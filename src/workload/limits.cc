@@ -62,8 +62,10 @@ Status Limits::measure_medium(double seconds, std::vector<WorkloadLimit>& into) 
   if (copies_) {
     const size_t threads = std::clamp<size_t>(std::thread::hardware_concurrency(), 1, plan_.depth);
     const uint64_t bytes = std::clamp<uint64_t>(kCopyBytes / plan_.piece, 1, plan_.pieces) * plan_.piece;
-    into.push_back({fmt::format("{} by memcpy on a mapped file, {} threads", name_of(plan_.traffic), threads),
-                    copies_->run(memory_->data(), bytes, plan_.piece, threads, plan_.traffic, seconds)});
+    const auto rate = copies_->run(memory_->data(), bytes, plan_.piece, threads, plan_.traffic, seconds);
+    if (!rate) return std::unexpected(rate.error());
+    into.push_back(
+        {fmt::format("{} by memcpy on a mapped file, {} threads", name_of(plan_.traffic), threads), *rate});
   }
   if (!raw_) return {};
   const size_t most = std::clamp<size_t>(kMostBuffers / plan_.piece, 4, kMostThreads);

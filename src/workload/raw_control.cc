@@ -14,6 +14,7 @@
 
 #include "base/errors.h"
 #include "io/huge_memory.h"
+#include "io/io_thread.h"
 #include "io/scratch_file.h"
 #include "workload/meter.h"
 #include "workload/payload.h"
@@ -23,6 +24,21 @@ namespace {
 
 bool is_write(Traffic traffic, size_t index) {
   return traffic == Traffic::write || (traffic == Traffic::mixed && index % 2 == 1);
+}
+
+/// Runs body() on `count` threads and waits for them. `busy`, once those that were started have ended, where
+/// the system refuses one: a figure of fewer threads is of something else.
+template <typename Body>
+Status run_on_threads(size_t count, Body& body) {
+  std::vector<std::thread> threads(count);
+  size_t started = 0;
+  for (; started < count; ++started) {
+    threads[started] = start_io_thread([](void* context) { (*static_cast<Body*>(context))(); }, &body);
+    if (!threads[started].joinable()) break;
+  }
+  for (size_t i = 0; i < started; ++i) threads[i].join();
+  if (started < count) return thread_refused("the raw control's threads");
+  return {};
 }
 
 }  // namespace
@@ -92,20 +108,18 @@ Result<RawControl::Moved> RawControl::move(size_t depth, Traffic traffic, Pages 
   std::atomic<uint64_t> done = 0;
   std::atomic<int> error = 0;
   const double begin = steady_s();
-  std::vector<std::thread> threads;
-  for (size_t t = 0; t < depth; ++t) {
-    threads.emplace_back([&, t] {
-      std::byte* const buffer = buffers[t]->data();
-      for (size_t i = next++; error == 0 && (i < least || steady_s() - begin < seconds); i = next++) {
-        const auto at = static_cast<off_t>(order[i % pieces_] * piece_);
-        const ssize_t moved = is_write(traffic, i) ? ::pwrite(file_.fd(), buffer, piece_, at)
-                                                   : ::pread(file_.fd(), buffer, piece_, at);
-        if (moved != static_cast<ssize_t>(piece_)) error = moved < 0 ? errno : EIO;
-        ++done;
-      }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
+  std::atomic<size_t> next_buffer = 0;
+  auto work = [&] {
+    std::byte* const buffer = buffers[next_buffer++]->data();
+    for (size_t i = next++; error == 0 && (i < least || steady_s() - begin < seconds); i = next++) {
+      const auto at = static_cast<off_t>(order[i % pieces_] * piece_);
+      const ssize_t moved = is_write(traffic, i) ? ::pwrite(file_.fd(), buffer, piece_, at)
+                                                 : ::pread(file_.fd(), buffer, piece_, at);
+      if (moved != static_cast<ssize_t>(piece_)) error = moved < 0 ? errno : EIO;
+      ++done;
+    }
+  };
+  if (auto ran = run_on_threads(depth, work); !ran) return std::unexpected(ran.error());
   if (error != 0) return fail_errno(error, "the raw control of {} bytes a piece failed", piece_);
   return Moved{done, steady_s() - begin};
 }
@@ -162,28 +176,25 @@ Result<std::unique_ptr<CopyControl>> CopyControl::make(const std::string& direct
   return std::unique_ptr<CopyControl>(new CopyControl(std::move(*file), std::move(*mapping)));
 }
 
-double CopyControl::run(std::byte* memory, uint64_t bytes, uint64_t piece, size_t threads, Traffic traffic,
-                        double seconds) {
+Result<double> CopyControl::run(std::byte* memory, uint64_t bytes, uint64_t piece, size_t threads,
+                                Traffic traffic, double seconds) {
   const uint64_t pieces = std::min(bytes, mapping_.size()) / piece;
   if (pieces == 0) return 0;
   std::atomic<uint64_t> next = 0;
   std::atomic<uint64_t> done = 0;
   const double begin = steady_s();
-  std::vector<std::thread> copiers;
-  for (size_t t = 0; t < threads; ++t) {
-    copiers.emplace_back([&] {
-      for (uint64_t i = next++; i < pieces || steady_s() - begin < seconds; i = next++) {
-        const uint64_t at = i % pieces * piece;
-        if (is_write(traffic, i)) {
-          std::memcpy(mapping_.data() + at, memory + at, piece);
-        } else {
-          std::memcpy(memory + at, mapping_.data() + at, piece);
-        }
-        ++done;
+  auto copy = [&] {
+    for (uint64_t i = next++; i < pieces || steady_s() - begin < seconds; i = next++) {
+      const uint64_t at = i % pieces * piece;
+      if (is_write(traffic, i)) {
+        std::memcpy(mapping_.data() + at, memory + at, piece);
+      } else {
+        std::memcpy(memory + at, mapping_.data() + at, piece);
       }
-    });
-  }
-  for (std::thread& copier : copiers) copier.join();
+      ++done;
+    }
+  };
+  if (auto ran = run_on_threads(threads, copy); !ran) return std::unexpected(ran.error());
   return static_cast<double>(done * piece) * 1e-9 / (steady_s() - begin);
 }
 

@@ -80,8 +80,8 @@ class CopyControl {
 
   /// GB/s of `threads` threads that copy pieces of `piece` bytes between the file and `memory`, which has at
   /// least `bytes` bytes, until `seconds` are over; the whole file at least once.
-  double run(std::byte* memory, uint64_t bytes, uint64_t piece, size_t threads, Traffic traffic,
-             double seconds);
+  Result<double> run(std::byte* memory, uint64_t bytes, uint64_t piece, size_t threads, Traffic traffic,
+                     double seconds);
 
  private:
   CopyControl(File file, Mapping mapping) : file_(std::move(file)), mapping_(std::move(mapping)) {}

@@ -140,7 +140,7 @@ class CuFileTransfer : public CuFileTest {
     file_ = file_of(content_);
     handle_ = std::move(*opened_->add(file_));
     GpuLikeDevice::entered = 0;
-    engine_ = make_thread_engine(3, opened_->mover());
+    engine_ = make_thread_engine(3, opened_->mover()).value();
     memory_ = opened_->slab().allocate(content_.size());
   }
   int read() { return move_and_wait(*engine_, {.handle = handle_.get()}, memory_, 0, content_.size()); }

@@ -94,8 +94,7 @@ std::unique_ptr<std::byte, Free> aligned(size_t bytes) {
 }
 
 std::unique_ptr<IoEngine> make(const std::string& kind, uint32_t depth) {
-  if (kind == "threads") return make_thread_engine(depth);
-  auto engine = make_uring_engine(depth);
+  auto engine = kind == "threads" ? make_thread_engine(depth) : make_uring_engine(depth);
   return engine ? std::move(*engine) : nullptr;
 }
 
@@ -389,8 +388,7 @@ TEST_P(Engine, WorksOrNamesTheLimitWithLittleMemoryToLock) {
                 auto content = pattern(65536);
                 std::vector<std::unique_ptr<IoEngine>> engines;
                 for (int i = 0; i < 64; ++i) {
-                  auto made = kind == "threads" ? Result<std::unique_ptr<IoEngine>>(make_thread_engine(1))
-                                                : make_uring_engine(1);
+                  auto made = kind == "threads" ? make_thread_engine(1) : make_uring_engine(1);
                   if (!made) {
                     if (made.error().kind != ErrorKind::unsupported || made.error().os_errno != ENOMEM)
                       return 3;

@@ -20,7 +20,7 @@ namespace tokendepot::testing {
 class GpuLikeDevice final : public Device {
  public:
   explicit GpuLikeDevice(uint64_t file_slab_bytes, std::string name = "cuda:0")
-      : name_(std::move(name)), host_(make_host_device(2, 8 << 20)), file_slab_(file_slab_bytes) {}
+      : name_(std::move(name)), host_(make_host_device(2, 8 << 20).value()), file_slab_(file_slab_bytes) {}
 
   DeviceUse stats() const override {
     DeviceUse stats = host_->stats();

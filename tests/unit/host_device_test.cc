@@ -108,7 +108,7 @@ class HostDeviceTest : public testing::Test {
 };
 
 TEST_F(HostDeviceTest, WhatWasScatteredIsGatheredAgain) {
-  auto device = make_host_device(2, 1 << 20);
+  auto device = make_host_device(2, 1 << 20).value();
   EXPECT_EQ(device->stats().name, "host");
   EXPECT_EQ(device->stats().threads, 2u);
   EXPECT_EQ(device->slab().size(), 1u << 20);
@@ -123,7 +123,7 @@ TEST_F(HostDeviceTest, WhatWasScatteredIsGatheredAgain) {
 }
 
 TEST_F(HostDeviceTest, ACorruptExtentIsReportedAndWritesNothing) {
-  auto device = make_host_device(1, 0);
+  auto device = make_host_device(1, 0).value();
   payload_[5] ^= std::byte{1};
   const auto before = memory_.bytes;
   auto load = scatter();
@@ -159,7 +159,7 @@ class Gate {
 };
 
 TEST_F(HostDeviceTest, QueuedScattersAreServedBeforeQueuedGathersInTheirOrder) {
-  auto device = make_host_device(1, 0);
+  auto device = make_host_device(1, 0).value();
   Gate gate;
   auto holder = gather();
   holder.owner = &gate;
@@ -192,7 +192,7 @@ TEST_F(HostDeviceTest, DestructionFinishesWhatIsQueued) {
   std::vector<GatherWork> stores(1, gather());
   for (auto& load : loads) load.header = &damaged;
   {
-    auto device = make_host_device(3, 0);
+    auto device = make_host_device(3, 0).value();
     for (auto& load : loads) device->submit(&load);
     for (auto& store : stores) device->submit(&store);
   }
@@ -205,7 +205,7 @@ TEST_F(HostDeviceTest, ACompletionMaySubmitMore) {
     Reports* reports;
     int left;
   };
-  auto device = make_host_device(1, 0);
+  auto device = make_host_device(1, 0).value();
   Chain chain{device.get(), &reports_, 10};
   auto load = scatter();
   load.owner = &chain;
@@ -222,7 +222,7 @@ TEST_F(HostDeviceTest, ACompletionMaySubmitMore) {
 }
 
 TEST_F(HostDeviceTest, ManyThreadsSubmitAtOnce) {
-  auto device = make_host_device(4, 0);
+  auto device = make_host_device(4, 0).value();
   constexpr int kSubmitters = 4, kEach = 50;
   std::vector<std::vector<ScatterWork>> loads(kSubmitters, std::vector<ScatterWork>(kEach, scatter()));
   std::vector<std::thread> submitters;
@@ -273,7 +273,7 @@ class MappedPayload {
 };
 
 TEST_F(HostDeviceTest, ATruncatedMappingIsGoneAndTheDeviceLivesOn) {
-  auto device = make_host_device(1, 0);
+  auto device = make_host_device(1, 0).value();
   for (const uint64_t left : {uint64_t{0}, kPageBytes, payload_.size() - kPageBytes}) {
     SCOPED_TRACE(left);
     const size_t before = reports_.count();
@@ -316,7 +316,7 @@ std::vector<std::string> device_thread_states() {
 }
 
 TEST(HostDevice, ThreadsCarryItsNameAndTakeNoSignalsOfTheProcess) {
-  auto device = make_host_device(3, 0);
+  auto device = make_host_device(3, 0).value();
   const auto blocked_in = [](const std::string& status) {
     return std::stoull(status.substr(status.find("SigBlk:") + 7), nullptr, 16);
   };
@@ -346,7 +346,7 @@ TEST(HostDevice, ThreadsCarryItsNameAndTakeNoSignalsOfTheProcess) {
 TEST(HostDevice, TheCallersSignalMaskIsLeftAsItWas) {
   sigset_t before, after;
   pthread_sigmask(SIG_SETMASK, nullptr, &before);
-  auto device = make_host_device(1, 0);
+  auto device = make_host_device(1, 0).value();
   pthread_sigmask(SIG_SETMASK, nullptr, &after);
   for (int number = 1; number < 65; ++number)
     EXPECT_EQ(sigismember(&before, number), sigismember(&after, number));

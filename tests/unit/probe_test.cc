@@ -123,7 +123,7 @@ TEST(ChooseEngine, MeasuresBothAndLeavesNothingBehind) {
   for (const char* parent : {"/tmp", "/dev/shm"}) {
     for (const bool direct : {false, true}) {
       const TemporaryDirectory directory(parent);
-      const EngineChoice choice = choose_engine(directory.path(), direct, 8);
+      const EngineChoice choice = choose_engine(directory.path(), direct, 8).value();
       ASSERT_NE(choice.engine, nullptr);
       EXPECT_EQ(directory.entries(), 0u);
       const bool measured = choice.reason.starts_with("threads ");
@@ -135,13 +135,13 @@ TEST(ChooseEngine, MeasuresBothAndLeavesNothingBehind) {
 }
 
 TEST(ChooseEngine, TakesThreadsWithTheReasonWhenTheProbeCannotBeWritten) {
-  const EngineChoice missing = choose_engine("/nowhere/at/all", false, 2);
+  const EngineChoice missing = choose_engine("/nowhere/at/all", false, 2).value();
   EXPECT_STREQ(missing.engine->name(), "threads");
   EXPECT_FALSE(missing.reason.empty());
 
   TemporaryDirectory directory;
   if (!directory.mount_tmpfs("size=1m")) GTEST_SKIP() << "cannot mount";
-  const EngineChoice full = choose_engine(directory.path(), false, 2);
+  const EngineChoice full = choose_engine(directory.path(), false, 2).value();
   EXPECT_STREQ(full.engine->name(), "threads");
   if (!full.reason.starts_with("io_uring: ")) {
     EXPECT_NE(full.reason.find("No space left"), std::string::npos) << full.reason;
@@ -157,7 +157,7 @@ TEST(ChooseEngine, StartsWithoutMemoryToLock) {
               const rlimit none{};
               if (::setrlimit(RLIMIT_MEMLOCK, &none) != 0) return 1;
               if (::getuid() == 0 && ::setuid(65534) != 0) return 2;
-              const EngineChoice choice = choose_engine(directory.path(), false, 128);
+              const EngineChoice choice = choose_engine(directory.path(), false, 128).value();
               return choice.engine != nullptr && !choice.reason.empty() ? 0 : 3;
             }),
             0);
@@ -169,7 +169,7 @@ TEST(ChooseEngine, StartsOnThreadsWhereIoUringIsBlocked) {
     EXPECT_EQ(exit_code_of_child([&] {
                 if (!forbid_calls({SYS_io_uring_setup, SYS_io_uring_enter, SYS_io_uring_register}, refusal))
                   return 1;
-                const EngineChoice choice = choose_engine(directory.path(), false, 4);
+                const EngineChoice choice = choose_engine(directory.path(), false, 4).value();
                 if (std::string_view(choice.engine->name()) != "threads") return 2;
                 return choice.reason.starts_with("io_uring: ") ? 0 : 3;
               }),

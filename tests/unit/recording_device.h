@@ -17,7 +17,7 @@ namespace tokendepot::testing {
 /// Fails the test when a range is adopted while it is adopted already, or released without having been.
 class RecordingDevice final : public Device {
  public:
-  explicit RecordingDevice(uint64_t slab_bytes = 8 << 20) : host_(make_host_device(2, slab_bytes)) {}
+  explicit RecordingDevice(uint64_t slab_bytes = 8 << 20) : host_(make_host_device(2, slab_bytes).value()) {}
   ~RecordingDevice() override { EXPECT_TRUE(adopted_.empty()) << "mappings are left"; }
 
   struct Adopted {

@@ -16,7 +16,7 @@ Status Copiers::start(uint32_t threads) {
     threads_.push_back(start_io_thread([](void* self) { static_cast<Copiers*>(self)->serve(); }, this));
     if (!threads_.back().joinable()) {
       threads_.pop_back();
-      return fail(ErrorKind::busy, "the system refused the CUDA device's threads");
+      return thread_refused("the CUDA device's threads");
     }
   }
   return {};

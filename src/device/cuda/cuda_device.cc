@@ -85,7 +85,7 @@ class CudaDevice final : public Device, public cuda::CopierReports {
   /// Starts the device's own thread and returns what became of everything that it makes first.
   Status start() {
     thread_ = start_io_thread([](void* self) { static_cast<CudaDevice*>(self)->run(); }, this);
-    if (!thread_.joinable()) return fail(ErrorKind::busy, "the system refused the CUDA device's thread");
+    if (!thread_.joinable()) return thread_refused("the CUDA device's thread");
     std::unique_lock lock(mutex_);
     wake_.wait(lock, [this] { return made_.has_value(); });
     return *made_;
@@ -183,8 +183,7 @@ class CudaDevice final : public Device, public cuda::CopierReports {
     if (auto s = copiers_->start(copier_threads_); !s) return s;
     std::memcpy(secret_.words, XXH3_kSecret, sizeof secret_.words);
     registry_ = std::make_unique<cuda::Registry>(ordinal_, busy_);
-    if (!registry_->running())
-      return fail(ErrorKind::busy, "the system refused the CUDA device's second thread");
+    if (!registry_->running()) return thread_refused("the CUDA device's second thread");
     return {};
   }
 

@@ -194,7 +194,7 @@ Result<std::unique_ptr<CuFile>> CuFile::open(Device& device, Compat compat, cons
   std::unique_ptr<CuFile> opened(new CuFile(device, **calls));
   Status started;
   auto start = [&] { started = opened->start(compat); };
-  if (!on_own_thread(device, start)) return fail(ErrorKind::busy, "the system refused a thread");
+  if (!on_own_thread(device, start)) return thread_refused("cuFile's first thread");
   if (!started) return std::unexpected(started.error());
   return opened;
 }

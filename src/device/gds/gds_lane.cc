@@ -1,31 +1,19 @@
 #include "device/gds/gds_lane.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <utility>
 
-#include "base/check.h"
 #include "base/clock.h"
 #include "base/errors.h"
 #include "base/log.h"
+#include "io/aligned_memory.h"
 #include "io/scratch_file.h"
 
 namespace tokendepot {
 namespace {
 
 constexpr uint64_t kStepBytes = 1ull << 20;
-
-struct Free {
-  void operator()(std::byte* memory) const { std::free(memory); }
-};
-using HostBytes = std::unique_ptr<std::byte, Free>;
-
-HostBytes host_bytes(uint64_t bytes) {
-  HostBytes memory(static_cast<std::byte*>(std::aligned_alloc(kPageBytes, bytes)));
-  TD_CHECK(memory != nullptr);
-  return memory;
-}
 
 /// A file with a name, which cuFile may look at; gone at the end, and after a crash the keeper removes it.
 class ProbeFile {
@@ -63,25 +51,28 @@ struct SlabRange {
 
 }  // namespace
 
-GdsLane::GdsLane(CuFile& cufile, uint32_t io_depth, std::string root_path)
-    : cufile_(cufile),
-      root_path_(std::move(root_path)),
-      engine_(make_thread_engine(io_depth, cufile.mover())) {}
+Result<std::unique_ptr<GdsLane>> GdsLane::make(CuFile& cufile, uint32_t io_depth, std::string root_path) {
+  auto engine = make_thread_engine(io_depth, cufile.mover());
+  if (!engine) return std::unexpected(engine.error());
+  return std::unique_ptr<GdsLane>(new GdsLane(cufile, std::move(*engine), std::move(root_path)));
+}
 
 Result<GdsLane::Rates> GdsLane::probe(const std::string& directory, IoEngine& ordinary, uint64_t bytes) {
   const auto probe = ProbeFile::create(directory);
   if (!probe) return std::unexpected(probe.error());
   const File& file = probe->file();
-  const HostBytes sent = host_bytes(kStepBytes);
-  const HostBytes received = host_bytes(bytes);
+  const auto host_memory = aligned_memory(kPageBytes, kStepBytes + bytes, "a probe of cuFile");
+  if (!host_memory) return std::unexpected(host_memory.error());
+  std::byte* const sent = host_memory->get();
+  std::byte* const received = sent + kStepBytes;
   // Not zeros: a file system that compresses or skips them would be measured at something else.
   uint64_t state = 1;
   for (uint64_t at = 0; at < kStepBytes; at += sizeof state) {
     state = state * 6364136223846793005ull + 1442695040888963407ull;
-    std::memcpy(sent.get() + at, &state, sizeof state);
+    std::memcpy(sent + at, &state, sizeof state);
   }
   for (uint64_t at = 0; at < bytes; at += kStepBytes) {
-    if (auto written = file.write_at({sent.get(), kStepBytes}, at); !written)
+    if (auto written = file.write_at({sent, kStepBytes}, at); !written)
       return std::unexpected(written.error());
   }
   const auto handle = cufile_.add(file);
@@ -97,9 +88,8 @@ Result<GdsLane::Rates> GdsLane::probe(const std::string& directory, IoEngine& or
   pattern.write = true;
   if (error == 0) error = move_and_wait(*engine_, pattern, range.memory, bytes, kStepBytes);
   if (error != 0) return fail_errno(error, "cuFile failed a transfer in {}", directory);
-  if (auto read = file.read_at({received.get(), kStepBytes}, bytes); !read)
-    return std::unexpected(read.error());
-  if (std::memcmp(sent.get(), received.get(), kStepBytes) != 0)
+  if (auto read = file.read_at({received, kStepBytes}, bytes); !read) return std::unexpected(read.error());
+  if (std::memcmp(sent, received, kStepBytes) != 0)
     return fail(ErrorKind::io, "cuFile brought back other bytes than were written in {}", directory);
 
   pattern.write = false;
@@ -110,7 +100,7 @@ Result<GdsLane::Rates> GdsLane::probe(const std::string& directory, IoEngine& or
     return static_cast<double>(bytes) / static_cast<double>(took);
   };
   Rates rates;
-  rates.ordinary = rate(ordinary, received.get());
+  rates.ordinary = rate(ordinary, received);
   rates.cufile = rate(*engine_, range.memory);
   return rates;
 }

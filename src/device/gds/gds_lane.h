@@ -4,6 +4,7 @@
 #include <atomic>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "device/gds/cufile.h"
 #include "io/engine.h"
@@ -13,15 +14,16 @@ namespace tokendepot {
 /// Thread-safe.
 class GdsLane {
  public:
-  GdsLane(CuFile& cufile, uint32_t io_depth, std::string root_path);
+  /// `busy` where the system refuses its threads.
+  static Result<std::unique_ptr<GdsLane>> make(CuFile& cufile, uint32_t io_depth, std::string root_path);
 
   struct Rates {
     double cufile = 0;  // GB/s
     double ordinary = 0;
   };
   /// Moves a file's bytes to the slab and back through cuFile, compares them, and reads `bytes` (a multiple
-  /// of 1 MiB) both ways for the rates. Leaves nothing behind. Errors: what cuFile refused, or `io` when
-  /// bytes differ.
+  /// of 1 MiB) both ways for the rates. Leaves nothing behind. Errors: what cuFile refused, `busy` without
+  /// memory for it, or `io` when bytes differ.
   Result<Rates> probe(const std::string& directory, IoEngine& ordinary, uint64_t bytes);
 
   /// For a directory that is only read: whether cuFile takes a file that is there. Without any there is
@@ -46,6 +48,9 @@ class GdsLane {
   static constexpr uint64_t kMostErrors = 8;
 
  private:
+  GdsLane(CuFile& cufile, std::unique_ptr<IoEngine> engine, std::string root_path)
+      : cufile_(cufile), root_path_(std::move(root_path)), engine_(std::move(engine)) {}
+
   CuFile& cufile_;
   const std::string root_path_;
   std::atomic<uint64_t> errors_ = 0;

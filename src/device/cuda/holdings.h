@@ -27,6 +27,8 @@ struct Holdings {
   Holdings() = default;
   Holdings(const Holdings&) = delete;
   Holdings& operator=(const Holdings&) = delete;
+  /// From the GPU's memory to the host's, on any thread of the depot's own, which waits for it.
+  cudaError_t copy_to_host(int ordinal, std::byte* to, const std::byte* from, uint64_t bytes) const;
 
   void* memory = nullptr;            // device_slab_bytes of the GPU
   std::unique_ptr<HostSlab> pinned;  // slab_bytes of the host

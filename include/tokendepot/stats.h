@@ -116,7 +116,7 @@ struct RootStats {
   uint64_t scrub_errors = 0;       // extents that were bad or could not be read
   uint64_t scrub_pass_bytes = 0;   // gauge: read in the pass under way, by whomever; 0 = none
   uint64_t scrub_finished_ns = 0;  // gauge: wall clock at the end of the last full pass; 0 = never
-  uint64_t gds_errors = 0;         // of cuFile: the extent went the ordinary way, or was not stored
+  uint64_t gds_errors = 0;         // of cuFile: the extent went the ordinary way
   uint64_t mended_manifests = 0;   // found damaged and written anew
   bool writable = false;
   bool suspended = false;  // gauge: failing, retried in the background

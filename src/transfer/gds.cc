@@ -2,6 +2,7 @@
 // whatever cuFile fails, go the ordinary way.
 #include <utility>
 
+#include "base/errors.h"
 #include "transfer/tasks.h"
 #include "transfer/transfers.h"
 
@@ -67,41 +68,87 @@ void Transfers::retry_without_gds(LoadTask& task, std::string what) {
 }
 
 bool Transfers::take_store_memory(StoreTask& task, GdsLane* lane) {
-  const uint64_t payload = task.bytes - task.header_bytes;
-  if (lane != nullptr && payload > lane->slab().size()) lane = nullptr;
-  const uint64_t staged = lane != nullptr ? task.header_bytes : task.bytes;
+  if (lane != nullptr && task.bytes - task.header_bytes > lane->slab().size()) lane = nullptr;
+  if (!take_staging(task, lane != nullptr ? task.header_bytes : task.bytes)) return false;
+  if (lane == nullptr || take_run(task, *lane)) return true;
+  give_store_memory(task);
+  return false;
+}
+
+// Half of each slab stays free for loads, unless a single extent needs more.
+bool Transfers::take_staging(StoreTask& task, uint64_t bytes) {
   {
-    // Half of each slab stays free for loads, unless a single extent needs more.
     std::lock_guard lock(mutex_);
-    if (staged_store_bytes_ > 0 && staged_store_bytes_ + staged > device_.slab().size() / 2) return false;
-    if (lane != nullptr && lane_store_bytes_ > 0 && lane_store_bytes_ + payload > lane->slab().size() / 2)
-      return false;
+    if (staged_store_bytes_ > 0 && staged_store_bytes_ + bytes > device_.slab().size() / 2) return false;
   }
-  task.staging = device_.slab().allocate(staged);
+  task.staging = device_.slab().allocate(bytes);
   if (task.staging == nullptr) return false;
-  if (lane != nullptr) {
-    task.device_run = lane->slab().allocate(payload);
-    if (task.device_run == nullptr) {
-      device_.slab().release(std::exchange(task.staging, nullptr));
-      return false;
-    }
-  }
-  task.lane = lane;
-  task.staged_bytes = staged;
+  task.staged_bytes = bytes;
   std::lock_guard lock(mutex_);
-  staged_store_bytes_ += staged;
-  if (lane != nullptr) lane_store_bytes_ += payload;
+  staged_store_bytes_ += bytes;
   return true;
 }
 
-void Transfers::give_store_memory(StoreTask& task) {
-  if (task.staging == nullptr) return;
-  GdsLane* const lane = std::exchange(task.lane, nullptr);
-  device_.slab().release(std::exchange(task.staging, nullptr));
-  if (lane != nullptr) lane->slab().release(std::exchange(task.device_run, nullptr));
+bool Transfers::take_run(StoreTask& task, GdsLane& lane) {
+  const uint64_t payload = task.bytes - task.header_bytes;
+  {
+    std::lock_guard lock(mutex_);
+    if (lane_store_bytes_ > 0 && lane_store_bytes_ + payload > lane.slab().size() / 2) return false;
+  }
+  task.device_run = lane.slab().allocate(payload);
+  if (task.device_run == nullptr) return false;
+  task.lane = &lane;
   std::lock_guard lock(mutex_);
-  staged_store_bytes_ -= task.staged_bytes;
-  if (lane != nullptr) lane_store_bytes_ -= task.bytes - task.header_bytes;
+  lane_store_bytes_ += payload;
+  return true;
+}
+
+void Transfers::give_staging(StoreTask& task) {
+  if (task.staging == nullptr) return;
+  device_.slab().release(std::exchange(task.staging, nullptr));
+  std::lock_guard lock(mutex_);
+  staged_store_bytes_ -= std::exchange(task.staged_bytes, 0);
+}
+
+void Transfers::give_run(StoreTask& task) {
+  GdsLane* const lane = std::exchange(task.lane, nullptr);
+  if (lane == nullptr) return;
+  lane->slab().release(std::exchange(task.device_run, nullptr));
+  std::lock_guard lock(mutex_);
+  lane_store_bytes_ -= task.bytes - task.header_bytes;
+}
+
+void Transfers::give_store_memory(StoreTask& task) {
+  give_staging(task);
+  give_run(task);
+}
+
+void Transfers::rewrite_without_gds(StoreTask& task) {
+  give_staging(task);  // else those that wait could hold among them what each of them waits for
+  {
+    std::lock_guard lock(mutex_);
+    if (!stop_) {
+      rewrites_.push_back(&task);
+      return wake_dispatchers_locked();
+    }
+  }
+  finish_store(task, false, Reason::cancelled);
+}
+
+bool Transfers::start_rewrite(StoreTask& task) {
+  if (!take_staging(task, task.bytes)) return false;
+  std::byte* const payload = task.staging + task.header_bytes;
+  const bool copied = device_.copy_from_file_slab(payload, task.device_run, task.bytes - task.header_bytes);
+  give_run(task);
+  if (!copied) {
+    note_failure(task.job, fmt::format("chunk {} of group {}: the device cannot be read", task.item.chunk,
+                                       task.item.group));
+    finish_store(task, false, Reason::io_error);
+    return true;
+  }
+  encode_extent_header(task.header, {task.staging, task.header_bytes});
+  write_pieces(task);
+  return true;
 }
 
 void Transfers::count_path(TransferStats& stats, const Root& root, const GdsLane* lane, uint64_t header,

@@ -441,10 +441,17 @@ void Transfers::fail_load(LoadTask& task, Reason reason, bool bad_on_medium) {
     reason = Reason::absent;
     bad_on_medium = false;
   }
+  // Nor is what a recycled segment holds by now: it loses its name before it is written anew.
+  const Root& root = *tiers_[task.tier].root;
+  if (bad_on_medium && reason != Reason::absent && had_place && !root.network() &&
+      !task.segment->file.is_at_its_path()) {
+    reason = Reason::absent;
+    bad_on_medium = false;
+  }
   // Another host may have journaled what has not arrived here yet. A condemnation is for ever, so none is
   // written for it: the engine forgets the chunk and stores it again.
   std::optional<Record> condemned;
-  if (had_place && bad_on_medium && tiers_[task.tier].writer != nullptr && !tiers_[task.tier].root->network())
+  if (had_place && bad_on_medium && tiers_[task.tier].writer != nullptr && !root.network())
     condemned = tiers_[task.tier].writer->condemn_here(record_of(task.item));
   let_go(task);
   task.suspect = nullptr;  // the medium's fault, or nobody's
@@ -453,8 +460,8 @@ void Transfers::fail_load(LoadTask& task, Reason reason, bool bad_on_medium) {
   if (!task.resolved && had_place) {
     note_failure_locked(
         task.job, fmt::format("chunk {} of group {} in \"{}\" {} at {}: {}", task.item.chunk, task.item.group,
-                              tiers_[task.tier].root->path(), segment_name(task.item.where.segment),
-                              task.item.where.offset, tokendepot::name(reason)));
+                              root.path(), segment_name(task.item.where.segment), task.item.where.offset,
+                              tokendepot::name(reason)));
   }
   if (!task.resolved && had_place && !stop_) {
     const uint32_t elsewhere = segments_.present_in(task.slot);

@@ -68,39 +68,35 @@ void Transfers::queue_store_locked(Job& job, uint32_t index, StoreItem item, con
 
 Transfers::Start Transfers::start_store(StoreTask& task) {
   const bool mapped = task.writer->root().mapped();
-  if (!mapped && task.staging == nullptr && !take_store_memory(task, task.writer->root().gds()))
-    return Start::later;
-  auto place = task.writer->reserve(task.bytes);
-  if (task.writer->wants_spare()) task.keeper->wake();
-  if (!place) {
-    if (place.error().kind == ErrorKind::busy) {
-      // It may wait for long: loads shall not wait for its staging.
-      give_store_memory(task);
-      return Start::later;
+  if (!task.place.segment) {
+    if (!mapped && !take_store_memory(task, task.writer->root().gds())) return Start::later;
+    auto place = task.writer->reserve(task.bytes);
+    if (task.writer->wants_spare()) task.keeper->wake();
+    if (!place) {
+      if (place.error().kind == ErrorKind::busy) {
+        // It may wait for long: loads shall not wait for its staging.
+        give_store_memory(task);
+        return Start::later;
+      }
+      if (task.writer->space_is_pinned()) {
+        finish_store(task, false, Reason::pinned);
+      } else {
+        drop_store(task, &DropCounts::no_space);
+      }
+      return Start::over;
     }
-    if (task.writer->space_is_pinned()) {
-      finish_store(task, false, Reason::pinned);
-    } else {
-      drop_store(task, &DropCounts::no_space);
-    }
-    return Start::over;
+    task.place = std::move(*place);
+    segments_.acquire(task.place.slot);
+    if (task.lane != nullptr && !task.place.segment->gds) give_store_memory(task);  // not taken by cuFile
   }
-  task.place = std::move(*place);
-  segments_.acquire(task.place.slot);
+  // The place is kept while it waits for memory: whoever comes next would find the same segment.
+  if (!mapped && task.staging == nullptr && !take_store_memory(task, nullptr)) return Start::later;
   {
     std::unique_lock lock(mutex_);
     task.starting = false;
     if (task.given_up) {
       lock.unlock();
       drop_store(task, &DropCounts::late);
-      return Start::over;
-    }
-  }
-  if (task.lane != nullptr && !task.place.segment->gds) {
-    // cuFile did not take this segment.
-    give_store_memory(task);
-    if (!take_store_memory(task, nullptr)) {
-      drop_store(task, &DropCounts::no_space);
       return Start::over;
     }
   }
@@ -167,6 +163,7 @@ void Transfers::write_pieces(StoreTask& task) {
     if (store->pieces_left.fetch_sub(1, std::memory_order_acq_rel) == 1)
       store->transfers->pieces_written(*store);
   };
+  task.pieces.clear();
   cut_pieces(task.pieces, pattern, task.staging, task.place.where.offset, task.staged_bytes,
              task.piece_bytes);
   const size_t staged = task.pieces.size();
@@ -192,13 +189,14 @@ void Transfers::write_pieces(StoreTask& task) {
 }
 
 void Transfers::pieces_written(StoreTask& task) {
-  const int gds_error = task.gds_error.load();
+  const int gds_error = task.gds_error.exchange(0);
   if (gds_error != 0) task.lane->note_error(CuFile::words(gds_error));
-  if (const int error = gds_error != 0 ? gds_error : task.io_error.load(); error != 0) {
+  if (const int error = task.io_error.load(); error != 0) {
     note_failure(task.job, fmt::format("chunk {} of group {} to \"{}\": {}", task.item.chunk, task.item.group,
                                        task.writer->root().path(), CuFile::words(error)));
     return finish_store(task, false, Reason::io_error);
   }
+  if (gds_error != 0) return rewrite_without_gds(task);
   Record put;
   put.kind = task.header.kind;
   put.group = task.header.group;

@@ -90,7 +90,7 @@ struct StoreTask {
   RootWriter::Place place;
   std::byte* staging = nullptr;  // the extent, or its header only where the shards go through a lane
   uint64_t staged_bytes = 0;
-  GdsLane* lane = nullptr;
+  GdsLane* lane = nullptr;          // until it has failed to write the shards that lie in `device_run`
   std::byte* device_run = nullptr;  // of the lane's slab
   ExtentHeader header;
   GatherWork gather;

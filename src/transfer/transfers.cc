@@ -90,6 +90,8 @@ bool Transfers::close() {
   for (const auto& source : sources_) {
     while (!source->queued.empty()) abandon(*source->queued.begin()->second, Reason::cancelled);
   }
+  queued_stores_.insert(queued_stores_.begin(), rewrites_.begin(), rewrites_.end());
+  rewrites_.clear();
   while (!queued_stores_.empty()) {
     StoreTask& task = *queued_stores_.front();
     queued_stores_.pop_front();
@@ -120,7 +122,7 @@ void Transfers::wake_dispatchers_locked() {
         !warnings_.empty())
       source->wake.notify_one();
   }
-  if (queued_stores_.empty()) return;
+  if (queued_stores_.empty() && rewrites_.empty()) return;
   store_work_ = true;
   wake_stores_.notify_one();
 }
@@ -427,7 +429,7 @@ void Transfers::run_stores() {
   while (true) {
     // The tick serves stores that wait for slab or segments.
     const auto woken = [this] { return store_work_ || stop_; };
-    if (queued_stores_.empty()) {
+    if (queued_stores_.empty() && rewrites_.empty()) {
       wake_stores_.wait(lock, woken);
     } else {
       wake_stores_.wait_for(lock, kTick, woken);
@@ -438,7 +440,8 @@ void Transfers::run_stores() {
     }
     if (stop_) break;
     store_work_ = false;
-    while (!stop_ && !queued_stores_.empty()) {
+    if (!start_rewrites(lock)) continue;  // whoever started now could keep what they wait for
+    while (!stop_ && !queued_stores_.empty() && rewrites_.empty()) {
       StoreTask& task = *queued_stores_.front();
       queued_stores_.pop_front();
       task.starting = true;
@@ -461,6 +464,20 @@ void Transfers::run_stores() {
   }
   --dispatching_;
   settled_.notify_all();
+}
+
+bool Transfers::start_rewrites(std::unique_lock<std::mutex>& lock) {
+  while (!stop_ && !rewrites_.empty()) {
+    StoreTask& task = *rewrites_.front();
+    rewrites_.pop_front();
+    lock.unlock();
+    const bool started = start_rewrite(task);
+    lock.lock();
+    if (started) continue;
+    rewrites_.push_front(&task);
+    return false;
+  }
+  return true;
 }
 
 void Transfers::add_to(DepotStats& stats) const {

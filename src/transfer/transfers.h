@@ -115,6 +115,8 @@ class Transfers {
   /// A cache of one block, the object's memory; null where an extent of its size cannot be kept.
   std::unique_ptr<PagedCache> cache_of(const Depot::Object& object) const;
   void run_stores();
+  /// False: some wait for memory.
+  bool start_rewrites(std::unique_lock<std::mutex>& lock);
   void wake_dispatchers_locked();
   uint64_t earliest_deadline_locked() const;
   void give_up_starting_locked(uint64_t submitted_until_ns);
@@ -158,7 +160,16 @@ class Transfers {
   /// The medium is asked once more without cuFile in between: only then is it known whose fault it was.
   void retry_without_gds(LoadTask& task, std::string what);
   bool take_store_memory(StoreTask& task, GdsLane* lane);
+  bool take_staging(StoreTask& task, uint64_t bytes);
+  bool take_run(StoreTask& task, GdsLane& lane);
+  void give_staging(StoreTask& task);
+  void give_run(StoreTask& task);
   void give_store_memory(StoreTask& task);
+  /// cuFile failed to write the shards, which lie in the device's slab as they were gathered: they are copied
+  /// from there and written by the kernel, once there is staging memory for all of the extent.
+  void rewrite_without_gds(StoreTask& task);
+  /// False: no memory yet.
+  bool start_rewrite(StoreTask& task);
   static void count_path(TransferStats& stats, const Root& root, const GdsLane* lane, uint64_t header,
                          uint64_t payload, double tokens);
   // store.cc
@@ -206,6 +217,7 @@ class Transfers {
   std::vector<Completion> ended_;
   std::vector<std::string> warnings_;  // logged by a dispatcher: a log sink may block
   std::deque<StoreTask*> queued_stores_;
+  std::deque<StoreTask*> rewrites_;  // gathered, with their places; before all that is queued
   std::unordered_map<LoadTask*, std::unique_ptr<LoadTask>> load_tasks_;
   std::unordered_map<uint64_t, std::vector<LoadTask*>> held_;  // by the job that verified them
   std::unordered_map<StoreTask*, std::unique_ptr<StoreTask>> store_tasks_;

@@ -1,6 +1,10 @@
 // NVIDIA's cuFile itself between a disk and a GPU, point to point or in compatibility mode, as the machine
 // has it.
 #include "device/gds/cufile.h"
+
+#include <cstring>
+#include <thread>
+
 #include "cuda_depot_fixture.h"
 #include "device/cuda/cuda_device.h"
 
@@ -107,6 +111,27 @@ TEST_F(CuFileOnAGpu, ItsSlabIsHalfOfTheDevicesAndComesBack) {
     EXPECT_EQ((*cufile)->slab().size(), 32ull << 20);
     EXPECT_EQ((*cufile)->summary().find("not registered"), std::string::npos) << (*cufile)->summary();
   }
+}
+
+// What a write that cuFile failed needs.
+TEST(FileSlab, IsCopiedToTheHostByAThreadThatHasNoDevice) {
+  SKIP_WITHOUT_GPU();
+  constexpr uint64_t kBytes = 3 << 20;
+  auto device = make_cuda_device(0, 64ull << 20, 16ull << 20, 1);
+  ASSERT_TRUE(device) << device.error().message;
+  Slab* const file_slab = (*device)->make_file_slab();
+  ASSERT_NE(file_slab, nullptr);
+  std::byte* const from = file_slab->allocate(kBytes);
+  std::byte* const to = (*device)->slab().allocate(kBytes);
+  const auto sent = random_bytes(kBytes, 7);
+  must(cudaMemcpy(from, sent.data(), kBytes, cudaMemcpyHostToDevice));
+  bool copied = false;
+  std::thread([&] { copied = (*device)->copy_from_file_slab(to, from, kBytes); }).join();
+  EXPECT_TRUE(copied);
+  EXPECT_EQ(std::memcmp(to, sent.data(), kBytes), 0);
+  (*device)->slab().release(to);
+  file_slab->release(from);
+  (*device)->drop_file_slab();
 }
 
 class CuFileThatMayRefuse : public CudaDepot {

@@ -5,6 +5,8 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <cstring>
+#include <functional>
 #include <memory>
 #include <string>
 #include <thread>
@@ -41,11 +43,23 @@ class GpuLikeDevice final : public Device {
     return &file_slab_;
   }
   void drop_file_slab() override { EXPECT_TRUE(std::exchange(has_file_slab_, false)); }
+  bool copy_from_file_slab(std::byte* to, const std::byte* from, uint64_t bytes) override {
+    EXPECT_TRUE(in_file_slab({from, bytes}));
+    EXPECT_FALSE(in_file_slab({to, bytes}));
+    ++copies;
+    if (before_copy) before_copy();
+    if (fail_copies) return false;
+    std::memcpy(to, from, bytes);
+    return true;
+  }
   void enter_thread() override {
     ++entered;
     EXPECT_NE(std::this_thread::get_id(), made_on_) << "the engine's thread keeps the device that it has";
   }
 
+  std::atomic<int> copies = 0;  // from the file slab to the host's
+  std::atomic<bool> fail_copies = false;
+  std::function<void()> before_copy;
   inline static std::atomic<int> entered = 0;
 
  private:

@@ -42,7 +42,7 @@ COUNTERS = {
     ),
     "gds_errors": (
         "tokendepot_gds_errors",
-        "Errors of cuFile: extents went the ordinary way, or were not stored.",
+        "Errors of cuFile: extents went the ordinary way.",
     ),
     "open_seconds": (
         "tokendepot_open_seconds",

@@ -153,6 +153,11 @@ class CudaDevice final : public Device, public cuda::CopierReports {
     file_slab_.reset();
     regions_ = std::make_unique<RangeSlab>(static_cast<std::byte*>(held_->memory), slab_bytes_);
   }
+  bool copy_from_file_slab(std::byte* to, const std::byte* from, uint64_t bytes) override {
+    const cudaError_t status = held_->copy_to_host(ordinal_, to, from, bytes);
+    if (status != cudaSuccess) complain(status);
+    return status == cudaSuccess;
+  }
   void enter_thread() override { (void)cuda::enter_device(ordinal_); }
 
  private:

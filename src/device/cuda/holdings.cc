@@ -71,6 +71,14 @@ Holdings::~Holdings() {
   if (memory != nullptr) cudaFree(memory);
 }
 
+cudaError_t Holdings::copy_to_host(int ordinal, std::byte* to, const std::byte* from, uint64_t bytes) const {
+  if (!enter_device(ordinal)) return cudaErrorUnknown;
+  cudaError_t status = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, setup_stream);
+  if (status == cudaSuccess) status = cudaStreamSynchronize(setup_stream);
+  if (status != cudaSuccess) cudaGetLastError();  // told here, and not to whoever asks next on this thread
+  return status;
+}
+
 Status Holdings::take_memory(int ordinal, uint64_t device_slab_bytes) {
   size_t free_bytes = 0;
   size_t total = 0;

@@ -28,6 +28,8 @@ struct Holdings {
   Holdings() = default;
   Holdings(const Holdings&) = delete;
   Holdings& operator=(const Holdings&) = delete;
+  /// From the GPU's memory to the host's, on any thread of the depot's own, which waits for it.
+  cudaError_t copy_to_host(int ordinal, std::byte* to, const std::byte* from, uint64_t bytes) const;
 
   /// Device memory for what the kernels know of attached caches: had when the depot opens, so that an engine
   /// that fills the GPU afterwards does not take it away.

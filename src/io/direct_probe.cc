@@ -14,6 +14,7 @@ namespace {
 
 constexpr uint32_t kSmallest = 512;
 constexpr uint32_t kLargest = 64 << 10;
+constexpr uint32_t kPage = 4 << 10;
 
 // Zero when one transfer works whose offset, length and address are odd multiples of `alignment`.
 int try_alignment(int fd, uint32_t alignment, std::byte* out, std::byte* in) {
@@ -51,6 +52,14 @@ Result<uint32_t> probe_direct_alignment(const std::string& directory) {
   }
   return fail(ErrorKind::unsupported, "direct I/O in {} refuses transfers of {} to {} bytes", directory,
               kSmallest, kLargest);
+}
+
+Status probe_direct_reads(const std::string& path) {
+  const Result<File> file = File::open(path, {.direct = true});
+  if (!file) return std::unexpected(file.error());
+  const AlignedBytes memory = allocate(2 * kLargest);
+  if (::pread(file->fd(), memory.get() + kPage, kPage, kPage) >= 0 || errno != EINVAL) return {};
+  return fail(ErrorKind::unsupported, "direct I/O of {} refuses transfers of {} bytes", path, kPage);
 }
 
 }  // namespace tokendepot

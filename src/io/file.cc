@@ -98,6 +98,11 @@ Result<File> File::open(const std::string& path, Flags flags) {
   return file;
 }
 
+bool File::is_direct() const {
+  const int flags = ::fcntl(fd_, F_GETFL);
+  return flags >= 0 && (flags & O_DIRECT) != 0;
+}
+
 Result<uint64_t> File::size() const {
   struct stat info;
   if (::fstat(fd_, &info) != 0) return fail_errno(errno, "cannot stat {}", path_);
@@ -163,7 +168,7 @@ Status File::preallocate(uint64_t bytes) const {
     if (bytes <= *before) return {};
     // Zeros go through the page cache, so that neither the old size nor `bytes` has to be aligned.
     const int flags = ::fcntl(fd_, F_GETFL);
-    const bool direct = flags >= 0 && (flags & O_DIRECT) != 0;
+    const bool direct = is_direct();
     if (direct) ::fcntl(fd_, F_SETFL, flags & ~O_DIRECT);
     status = write_zeros(*this, *before, bytes);
     // Some file systems learn only while flushing that there is no space.

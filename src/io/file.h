@@ -34,6 +34,8 @@ class File {
   int fd() const { return fd_; }
   const std::string& path() const { return path_; }
   bool is_open() const { return fd_ >= 0; }
+  /// Whether it was opened with O_DIRECT.
+  bool is_direct() const;
 
   Result<uint64_t> size() const;
   /// What it occupies on the medium: less than size() where it has holes or the file system compresses. Some
@@ -111,5 +113,8 @@ Result<FileSystemInfo> file_system_of(const std::string& path);
 /// found by writing and reading a temporary file there; `unsupported` when direct I/O does not work,
 /// `busy` when there is no memory to try it.
 Result<uint32_t> probe_direct_alignment(const std::string& directory);
+/// The same question where nothing can be written, of a file that is there: `unsupported` when direct I/O of
+/// 4 KiB does not work. Other errors say nothing about that.
+Status probe_direct_reads(const std::string& path);
 
 }  // namespace tokendepot

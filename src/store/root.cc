@@ -10,6 +10,7 @@
 #include "base/clock.h"
 #include "base/errors.h"
 #include "base/log.h"
+#include "store/journal_file.h"
 
 namespace tokendepot {
 namespace {
@@ -38,6 +39,21 @@ size_t files_kept_open() {
   rlimit limit{};
   if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return 64;
   return std::clamp<size_t>(limit.rlim_cur / kShareOfFiles, 4, 4096);
+}
+
+/// Where nothing can be written a segment that is there is asked; without any there is nothing to refuse.
+Result<uint32_t> alignment_of_segments(const std::string& directory) {
+  const uint32_t assumed = kPageBytes;
+  const auto entries =
+      list_directory(directory, [](const std::string&) { return std::optional<uint64_t>(0); });
+  if (!entries) return assumed;
+  for (const DirectoryEntry& entry : *entries) {
+    if (!entry.regular || !segment_of_name(entry.name)) continue;
+    const auto reads = probe_direct_reads(directory + "/" + entry.name);
+    if (!reads && reads.error().kind == ErrorKind::unsupported) return std::unexpected(reads.error());
+    if (reads || reads.error().kind != ErrorKind::not_found) return assumed;
+  }
+  return assumed;
 }
 
 bool writable_directory(const std::string& path) {
@@ -113,9 +129,11 @@ Status Root::choose_transport(const FileSystemInfo& system, uint32_t io_depth) {
     return {};
   }
   if (options_.transport != TransportChoice::buffered) {
-    auto alignment = writable_ ? probe_direct_alignment(segments_dir()) : Result<uint32_t>(4096u);
+    auto alignment =
+        writable_ ? probe_direct_alignment(segments_dir()) : alignment_of_segments(segments_dir());
     // Direct I/O was not refused, there is just no room to try it: a full disk still serves what it holds.
-    if (!alignment && alignment.error().kind == ErrorKind::no_space) alignment = 4096u;
+    if (!alignment && alignment.error().kind == ErrorKind::no_space)
+      alignment = alignment_of_segments(segments_dir());
     const bool untried = !alignment && alignment.error().kind == ErrorKind::busy;
     if (alignment && *alignment <= kPageBytes) {
       direct_ = true;

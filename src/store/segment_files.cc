@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/log.h"
 #include "store/journal_file.h"
 
 namespace tokendepot {
@@ -48,9 +49,13 @@ Result<SegmentLease> SegmentFiles::open(const SegmentId& id, uint64_t heat) {
   const bool writable = map_writable_ && opened;
   if (!opened && map_writable_ && opened.error().kind == ErrorKind::permission)
     opened = File::open(path_of(id), {});
-  // On a root that is only read nobody could try beforehand whether direct I/O works.
-  if (!opened && direct_ && opened.error().kind == ErrorKind::unsupported)
+  // Where nothing was there to be tried when the root was opened.
+  if (!opened && direct_ && opened.error().kind == ErrorKind::unsupported) {
+    if (!told_fall_back_.exchange(true))
+      log(LogLevel::warning, "{}: O_DIRECT refused ({}); using the page cache", directory_,
+          opened.error().message);
     opened = File::open(path_of(id), {});
+  }
   if (!opened) return std::unexpected(opened.error());
   auto segment = std::make_unique<SegmentFile>();
   segment->id = id;
@@ -94,6 +99,7 @@ Result<SegmentLease> SegmentFiles::insert(std::unique_ptr<SegmentFile> segment, 
   const auto size = segment->file.size();
   if (!size) return std::unexpected(size.error());
   segment->bytes = *size;
+  segment->direct = segment->file.is_direct();
   if (mapped_ && *size > 0 && segment->mapping.size() != *size) {
     auto mapping = Mapping::map(segment->file, *size, map_writable);
     if (!mapping) return std::unexpected(mapping.error());

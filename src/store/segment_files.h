@@ -1,6 +1,7 @@
 // Open segment files of one root: descriptors and mappings, cached, counted while in use, bounded in number.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <list>
 #include <map>
@@ -23,6 +24,7 @@ struct SegmentFile {
   SegmentMapping mapping;  // only on mapped roots
   uint64_t bytes = 0;      // size when opened
   bool writable = false;
+  bool direct = false;  // false: its bytes go through the page cache, if it is not mapped
   uint32_t leases = 0;  // guarded by the cache's mutex
   bool doomed = false;  // close when the last lease ends
   uint64_t last_lease = 0;
@@ -93,6 +95,7 @@ class SegmentFiles {
   Device* const device_;
   const bool map_writable_;
   GdsLane* const gds_;
+  std::atomic<bool> told_fall_back_ = false;
   mutable std::mutex mutex_;
   uint64_t lease_clock_ = 0;
   std::map<SegmentId, std::unique_ptr<SegmentFile>> files_;

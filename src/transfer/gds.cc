@@ -151,20 +151,20 @@ bool Transfers::start_rewrite(StoreTask& task) {
   return true;
 }
 
-void Transfers::count_path(TransferStats& stats, const Root& root, const GdsLane* lane, uint64_t header,
-                           uint64_t payload, double tokens) {
+void Transfers::count_path(TransferStats& stats, const Root& root, const GdsLane* lane, bool direct,
+                           uint64_t header, uint64_t payload, double tokens) {
   PathBytes& bytes = stats.by_path;
   PathTokens& carried = stats.tokens_by_path;
   if (root.mapped()) {
     bytes.mapped += header + payload;
     carried.mapped += tokens;
   } else if (lane != nullptr) {
-    bytes.direct += header;
+    (direct ? bytes.direct : bytes.buffered) += header;
     (lane->p2p() ? bytes.gds_p2p : bytes.gds_compat) += payload;
     (lane->p2p() ? carried.gds_p2p : carried.gds_compat) += tokens;
   } else {
-    (root.direct() ? bytes.direct : bytes.buffered) += header + payload;
-    (root.direct() ? carried.direct : carried.buffered) += tokens;
+    (direct ? bytes.direct : bytes.buffered) += header + payload;
+    (direct ? carried.direct : carried.buffered) += tokens;
   }
 }
 

@@ -220,6 +220,7 @@ bool Transfers::open_place(LoadTask& task) {
     return false;
   }
   task.segment = std::move(*segment);
+  task.direct = task.segment->direct;
   task.slot = segments_.slot_of(where.segment);
   segments_.acquire(task.slot);
   task.slot_held = true;
@@ -491,7 +492,7 @@ void Transfers::resolve_load_locked(LoadTask& task, std::optional<Reason> failur
   if (!failure && !std::exchange(task.counted_path, true)) {
     const Root& root = *tiers_[task.tier].root;
     const double tokens = tokens_locked(*task.cache, task.item.part);
-    count_path(load_stats_, root, task.lane, task.header_bytes, task.run_bytes, tokens);
+    count_path(load_stats_, root, task.lane, task.direct, task.header_bytes, task.run_bytes, tokens);
     RootTraffic& loaded = traffic_[root.index()].loaded;
     loaded.bytes += task.header_bytes + task.run_bytes;
     loaded.tokens += tokens;

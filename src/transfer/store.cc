@@ -86,6 +86,7 @@ Transfers::Start Transfers::start_store(StoreTask& task) {
       return Start::over;
     }
     task.place = std::move(*place);
+    task.direct = task.place.segment->direct;
     segments_.acquire(task.place.slot);
     if (task.lane != nullptr && !task.place.segment->gds) give_store_memory(task);  // not taken by cuFile
   }
@@ -247,8 +248,8 @@ void Transfers::finish_store(StoreTask& task, bool stored, Reason reason) {
   store_bytes_ -= task.bytes;
   if (stored) {
     const double tokens = tokens_locked(*task.cache, task.cache->shape.part);
-    count_path(store_stats_, task.writer->root(), lane, task.header_bytes, task.bytes - task.header_bytes,
-               tokens);
+    count_path(store_stats_, task.writer->root(), lane, task.direct, task.header_bytes,
+               task.bytes - task.header_bytes, tokens);
     RootTraffic& root = traffic_[task.writer->root().index()].stored;
     root.bytes += task.bytes;
     root.tokens += tokens;

@@ -56,6 +56,7 @@ struct LoadTask {
   bool avoid_gds = false;           // cuFile failed this extent
   GdsLane* suspect = nullptr;       // to blame for `complaint` if the ordinary way brings what it did not
   std::string complaint;
+  bool direct = false;        // how the segment's file was open
   bool counted_path = false;  // what is placed after it was held is not read again
   uint64_t piece_bytes = 0;
   std::vector<IoOperation> pieces;
@@ -88,6 +89,7 @@ struct StoreTask {
   bool starting = false;           // the dispatcher has it in hand, nothing has read its blocks yet
   bool given_up = false;           // while it was starting: its blocks must not be read any more
   RootWriter::Place place;
+  bool direct = false;           // how the place's file is open
   std::byte* staging = nullptr;  // the extent, or its header only where the shards go through a lane
   uint64_t staged_bytes = 0;
   GdsLane* lane = nullptr;          // until it has failed to write the shards that lie in `device_run`

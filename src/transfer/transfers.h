@@ -170,8 +170,9 @@ class Transfers {
   void rewrite_without_gds(StoreTask& task);
   /// False: no memory yet.
   bool start_rewrite(StoreTask& task);
-  static void count_path(TransferStats& stats, const Root& root, const GdsLane* lane, uint64_t header,
-                         uint64_t payload, double tokens);
+  /// `direct`: the file was open with O_DIRECT.
+  static void count_path(TransferStats& stats, const Root& root, const GdsLane* lane, bool direct,
+                         uint64_t header, uint64_t payload, double tokens);
   // store.cc
   enum class Start : uint8_t { started, later, over };
   void queue_store_locked(Job& job, uint32_t index, StoreItem item, const NamespaceDigest& ns,

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from tokendepot.engines.vllm import versions
+from tokendepot.engines import vllm, vllm_releases
+from tokendepot.engines.vllm import bystander, versions
 from vllm.lora.request import LoRARequest
 
 from fake_cache import VERSION
@@ -288,21 +289,27 @@ def the_start_names_every_option_and_where_its_value_is_from(lab: Lab) -> None:
 
 
 @case
-def a_vllm_too_old_runs_without_the_depot(lab: Lab) -> None:
-    running, versions.VLLM = versions.VLLM, (0, 19)
+def a_vllm_that_does_not_fit_runs_without_the_depot(lab: Lab) -> None:
+    """With this release's own base classes, as if it were one that is not served."""
+    vllm_says = bystander.log
+    reason = vllm_releases.refusal("0.19.1")
+    used, vllm.TokendepotConnector = vllm.TokendepotConnector, bystander.bystander(reason)
+    bystander.log = versions.log
     try:
-        engine = lab.engine()
+        engine = lab.engine(hybrid=True)
         try:
             lab.engine(extra={"on_error": "fail"})
         except ValueError as error:
-            assert "is not supported: tokendepot needs 0.20 or newer" in str(error)
+            assert str(error) == f"tokendepot cannot serve this engine: {reason}"
         else:
             raise AssertionError("an unsupported vLLM was accepted")
     finally:
-        versions.VLLM = running
+        vllm.TokendepotConnector, bystander.log = used, vllm_says
     said = lines.having("not used", "ERROR")
-    assert len(said) == 2 and said[0] == said[1], said  # one line in each of the two processes
-    same(engine.run(PROMPTS, LENGTH), lab.expected())
+    assert said == [f"tokendepot: not used, the engine runs without it: {reason}"] * 2, said  # a line a process
+    for _ in range(2):
+        same(engine.run(PROMPTS, LENGTH), lab.expected(hybrid=True))
+    assert engine.external == 0 and engine.scheduler.reset_prefix_cache()
     assert not lab.root.exists()
 
 

@@ -1,8 +1,9 @@
-"""Runs a real vLLM engine through a list of rounds; one JSON line a round on stdout. Driven by test_real_engine.py.
+"""Runs a real vLLM engine through a list of rounds; one JSON line a round. Driven by test_real_engine.py.
 
-usage: engine_driver.py JSON with: model, llm (arguments of LLM), extra (kv_connector_extra_config or null), prompts,
-rounds; a round is {"length": n, "damage": bool, "settle": sound extents to wait for after it}. The process then waits to
-be killed, or for stdin to end, on which it ends in order.
+usage: engine_driver.py JSON with: results (file that gets the lines; stdout has log lines of several processes), model,
+llm (arguments of LLM), extra (kv_connector_extra_config or null), prompts, ranked (how many candidates to tell of each
+token), rounds; a round is {"length": n, "damage": bool, "settle": sound extents to wait for after it, "prompts": others}.
+The process then waits to be killed, or for stdin to end, on which it ends in order.
 """
 
 from __future__ import annotations
@@ -50,6 +51,20 @@ def settle(root: str, wanted: int) -> None:
     time.sleep(2 * SEEN_WITHIN_S)
 
 
+def empty_prefix_cache(engine) -> None:
+    """A step that the engine launched ahead may hold blocks for a moment."""
+    end = time.monotonic() + SETTLE_LIMIT_S
+    while not engine.reset_prefix_cache():
+        if time.monotonic() > end:
+            raise TimeoutError("the engine's prefix cache cannot be emptied")
+        time.sleep(0.05)
+
+
+def candidates(logprobs) -> list[list]:
+    """Of each position, pairs of token and logarithm of its probability."""
+    return [[(token, rank.logprob) for token, rank in place.items()] for place in logprobs or ()]
+
+
 def main() -> None:
     order = json.loads(sys.argv[1])
     from prometheus_client import REGISTRY
@@ -63,8 +78,7 @@ def main() -> None:
             kv_role="kv_both",
             kv_connector_extra_config=order["extra"],
         )
-    engine = LLM(
-        model=order["model"],
+    arguments = dict(
         enforce_eager=True,
         skip_tokenizer_init=True,
         dtype="float32",
@@ -73,15 +87,19 @@ def main() -> None:
         max_model_len=1024,
         kv_transfer_config=transfer,
         disable_log_stats=False,
-        **order["llm"],
     )
-    prompts = [{"prompt_token_ids": tokens} for tokens in order["prompts"]]
+    engine = LLM(model=order["model"], **{**arguments, **order["llm"]})
     for round_ in order["rounds"]:
+        prompts = [{"prompt_token_ids": tokens} for tokens in round_.get("prompts", order["prompts"])]
         damaged = 0
         if round_.get("damage"):
             damaged = damage_extents(order["extra"]["roots"][0].split("?")[0])
         sampling = SamplingParams(
-            temperature=0, max_tokens=round_["length"], ignore_eos=True, detokenize=False
+            temperature=0,
+            max_tokens=round_["length"],
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=order["ranked"] or None,
         )
         started = time.monotonic()
         outputs = [
@@ -89,7 +107,7 @@ def main() -> None:
             *engine.generate(prompts[1:], sampling, use_tqdm=False),
         ]
         seconds = time.monotonic() - started
-        engine.reset_prefix_cache()
+        empty_prefix_cache(engine)
         metrics = {
             ":".join(
                 [
@@ -101,19 +119,16 @@ def main() -> None:
             for sample in metric.samples
             if sample.name.startswith("tokendepot_") or sample.name == "vllm:num_preemptions_total"
         }
-        print(
-            "ROUND "
-            + json.dumps(
-                dict(
-                    tokens=[list(output.outputs[0].token_ids) for output in outputs],
-                    damaged=damaged,
-                    seconds=seconds,
-                    cached=[output.num_cached_tokens for output in outputs],
-                    metrics=metrics,
-                )
-            ),
-            flush=True,
+        result = dict(
+            tokens=[list(output.outputs[0].token_ids) for output in outputs],
+            ranked=[candidates(output.outputs[0].logprobs) for output in outputs],
+            damaged=damaged,
+            seconds=seconds,
+            cached=[output.num_cached_tokens for output in outputs],
+            metrics=metrics,
         )
+        with open(order["results"], "a", encoding="utf-8") as out:
+            out.write(json.dumps(result) + "\n")
         if round_.get("settle"):
             settle(order["extra"]["roots"][0].split("?")[0], round_["settle"])
     print("DONE", flush=True)

@@ -516,8 +516,9 @@ class Engine:
             self.step()
             assert time.monotonic() - started < STUCK_AFTER_S, self.state()
         for rank in self.ranks:
-            if rank.connector._worker_half is not None and not rank.connector._worker_half._off:
-                assert rank.connector._worker_half._depot.flush(30.0)
+            worker = getattr(rank.connector, "_worker_half", None)  # one that does nothing has no halves
+            if worker is not None and not worker._off:
+                assert worker._depot.flush(30.0)
         self.step()
         if self.waiting_update is not None:
             self.step()
@@ -541,7 +542,7 @@ class Engine:
 
     @property
     def half(self):
-        return self.scheduler.connector._scheduler_half
+        return getattr(self.scheduler.connector, "_scheduler_half", None)
 
     def failures(self, way: str = "load") -> int:
         return int(sum(value for key, value in self.stats.items() if key.startswith(f"failures:{way}:")))

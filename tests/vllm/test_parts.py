@@ -18,6 +18,7 @@ import torch
 import yaml
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from tokendepot import _core
+from tokendepot.engines import vllm_releases
 from tokendepot.engines.metrics import BOUNDS_S, EVICTIONS
 from tokendepot.engines.vllm import versions
 from tokendepot.engines.vllm.fence import StoreFence
@@ -152,8 +153,8 @@ def test_a_vllm_below_the_range_is_refused_and_one_above_is_only_warned_of(monke
         monkeypatch.setattr(versions.vllm, "__version__", version)
         monkeypatch.setattr(versions, "VLLM", versions.parse(version))
         warnings.clear()
-        problem = versions.refusal()
-        expected = f"vLLM {version} is not supported: tokendepot needs 0.20 or newer" if refused else None
+        problem = vllm_releases.refusal(version)
+        expected = f"vLLM {version} is not supported: tokendepot serves 0.20 to 0.33" if refused else None
         assert problem == expected, version
         versions.warn_if_untested()
         assert len(warnings) == warned, version

@@ -2,6 +2,7 @@
 
 The connector is a raw `KVConnectorBase_V1` with `SupportsHMA`, one code base for vLLM 0.20 to 0.33:
 
+* `bystander` - looks whether this release fits the connector, and stands in with one that does nothing where it does not.
 * `connector` - the class that vLLM loads; forwards each hook to one of the two halves and never lets an error out.
 * `scheduler` - the half in the scheduler process: keys, look-ups, promises, what to store.
 * `worker` - the half in each worker process: moves this rank's shards, reports what failed.
@@ -10,6 +11,13 @@ The connector is a raw `KVConnectorBase_V1` with `SupportsHMA`, one code base fo
 * `stats` - metrics; `versions` - everything that differs between vLLM releases.
 """
 
-from tokendepot.engines.vllm.connector import TokendepotConnector
+from typing import TYPE_CHECKING
+
+from tokendepot.engines.vllm.bystander import connector_class
+
+if TYPE_CHECKING:
+    from tokendepot.engines.vllm.connector import TokendepotConnector
+else:
+    TokendepotConnector = connector_class()
 
 __all__ = ["TokendepotConnector"]

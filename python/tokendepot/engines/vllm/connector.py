@@ -60,9 +60,6 @@ class TokendepotConnector(KVConnectorBase_V1, SupportsHMA):
     def _open(
         self, extra: dict[str, Any], vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any
     ) -> None:
-        problem = versions.refusal()
-        if problem:
-            raise RefusedError(problem)
         settings = read_settings(extra)
         if role == KVConnectorRole.SCHEDULER:
             versions.warn_if_untested()

@@ -9,7 +9,7 @@ import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.logger import init_logger
 
-from ..vllm_releases import NEWEST_TESTED, OLDEST, parse
+from ..vllm_releases import NEWEST_TESTED, parse
 
 # vLLM gives handlers to its own logger tree only, so ours hangs below it.
 log: logging.Logger = init_logger("vllm.tokendepot")
@@ -24,13 +24,6 @@ UNIFORM_CACHE_SHAPE = VLLM >= (0, 29)
 # 0.30 added failed_recving. Before, the only channel for a failed load was block ids, and those kill an engine that has
 # several KV-cache groups; so there a load of several groups must not be promised at all.
 REQUEST_LEVEL_FAILURES = VLLM >= (0, 30)
-
-
-def refusal() -> str | None:
-    """Why this vLLM cannot be served, or None."""
-    if VLLM < OLDEST:
-        return f"vLLM {vllm.__version__} is not supported: tokendepot needs {OLDEST[0]}.{OLDEST[1]} or newer"
-    return None
 
 
 def warn_if_untested() -> None:

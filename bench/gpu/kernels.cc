@@ -88,7 +88,7 @@ class Extent {
   CacheMemory cells_, payload_, digests_, counters_, note_;
   PagedCache cache_;
   Stream stream_;
-  cuda::Caches caches_;
+  cuda::Caches caches_{{}};
   const cuda::DeviceCache* known_ = nullptr;
   std::vector<int32_t> blocks_;
   cuda::Secret secret_{};

@@ -57,8 +57,9 @@ Result<uint32_t> probe_direct_alignment(const std::string& directory) {
 Status probe_direct_reads(const std::string& path) {
   const Result<File> file = File::open(path, {.direct = true});
   if (!file) return std::unexpected(file.error());
-  const AlignedBytes memory = allocate(2 * kLargest);
-  if (::pread(file->fd(), memory.get() + kPage, kPage, kPage) >= 0 || errno != EINVAL) return {};
+  const auto memory = aligned_memory(kPage, 2 * kPage, "a probe of direct I/O");
+  if (!memory) return std::unexpected(memory.error());
+  if (::pread(file->fd(), memory->get() + kPage, kPage, kPage) >= 0 || errno != EINVAL) return {};
   return fail(ErrorKind::unsupported, "direct I/O of {} refuses transfers of {} bytes", path, kPage);
 }
 

@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from scripted_server import DONE, ScriptedServer, text_event
@@ -89,46 +87,6 @@ def test_progress_is_told_when_a_run_takes_its_time(serve, bench, monkeypatch):
 
 
 # --- going on ---
-
-
-def start(url, file, *options):
-    command = [sys.executable, "-c", "from tokendepot.cli import main; main()", "bench", "ttft", "--url", url]
-    return subprocess.Popen(
-        [*command, *options, "--out", str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a runner may have it ignored
-    )  # fmt: skip
-
-
-class TakesATenth(ScriptedServer):
-    def script(self, body, number):
-        return [(0.1, text_event("a") + self.end(body) + DONE)]
-
-
-def test_an_interrupted_run_shows_what_is_done_and_goes_on_with_the_rest(serve, bench, tmp_path):
-    server = serve(TakesATenth())
-    file = tmp_path / "r.json"
-    running = start(server.url, file, "--contexts", "50,60,70", "--repeats", "6")
-    until = time.monotonic() + 60
-    while len(server.log()) < 14 and time.monotonic() < until:
-        time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
-    output, _ = running.communicate(timeout=60)
-    assert running.returncode == 130, output
-    assert "interrupted; --resume" in output and "Turn 1 (cold)" in output and "Traceback" not in output
-    before = json.loads(file.read_text())
-    done = [(r["turn"], r["context"], r["repeat"]) for r in before["requests"]]
-    assert 6 <= len(done) < 36 and not before["complete"]
-
-    code, output, result = bench("--url", server.url, "--resume", file)
-    assert code == 0, output
-    assert result["requests"][: len(done)] == before["requests"]
-    everything = [(r["turn"], r["context"], r["repeat"]) for r in result["requests"]]
-    assert len(everything) == len(set(everything)) == 36
-    cold = [entry["prompt"] for entry in server.log() if len(entry["prompt"]) in (50, 60, 70)]
-    assert len({json.dumps(prompt[:4]) for prompt in cold}) == len(cold)  # what was cut off is not sent again as if cold
-    sent = len(server.log())
-    assert bench("--resume", file)[0] == 0
-    assert len(server.log()) == sent  # nothing was left to do
 
 
 def test_a_run_goes_on_with_its_own_settings_only(measured, bench):

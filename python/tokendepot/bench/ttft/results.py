@@ -12,6 +12,7 @@ import statistics
 import time
 from typing import Any
 
+from . import resume
 from .lag import SATURATED_SHARE, disturbed
 from .settings import BadSetting, Settings
 
@@ -36,6 +37,7 @@ def new(settings: Settings, version: str) -> dict[str, Any]:
         "client": {"python": platform.python_version(), "cpus": len(os.sched_getaffinity(0))},
         "settings": settings.as_json(),
         "server": {},
+        "server_changes": [],
         "tokens": {},
         "skipped": [],
         "overlap": {},
@@ -184,6 +186,7 @@ def judge(result: dict[str, Any], stopped: str | None) -> None:
             f"client saturated: in {late} of {len(good)} requests this client was late, by up to "
             f"{result['client']['worst_lag_s'] * 1e3:.0f} ms; TTFT includes that"
         )
+    warnings += resume.warnings(result)
     warnings += _drift(good)
     if good and all(record["prompt_tokens"] is None for record in good):
         warnings.append("the server counts no prompt tokens: contexts are by " + result["tokens"]["counted_by"])

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import prompts, results
+from . import prompts, results, resume
 from .answer import Answer, RequestFailed
 from .counting import Counting
 from .lag import LagMonitor
@@ -67,6 +67,7 @@ class Run:
         self.settings, self._server, self._result, self._save, self._say = settings, server, result, save, say
         entry = server.model(settings.model)
         self._model = entry["id"]
+        resume.check_model(result, server.url, self._model)
         self._counting = Counting(settings, server, self._model)
         self._maker = self._counting.maker()
         self.target = Target.of(server.url + settings.path, server.headers)
@@ -82,7 +83,7 @@ class Run:
         if result["tokens"] and result["tokens"] != tokens:
             raise ServerFault(f"{server.url} counts otherwise than when the run began: {tokens}, expected {result['tokens']}")
         result["tokens"] = tokens
-        result["server"] = {"version": server.version(), "models": server.models(), "model": self._model}
+        resume.take_server(result, {"version": server.version(), "models": server.models(), "model": self._model})
         limit = entry.get("max_model_len")
         self._limit = limit if isinstance(limit, int) else None
         self._skipped = {entry["context"] for entry in result["skipped"]}

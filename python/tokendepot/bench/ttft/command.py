@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 import pathlib
+import signal
+import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -102,12 +104,32 @@ def _resumed(file: pathlib.Path, asked: Settings, given: Collection[str]) -> tup
     return result, settings
 
 
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, as batch systems and timeouts send it, ends a run as Ctrl-C does: with all that is done."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield
+        return
+
+    def as_interrupt(number: int, frame: Any) -> None:
+        handler = signal.getsignal(signal.SIGINT)  # asyncio's own while requests are in flight
+        if not callable(handler):  # ignored, as in the background of a script
+            raise KeyboardInterrupt
+        handler(signal.SIGINT, frame)
+
+    before = signal.signal(signal.SIGTERM, as_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _measure(settings: Settings, result: dict[str, Any], file: pathlib.Path) -> tuple[int, str | None]:
     def say(sentence: str) -> None:
         terminal.err.print(terminal.clean(sentence), soft_wrap=True)
 
     server = Server(settings.url, os.environ.get("OPENAI_API_KEY", ""))
-    with contextlib.closing(server):
+    with contextlib.closing(server), _terminated_as_interrupted():
         run = Run(settings, server, result, lambda: results.save(result, file), say)
         results.save(result, file)
         total = sum(run.contexts) * settings.repeats * settings.turns

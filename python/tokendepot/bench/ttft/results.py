@@ -38,6 +38,8 @@ def new(settings: Settings, version: str) -> dict[str, Any]:
         "settings": settings.as_json(),
         "server": {},
         "server_changes": [],
+        "begun": None,
+        "replaced": [],
         "tokens": {},
         "skipped": [],
         "overlap": {},

@@ -87,6 +87,8 @@ class Run:
         limit = entry.get("max_model_len")
         self._limit = limit if isinstance(limit, int) else None
         self._skipped = {entry["context"] for entry in result["skipped"]}
+        resume.begin_anew(result)
+        self._last: list[dict[str, Any]] = []  # requests of the last cell
         self._conversations = self._plan()
 
     @property
@@ -167,7 +169,7 @@ class Run:
     # --- running ----------------------------------------------------------------------------------------------------
 
     def go(self, advance: Callable[[int], None]) -> None:
-        """Raises KeyboardInterrupt as it comes; what was done until then is in the result."""
+        """Raises KeyboardInterrupt and ServerFault as they come; what was done until then is in the result."""
         for turn in range(1, self.settings.turns + 1):
             open_cells = [c for c in self._conversations if self._open(c, turn)]
             if turn > 1 and open_cells:
@@ -175,12 +177,26 @@ class Run:
             for context in list(self._conversations):
                 if self.stopped or context in self._skipped:
                     continue
-                self._cell(context, turn, advance)
+                try:
+                    self._cell(context, turn, advance)
+                except ServerFault:
+                    resume.lose(self._result, self._last)
+                    raise
+                except KeyboardInterrupt:  # from a terminal it may have reached the server as well
+                    self._ask_whether_gone()
+                    raise
         sent = [one for conversations in self._conversations.values() for one in conversations if one.records]
         if len(sent) <= MATRIX_UP_TO:
             unit = "tokens" if self._counting.sends_ids else "characters"
             self._result["overlap"] |= {"matrix": self.matrix(sent), "matrix_unit": unit}
         self._result["complete"] = self.stopped is None
+
+    def _ask_whether_gone(self) -> None:
+        if resume.perhaps_lost(self._last):
+            try:
+                self._server.models()
+            except ServerFault:
+                resume.lose(self._result, self._last)
 
     def _open(self, context: int, turn: int) -> list[Conversation]:
         """Conversations of the context that still have to send this turn."""
@@ -226,6 +242,8 @@ class Run:
         bodies = [self._counting.body(one.prompt, self.settings.answer_tokens) for one in todo]
         before = self._server.metrics()
         cell = _Cell(self, turn, todo, bodies, advance)
+        self._result["begun"] = {"context": context, "turn": turn, "repeats": [one.repeat for one in todo]}
+        self._save()  # before anything is sent: who is killed meanwhile says nothing more
         gc.collect()
         gc.disable()
         try:
@@ -235,7 +253,11 @@ class Run:
             cell.tell()
             self._result["requests"] += cell.records
             self._result["cells"].append(cell.ended(before, self._server))
+            self._last = cell.records
+            self._result["begun"] = None
             self._save()
+        if resume.perhaps_lost(cell.records):
+            self._server.models()  # ServerFault when it has gone: there may be no other cell to find that out
 
 
 class _Cell:
@@ -305,12 +327,13 @@ class _Cell:
             record |= {"error": failure.kind, "message": str(failure), "failed_after_s": time.perf_counter() - begun}
             if failure.kind in STOPPING:
                 run.stopped = f"{failure.kind}: {failure}"
+                record["cut_off"] = True
             if failure.kind == "context_overflow":
                 self._overflow = True
         except asyncio.CancelledError:
             if self._turn == 1:
                 raise  # the server may have seen this context: a resumed run takes another
-            record |= {"error": "interrupted", "message": "the run was interrupted"}
+            record |= {"error": "interrupted", "message": "the run was interrupted", "cut_off": True}
             record["failed_after_s"] = time.perf_counter() - begun
             one.records.append(record)
             self.records.append(record)

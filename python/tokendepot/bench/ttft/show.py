@@ -102,6 +102,8 @@ def closing(result: dict[str, Any], refused: list[str] | None) -> None:
     tokens = result["tokens"]
     if tokens:
         show.say(f"Prompts are sent as {tokens['sent_as']}, made to measure by {tokens['counted_by']}.")
+    if replaced := result.get("replaced"):
+        show.say(f"{show.number(len(replaced), 'conversation')} that was cut off began anew; what was cut off is no failure and in no latency.")
     for warning in result["warnings"]:
         show.say(f"WARNING: {show.clean(warning)}")
     for problem in result["problems"]:

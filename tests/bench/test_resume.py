@@ -117,7 +117,7 @@ def test_what_is_interrupted_in_a_later_turn_begins_anew_and_is_no_failure_of_th
     file, before = cut_off(server, after=8, by=by)
     assert [record["error"] for record in before["requests"] if "error" in record] == ["interrupted"]
     code, output, result = bench("--resume", file)
-    assert code == 0 and "1 conversation that was cut off began anew" in output
+    assert code == 0 and "Cut off and begun anew: 1 conversation;" in output
     (entry,) = result["replaced"]
     assert (entry["requests"], entry["why"]) == (2, "interrupted")
     assert_sound(result, server, {(50, 1)})

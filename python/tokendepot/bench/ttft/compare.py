@@ -90,6 +90,10 @@ def _explained(where: str, cell: dict[str, Any], first: dict[str, Any] | None) -
 def _in_both(on: dict[str, Any], off: dict[str, Any]) -> list[str]:
     mine, base = cells(on), cells(off)
     found = []
+    for name in ("counted_by", "sent_as"):  # N tokens by one tokenizer, or as text, are not N by another, or as ids
+        one, other = on.get("tokens", {}).get(name), off.get("tokens", {}).get(name)
+        if one != other:
+            found.append(f"tokens {name.replace('_', ' ')} {one}, and {other} in the base")
     for context, turn in sorted(set(mine) | set(base)):
         where = f"{context:,} tokens, turn {turn}"
         if (context, turn) not in mine or (context, turn) not in base:
@@ -100,6 +104,9 @@ def _in_both(on: dict[str, Any], off: dict[str, Any]) -> list[str]:
             found.append(f"{where}: {one['complete']} samples and {other['complete']} in the base")
         counts = one["prompt_tokens"], other["prompt_tokens"]
         answers = (turn - 1) * on["settings"]["answer_tokens"]  # earlier answers are in the prompt, and may differ
-        if None not in counts and abs(counts[0] - counts[1]) > answers:
+        # Without a count on either side, prompts are as equal as what they were made to measure by.
+        if counts.count(None) == 1:
+            found.append(f"{where}: counts unknown, {'this run' if counts[0] is None else 'the base'} has no usage with its answers")
+        elif None not in counts and abs(counts[0] - counts[1]) > answers:
             found.append(f"{where}: prompts of {counts[0]:,.0f} tokens and {counts[1]:,.0f} in the base")
     return found

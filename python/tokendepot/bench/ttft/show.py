@@ -103,7 +103,8 @@ def closing(result: dict[str, Any], refused: list[str] | None) -> None:
     if tokens:
         show.say(f"Prompts are sent as {tokens['sent_as']}, made to measure by {tokens['counted_by']}.")
     if replaced := result.get("replaced"):
-        show.say(f"{show.number(len(replaced), 'conversation')} that was cut off began anew; what was cut off is no failure and in no latency.")
+        told = show.number(len(replaced), "conversation")
+        show.say(f"Cut off and begun anew: {told}; what was cut off is no failure and in no latency.")
     for warning in result["warnings"]:
         show.say(f"WARNING: {show.clean(warning)}")
     for problem in result["problems"]:

@@ -128,6 +128,8 @@ def _measure(settings: Settings, result: dict[str, Any], file: pathlib.Path) -> 
     def say(sentence: str) -> None:
         terminal.err.print(terminal.clean(sentence), soft_wrap=True)
 
+    if too_few := results.out_of_reach(settings.as_json()):
+        say(f"WARNING: {too_few}")  # now and not after hours only
     server = Server(settings.url, os.environ.get("OPENAI_API_KEY", ""))
     with contextlib.closing(server), _terminated_as_interrupted():
         run = Run(settings, server, result, lambda: results.save(result, file), say)

@@ -135,6 +135,7 @@ def _summary(result: dict[str, Any], turn: int, context: int, records: list[dict
         "requests": len(records),
         "complete": len(good),
         "errors": errors,
+        "in_flight": max((cell["in_flight"] for cell in parts if "in_flight" in cell), default=None),
         "prompt_tokens": statistics.median(prompt) if prompt else None,
         "ttft_s": spread([r["ttft_s"] for r in good]),
         "ttft_from_schedule_s": spread([r["ttft_from_schedule_s"] for r in good]),
@@ -188,6 +189,8 @@ def judge(result: dict[str, Any], stopped: str | None) -> None:
             f"client saturated: in {late} of {len(good)} requests this client was late, by up to "
             f"{result['client']['worst_lag_s'] * 1e3:.0f} ms; TTFT includes that"
         )
+    if too_few := out_of_reach(settings):
+        warnings.append(too_few)
     warnings += resume.warnings(result)
     warnings += _drift(good)
     if good and all(record["prompt_tokens"] is None for record in good):
@@ -195,6 +198,16 @@ def judge(result: dict[str, Any], stopped: str | None) -> None:
     if any(record["output_estimated"] for record in good):
         warnings.append("the server counts no output tokens: one an event is assumed")
     result["problems"], result["warnings"] = problems, warnings
+
+
+def out_of_reach(settings: dict[str, Any]) -> str | None:
+    """A concurrency that no cell can reach: its conversations have one request each in flight."""
+    if settings["concurrency"] <= settings["repeats"]:
+        return None
+    return (
+        f"--concurrency is {settings['concurrency']}, but each context has --repeats {settings['repeats']} conversations: at "
+        f"most {settings['repeats']} requests are in flight"
+    )
 
 
 def _not_cold(result: dict[str, Any], good: list[dict[str, Any]]) -> list[str]:

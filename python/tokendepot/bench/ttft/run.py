@@ -269,7 +269,7 @@ class _Cell:
         self._run, self._turn, self._todo, self._bodies, self._advance = run, turn, todo, bodies, advance
         self._lag = LagMonitor()
         self._next = 0
-        self._in_flight = self._not_told = 0
+        self._in_flight = self._peak = self._not_told = 0
         self._began = self._ended = 0.0
         self._overflow = False
         self.records: list[dict[str, Any]] = []
@@ -297,6 +297,7 @@ class _Cell:
                 if self._run.stopped:
                     return
             self._in_flight += 1
+            self._peak = max(self._peak, self._in_flight)
             await self._one(self._todo[place], self._bodies[place], due, inbox, settings)
             self._in_flight -= 1
             self._not_told += self._todo[place].context
@@ -359,6 +360,7 @@ class _Cell:
         return {
             "context": self._todo[0].context,
             "turn": self._turn,
+            "in_flight": self._peak,
             "wall_s": self._ended - self._began,
             "own_cache_tokens": grown(OWN_HITS),
             "external_cache_tokens": grown(EXTERNAL_HITS),

@@ -38,14 +38,21 @@ class Slow(ScriptedServer):
 
 @pytest.fixture
 def measured(serve, bench):
-    """measured(server, *options) -> the result file of a run against it."""
+    """measured(server, *options) -> the result file of a run against it, which no busy machine makes a bad base."""
 
     def run(server, *options):
         code, output, _ = bench("--url", serve(server).url, *(options or SMALL))
         assert code == 0, output
+        change(bench.file, lambda result: result["client"].update(saturated=False))
         return bench.file
 
     return run
+
+
+def change(file, fault):
+    result = json.loads(file.read_text())
+    fault(result)
+    file.write_text(json.dumps(result))
 
 
 # --- results ---
@@ -171,9 +178,45 @@ def test_a_base_that_measured_something_else_is_refused_before_anything_is_asked
     assert server.log() == []
 
 
-def test_a_refused_comparison_says_so_in_its_exit_code_too(measured, serve, bench):
+@pytest.mark.parametrize(
+    ("fault", "options", "words"),
+    [
+        (lambda r: r.update(complete=False), SMALL, "the base is not complete"),
+        (lambda r: r["client"].update(saturated=True), SMALL, "the base: client saturated"),
+        (lambda r: r.update(problems=["turn 1 was not cold"]), SMALL, "the base: turn 1 was not cold"),
+        (lambda r: r["summary"][2].update(errors={"reset": 1}), SMALL, "the base, 50 tokens, turn 2: 1 of 3 requests failed"),
+        (lambda r: r["summary"][2].update(complete=2), SMALL, "the base, 50 tokens, turn 2: 2 samples, expected 3 or more"),
+        (lambda r: r["settings"].update(repeats=2), (*SMALL, "--repeats", "2"), "--repeats is 2, expected 3 or more"),
+        (lambda r: None, ("--contexts", "50"), "the base has 200 tokens, expected in --contexts"),
+        (lambda r: None, ("--contexts", "50,200,300"), "--contexts has 300 tokens, which the base has not"),
+    ],
+)
+def test_a_base_with_which_the_run_could_not_be_compared_is_refused_before_anything_is_asked(
+    measured, serve, bench, fault, options, words
+):
+    base = measured(ScriptedServer())
+    change(base, fault)
+    server = serve(ScriptedServer())
+    code, output, _ = bench("--url", server.url, *options, "--compare", base)
+    assert code == 2 and words in " ".join(output.replace("│", " ").split())
+    assert server.log() == []
+
+
+def test_a_context_that_the_base_s_server_had_no_room_for_may_be_asked_for_again(serve, bench):
+    limited = ScriptedServer()
+    limited.limit = 300
+    url = serve(limited).url
+    bench("--url", url, "--contexts", "50,1000")
+    base = bench.file
+    change(base, lambda result: result["client"].update(saturated=False))
+    _, _, result = bench("--url", url, "--contexts", "50,1000", "--compare", base)
+    assert refusals_of(result, json.loads(base.read_text())) == []
+
+
+def test_a_refused_comparison_says_so_in_its_exit_code_too(measured, bench):
     base = measured(ScriptedServer(), *SMALL, "--repeats", "2")
-    code, output, result = bench("--url", serve(ScriptedServer()).url, *SMALL, "--repeats", "2", "--compare", base)
+    done = measured(ScriptedServer(), *SMALL, "--repeats", "2")
+    code, output, result = bench("--resume", done, "--compare", base)
     assert code == 1 and "NOT A VALID COMPARISON: this run, 50 tokens, turn 1: 2 samples, expected 3 or more" in output
     assert result["comparison"]["valid"] is False
 

@@ -22,6 +22,7 @@ from .server import Server, ServerFault
 from .settings import BadSetting, Settings, option
 
 OK, FAILED, NOT_DONE, INTERRUPTED = 0, 1, 3, 130
+REASONS = 4  # of a base that is refused: one broken run has a reason for each cell
 _MAY_CHANGE = {"url", "timeout_s", "between"}  # from one part of a run to the next
 
 
@@ -50,6 +51,11 @@ def ttft(
             raise BadSetting(f"--out is {str(file)!r}, which exists; --resume goes on with it")
     if base and (different := compare.settings_differ(settings.as_json(), base["settings"])):
         raise BadSetting(f"--compare is {str(base_file)!r}, which is not the same measurement: {'; '.join(different)}")
+    # A run that is complete loses no time: its table is shown, with what is wrong below.
+    if base and not result["complete"] and (reasons := compare.hopeless(settings.as_json(), base)):
+        more = f"; and {len(reasons) - REASONS} more" if len(reasons) > REASONS else ""
+        told = "; ".join(reasons[:REASONS]) + more
+        raise BadSetting(f"--compare is {str(base_file)!r}, with which this run cannot be compared: {told}")
     if plot_file and plot_file.suffix.lower().removeprefix(".") not in IMAGE_TYPES:
         raise BadSetting(f"--plot is {str(plot_file)!r}, expected a name that ends in one of {', '.join(IMAGE_TYPES)}")
     for name, path in (("--out", file), ("--plot", plot_file)):
@@ -81,7 +87,8 @@ def _base(file: pathlib.Path) -> dict[str, Any]:
     """A result that can be compared with: judged before anything is measured."""
     base = results.load(file, "--compare")
     try:
-        compare.refusals(base, base)
+        compare.refusals(base, base)  # reads every field that a comparison needs
+        compare.hopeless(base["settings"], base)
     except (KeyError, TypeError, AttributeError):
         raise BadSetting(f"--compare is {str(file)!r}, expected the whole result of a run") from None
     return base

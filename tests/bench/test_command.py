@@ -112,6 +112,14 @@ def test_a_command_between_the_turns_is_run_once_each_and_its_failure_ends_the_r
     assert {record["turn"] for record in result["requests"]} == {1}
 
 
+def test_what_a_command_between_the_turns_prints_is_not_in_the_result_s_document(serve, tmp_path):
+    command = [sys.executable, "-m", "tokendepot", "bench", "ttft", "--url", serve(ScriptedServer()).url, "--contexts", "50"]
+    command += ["--between", "echo restarted", "--json", "--out", str(tmp_path / "r.json")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["complete"] and "\nrestarted\n" in ended.stderr
+
+
 # --- comparing ---
 
 

@@ -205,7 +205,9 @@ class Run:
     def _before_later_turn(self, turn: int) -> None:
         if self.settings.between:
             self._say(f"before turn {turn}: {self.settings.between}")
-            code = subprocess.run(self.settings.between, shell=True, stdin=subprocess.DEVNULL, check=False).returncode
+            # To stderr with what it prints: stdout is for the result, and may be one JSON document.
+            done = subprocess.run(self.settings.between, shell=True, stdin=subprocess.DEVNULL, stdout=2, check=False)
+            code = done.returncode
             if code:
                 raise ServerFault(f"--between ended with exit code {code}: {self.settings.between!r}")
             until = time.monotonic() + RESTART_TIMEOUT_S

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -9,7 +10,6 @@ import pytest
 from scripted_server import DONE, ScriptedServer, text_event
 
 from tokendepot.bench.ttft import compare, results
-from tokendepot.bench.ttft.settings import BadSetting
 
 SMALL = ("--contexts", "50,200")
 
@@ -357,9 +357,57 @@ def test_a_full_disk_leaves_the_result_of_the_last_cell(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_text", full)
-    with pytest.raises(BadSetting, match="No space left on device"):
+    with pytest.raises(results.NotWritten, match="No space left on device"):
         results.save({"cells": 2}, file)
     assert json.loads(file.read_text()) == {"cells": 1} and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("written", [0, 1, 2, 5, 9])  # before the first cell, in it, after it, in turn 2, at the very end
+def test_a_disk_that_fills_up_ends_the_run_with_what_was_measured_and_it_goes_on(serve, bench, monkeypatch, written):
+    server = serve(ScriptedServer())
+    real, count = pathlib.Path.write_text, 0
+
+    def fills_up(self, text):
+        nonlocal count
+        count += 1
+        if count > written:
+            raise OSError(28, "No space left on device")
+        return real(self, text)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.write_text", fills_up)
+        code, output, result = bench("--url", server.url, *SMALL)
+    assert "No space left on device" in output and "Traceback" not in output
+    if written == 0:
+        assert code == 2 and "--out" in output and result is None
+        return
+    assert code == 3 and f"--resume {bench.file}" in output
+    assert ("Turn 1 (cold)" in output) is (written > 1)
+    assert not result["complete"]
+    code, output, result = bench("--resume", bench.file)
+    assert code == 0 and result["complete"], output
+    sent = [json.dumps(entry["prompt"]) for entry in server.log() if len(entry["prompt"]) >= 50]
+    assert len(set(sent)) == len(sent)
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_plot_that_cannot_be_written_takes_nothing_of_the_result(serve, bench, monkeypatch, tmp_path, options):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tokendepot.bench.ttft.plot.draw", full)
+    plot = tmp_path / "x.png"
+    code, output, result = bench("--url", serve(ScriptedServer()).url, *SMALL, "--plot", plot, *options)
+    assert code == 3 and f"--plot is {str(plot)!r}, which cannot be written (No space left on device)" in output
+    assert result["complete"] and (options or ("Turn 2" in output and f"Wrote {bench.file}\n" in output))
+
+
+def test_a_directory_in_the_plot_s_place_is_told_before_anything_is_asked(serve, bench, tmp_path):
+    server = serve(ScriptedServer())
+    (tmp_path / "dir.png").mkdir()
+    code, output, _ = bench("--url", server.url, *SMALL, "--plot", tmp_path / "dir.png")
+    assert code == 2 and "which is a directory" in " ".join(output.replace("│", " ").split())
+    assert server.log() == []
 
 
 # --- what is imported ---

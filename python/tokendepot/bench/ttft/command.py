@@ -58,6 +58,8 @@ def ttft(
         raise BadSetting(f"--compare is {str(base_file)!r}, with which this run cannot be compared: {told}")
     if plot_file and plot_file.suffix.lower().removeprefix(".") not in IMAGE_TYPES:
         raise BadSetting(f"--plot is {str(plot_file)!r}, expected a name that ends in one of {', '.join(IMAGE_TYPES)}")
+    if plot_file and plot_file.is_dir():
+        raise BadSetting(f"--plot is {str(plot_file)!r}, which is a directory, expected a file's name")
     for name, path in (("--out", file), ("--plot", plot_file)):
         if path and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
             raise BadSetting(f"{name} is {str(path)!r}, but {str(path.parent)!r} is not a directory that can be written to")
@@ -69,9 +71,7 @@ def ttft(
     if base and refused is not None:
         rows = compare.rows(result, base)
         result["comparison"] = {"base": base["run_id"], "valid": not refused, "refused": refused, "rows": rows}
-    results.save(result, file)
-    if plot_file and any(cell["ttft_s"] for cell in result["summary"]):
-        plot.draw(result, base, ("this run", "base"), plot_file)
+    written = _last_save(result, file)
     if as_json:
         print(json.dumps(result, indent=2))
     else:
@@ -79,8 +79,28 @@ def ttft(
         if base:
             show.comparison(result["comparison"]["rows"])
         show.closing(result, refused)
-        terminal.say(f"Wrote {file}" + (f" and {plot_file}" if plot_file else ""))
+    if plot_file and any(cell["ttft_s"] for cell in result["summary"]):  # after the tables: it may fail
+        try:
+            plot.draw(result, base, ("this run", "base"), plot_file)
+            written.append(plot_file)
+        except OSError as error:
+            terminal.complain(f"--plot is {str(plot_file)!r}, which cannot be written ({error.strerror or error})")
+            code = code or NOT_DONE
+    if written and not as_json:
+        terminal.say("Wrote " + " and ".join(map(str, written)))
+    if file not in written:
+        code = code or NOT_DONE
     return code or (FAILED if result["problems"] or refused else OK)
+
+
+def _last_save(result: dict[str, Any], file: pathlib.Path) -> list[pathlib.Path]:
+    """[file], or nothing when it could not be written: what was measured is shown all the same."""
+    try:
+        results.save(result, file)
+    except results.NotWritten as error:
+        terminal.complain(f"{error}: what it has is older than what is shown; --resume {file} goes on from there")
+        return []
+    return [file]
 
 
 def _base(file: pathlib.Path) -> dict[str, Any]:
@@ -140,7 +160,10 @@ def _measure(settings: Settings, result: dict[str, Any], file: pathlib.Path) -> 
     server = Server(settings.url, os.environ.get("OPENAI_API_KEY", ""))
     with contextlib.closing(server), _terminated_as_interrupted():
         run = Run(settings, server, result, lambda: results.save(result, file), say)
-        results.save(result, file)
+        try:
+            results.save(result, file)
+        except results.NotWritten as error:
+            raise BadSetting(f"--out: {error}") from None
         total = sum(run.contexts) * settings.repeats * settings.turns
         try:
             with terminal.progress_of_tokens("asking", total) as advance:
@@ -151,6 +174,9 @@ def _measure(settings: Settings, result: dict[str, Any], file: pathlib.Path) -> 
         except ServerFault as fault:
             say(f"tokendepot: {fault}; --resume {file} goes on")
             return NOT_DONE, str(fault)
+        except results.NotWritten as error:
+            say(f"tokendepot: {error}; with room for it --resume {file} goes on")
+            return NOT_DONE, str(error)
         finally:
             result["ended"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     return OK, run.stopped

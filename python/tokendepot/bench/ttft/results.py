@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -51,6 +52,10 @@ def new(settings: Settings, version: str) -> dict[str, Any]:
     }
 
 
+class NotWritten(Exception):
+    """A result that could not be saved: one sentence that names the file and why."""
+
+
 def load(file: pathlib.Path, name: str) -> dict[str, Any]:
     """BadSetting, naming the option `name`, unless the file holds a result of this version."""
     try:
@@ -67,14 +72,15 @@ def load(file: pathlib.Path, name: str) -> dict[str, Any]:
 
 
 def save(result: dict[str, Any], file: pathlib.Path) -> None:
-    """All or nothing: what ends a run leaves the file of the last cell. BadSetting when it cannot be written."""
+    """All or nothing: what ends a run leaves the file of the last cell. NotWritten when it cannot be written."""
     partial = file.with_name(file.name + ".partial")
     try:
         partial.write_text(json.dumps(result, indent=1) + "\n")
         os.replace(partial, file)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise BadSetting(f"--out is {str(file)!r}, which cannot be written ({error.strerror})") from None
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise NotWritten(f"{str(file)!r} cannot be written ({error.strerror})") from None
 
 
 def of_conversation(result: dict[str, Any], context: int, repeat: int) -> list[dict[str, Any]]:

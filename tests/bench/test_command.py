@@ -2,16 +2,14 @@
 
 import json
 import os
-import signal
+import pathlib
 import subprocess
 import sys
-import time
 
 import pytest
 from scripted_server import DONE, ScriptedServer, text_event
 
 from tokendepot.bench.ttft import compare, results
-from tokendepot.bench.ttft.settings import BadSetting
 
 SMALL = ("--contexts", "50,200")
 
@@ -40,14 +38,21 @@ class Slow(ScriptedServer):
 
 @pytest.fixture
 def measured(serve, bench):
-    """measured(server, *options) -> the result file of a run against it."""
+    """measured(server, *options) -> the result file of a run against it, which no busy machine makes a bad base."""
 
     def run(server, *options):
         code, output, _ = bench("--url", serve(server).url, *(options or SMALL))
         assert code == 0, output
+        change(bench.file, lambda result: result["client"].update(saturated=False))
         return bench.file
 
     return run
+
+
+def change(file, fault):
+    result = json.loads(file.read_text())
+    fault(result)
+    file.write_text(json.dumps(result))
 
 
 # --- results ---
@@ -91,46 +96,6 @@ def test_progress_is_told_when_a_run_takes_its_time(serve, bench, monkeypatch):
 # --- going on ---
 
 
-def start(url, file, *options):
-    command = [sys.executable, "-c", "from tokendepot.cli import main; main()", "bench", "ttft", "--url", url]
-    return subprocess.Popen(
-        [*command, *options, "--out", str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a runner may have it ignored
-    )  # fmt: skip
-
-
-class TakesATenth(ScriptedServer):
-    def script(self, body, number):
-        return [(0.1, text_event("a") + self.end(body) + DONE)]
-
-
-def test_an_interrupted_run_shows_what_is_done_and_goes_on_with_the_rest(serve, bench, tmp_path):
-    server = serve(TakesATenth())
-    file = tmp_path / "r.json"
-    running = start(server.url, file, "--contexts", "50,60,70", "--repeats", "6")
-    until = time.monotonic() + 60
-    while len(server.log()) < 14 and time.monotonic() < until:
-        time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
-    output, _ = running.communicate(timeout=60)
-    assert running.returncode == 130, output
-    assert "interrupted; --resume" in output and "Turn 1 (cold)" in output and "Traceback" not in output
-    before = json.loads(file.read_text())
-    done = [(r["turn"], r["context"], r["repeat"]) for r in before["requests"]]
-    assert 6 <= len(done) < 36 and not before["complete"]
-
-    code, output, result = bench("--url", server.url, "--resume", file)
-    assert code == 0, output
-    assert result["requests"][: len(done)] == before["requests"]
-    everything = [(r["turn"], r["context"], r["repeat"]) for r in result["requests"]]
-    assert len(everything) == len(set(everything)) == 36
-    cold = [entry["prompt"] for entry in server.log() if len(entry["prompt"]) in (50, 60, 70)]
-    assert len({json.dumps(prompt[:4]) for prompt in cold}) == len(cold)  # what was cut off is not sent again as if cold
-    sent = len(server.log())
-    assert bench("--resume", file)[0] == 0
-    assert len(server.log()) == sent  # nothing was left to do
-
-
 def test_a_run_goes_on_with_its_own_settings_only(measured, bench):
     file = measured(ScriptedServer())
     code, output, _ = bench("--resume", file, "--repeats", "5")
@@ -145,6 +110,14 @@ def test_a_command_between_the_turns_is_run_once_each_and_its_failure_ends_the_r
     code, output, result = bench("--url", server.url, *SMALL, "--between", "exit 7")
     assert code == 3 and "--between ended with exit code 7" in output
     assert {record["turn"] for record in result["requests"]} == {1}
+
+
+def test_what_a_command_between_the_turns_prints_is_not_in_the_result_s_document(serve, tmp_path):
+    command = [sys.executable, "-m", "tokendepot", "bench", "ttft", "--url", serve(ScriptedServer()).url, "--contexts", "50"]
+    command += ["--between", "echo restarted", "--json", "--out", str(tmp_path / "r.json")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["complete"] and "\nrestarted\n" in ended.stderr
 
 
 # --- comparing ---
@@ -187,6 +160,9 @@ def test_two_good_runs_have_no_refusal_and_each_fault_is_one(measured):
         "2 samples, expected 3": lambda r: r["summary"][2].update(complete=2),
         "2 samples and 3 in the base": lambda r: r["summary"][2].update(complete=2),
         "only in the base": lambda r: r["summary"].pop(),
+        "counts unknown, this run has no usage": lambda r: r["summary"][1].update(prompt_tokens=None),
+        "tokens sent as text, and token ids in the base": lambda r: r["tokens"].update(sent_as="text"),
+        "tokens counted by the server's usage, and the server's /tokenize": lambda r: r["tokens"].update(counted_by="the server's usage"),
         "prompts of 51 tokens and 50": lambda r: r["summary"][0].update(prompt_tokens=51),
     }
     for words, fault in faults.items():
@@ -196,6 +172,10 @@ def test_two_good_runs_have_no_refusal_and_each_fault_is_one(measured):
     late = json.loads(json.dumps(good))
     late["client"]["saturated"] = True
     assert "the base: client saturated" in compare.refusals(good, late)
+    for one in (good, base):  # made to measure by the same tokenizer, which is all that is known
+        for cell in one["summary"]:
+            cell["prompt_tokens"] = None
+    assert refusals_of(good, base) == []
 
 
 def test_a_base_that_measured_something_else_is_refused_before_anything_is_asked(measured, serve, bench):
@@ -206,9 +186,45 @@ def test_a_base_that_measured_something_else_is_refused_before_anything_is_asked
     assert server.log() == []
 
 
-def test_a_refused_comparison_says_so_in_its_exit_code_too(measured, serve, bench):
+@pytest.mark.parametrize(
+    ("fault", "options", "words"),
+    [
+        (lambda r: r.update(complete=False), SMALL, "the base is not complete"),
+        (lambda r: r["client"].update(saturated=True), SMALL, "the base: client saturated"),
+        (lambda r: r.update(problems=["turn 1 was not cold"]), SMALL, "the base: turn 1 was not cold"),
+        (lambda r: r["summary"][2].update(errors={"reset": 1}), SMALL, "the base, 50 tokens, turn 2: 1 of 3 requests failed"),
+        (lambda r: r["summary"][2].update(complete=2), SMALL, "the base, 50 tokens, turn 2: 2 samples, expected 3 or more"),
+        (lambda r: r["settings"].update(repeats=2), (*SMALL, "--repeats", "2"), "--repeats is 2, expected 3 or more"),
+        (lambda r: None, ("--contexts", "50"), "the base has 200 tokens, expected in --contexts"),
+        (lambda r: None, ("--contexts", "50,200,300"), "--contexts has 300 tokens, which the base has not"),
+    ],
+)
+def test_a_base_with_which_the_run_could_not_be_compared_is_refused_before_anything_is_asked(
+    measured, serve, bench, fault, options, words
+):
+    base = measured(ScriptedServer())
+    change(base, fault)
+    server = serve(ScriptedServer())
+    code, output, _ = bench("--url", server.url, *options, "--compare", base)
+    assert code == 2 and words in " ".join(output.replace("│", " ").split())
+    assert server.log() == []
+
+
+def test_a_context_that_the_base_s_server_had_no_room_for_may_be_asked_for_again(serve, bench):
+    limited = ScriptedServer()
+    limited.limit = 300
+    url = serve(limited).url
+    bench("--url", url, "--contexts", "50,1000")
+    base = bench.file
+    change(base, lambda result: result["client"].update(saturated=False))
+    _, _, result = bench("--url", url, "--contexts", "50,1000", "--compare", base)
+    assert refusals_of(result, json.loads(base.read_text())) == []
+
+
+def test_a_refused_comparison_says_so_in_its_exit_code_too(measured, bench):
     base = measured(ScriptedServer(), *SMALL, "--repeats", "2")
-    code, output, result = bench("--url", serve(ScriptedServer()).url, *SMALL, "--repeats", "2", "--compare", base)
+    done = measured(ScriptedServer(), *SMALL, "--repeats", "2")
+    code, output, result = bench("--resume", done, "--compare", base)
     assert code == 1 and "NOT A VALID COMPARISON: this run, 50 tokens, turn 1: 2 samples, expected 3 or more" in output
     assert result["comparison"]["valid"] is False
 
@@ -341,9 +357,57 @@ def test_a_full_disk_leaves_the_result_of_the_last_cell(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_text", full)
-    with pytest.raises(BadSetting, match="No space left on device"):
+    with pytest.raises(results.NotWritten, match="No space left on device"):
         results.save({"cells": 2}, file)
     assert json.loads(file.read_text()) == {"cells": 1} and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("written", [0, 1, 2, 5, 9])  # before the first cell, in it, after it, in turn 2, at the very end
+def test_a_disk_that_fills_up_ends_the_run_with_what_was_measured_and_it_goes_on(serve, bench, monkeypatch, written):
+    server = serve(ScriptedServer())
+    real, count = pathlib.Path.write_text, 0
+
+    def fills_up(self, text):
+        nonlocal count
+        count += 1
+        if count > written:
+            raise OSError(28, "No space left on device")
+        return real(self, text)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.write_text", fills_up)
+        code, output, result = bench("--url", server.url, *SMALL)
+    assert "No space left on device" in output and "Traceback" not in output
+    if written == 0:
+        assert code == 2 and "--out" in output and result is None
+        return
+    assert code == 3 and f"--resume {bench.file}" in output
+    assert ("Turn 1 (cold)" in output) is (written > 1)
+    assert not result["complete"]
+    code, output, result = bench("--resume", bench.file)
+    assert code == 0 and result["complete"], output
+    sent = [json.dumps(entry["prompt"]) for entry in server.log() if len(entry["prompt"]) >= 50]
+    assert len(set(sent)) == len(sent)
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_plot_that_cannot_be_written_takes_nothing_of_the_result(serve, bench, monkeypatch, tmp_path, options):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tokendepot.bench.ttft.plot.draw", full)
+    plot = tmp_path / "x.png"
+    code, output, result = bench("--url", serve(ScriptedServer()).url, *SMALL, "--plot", plot, *options)
+    assert code == 3 and f"--plot is {str(plot)!r}, which cannot be written (No space left on device)" in output
+    assert result["complete"] and (options or ("Turn 2" in output and f"Wrote {bench.file}\n" in output))
+
+
+def test_a_directory_in_the_plot_s_place_is_told_before_anything_is_asked(serve, bench, tmp_path):
+    server = serve(ScriptedServer())
+    (tmp_path / "dir.png").mkdir()
+    code, output, _ = bench("--url", server.url, *SMALL, "--plot", tmp_path / "dir.png")
+    assert code == 2 and "which is a directory" in " ".join(output.replace("│", " ").split())
+    assert server.log() == []
 
 
 # --- what is imported ---

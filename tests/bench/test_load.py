@@ -115,6 +115,27 @@ def test_a_stream_that_breaks_off_is_not_an_answer(serve, bench):
     assert code == 1 and only(result)["errors"] == {"truncated": 2} and only(result)["complete"] == 1
 
 
+# --- how many at once ---
+
+
+class AFifth(ScriptedServer):
+    def script(self, body, number):
+        return [(0.2 if number >= PROBES else 0, text_event("a") + DONE)]
+
+
+@pytest.mark.parametrize(("concurrency", "repeats", "reached"), [(64, 3, 3), (2, 4, 2), (3, 3, 3)])
+def test_the_requests_in_flight_that_were_reached_are_told_and_fewer_than_asked_for_warned_of(
+    serve, bench, concurrency, repeats, reached
+):
+    server = serve(AFifth())
+    options = ("--contexts", "50", "--turns", "1", "--repeats", repeats, "--concurrency", concurrency)
+    code, output, result = bench("--url", server.url, *options)
+    assert code == 0 and "in flight" in output
+    assert [cell["in_flight"] for cell in result["cells"]] == [only(result)["in_flight"]] == [reached]
+    warned = f"--concurrency is {concurrency}, but each context has --repeats {repeats} conversations"
+    assert any(warned in warning for warning in result["warnings"]) is (warned in output) is (concurrency > repeats)
+
+
 # --- schedules (T7) ---
 
 

@@ -36,7 +36,7 @@ def ttft(
     """Time to first token of conversations: turn 1 cold, then the same context with new questions.
 
     Exit codes: 0 all well; 1 requests failed, or the run or the comparison is not valid; 2 wrong usage, or no such
-    server or model; 3 the server went away.
+    server or model; 3 the server went away, or a file could not be written any more; 130 interrupted.
     """
     try:
         from ..bench.ttft.command import ttft as run

@@ -45,6 +45,7 @@ def _check(result: dict[str, Any]) -> None:
     _fields(result["settings"], _SETTINGS, "settings.")
     _may_be(result["settings"], "rate", "settings.")
     result["settings"].setdefault("rate", None)
+    _fields(result.setdefault("tokens", {}), {}, "tokens.")
     for text in (*result["problems"], *result["warnings"]):
         if not isinstance(text, str):
             raise _Wrong("problems and warnings are not sentences")

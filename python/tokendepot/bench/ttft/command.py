@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 import pathlib
+import signal
+import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +22,7 @@ from .server import Server, ServerFault
 from .settings import BadSetting, Settings, option
 
 OK, FAILED, NOT_DONE, INTERRUPTED = 0, 1, 3, 130
+REASONS = 4  # of a base that is refused: one broken run has a reason for each cell
 _MAY_CHANGE = {"url", "timeout_s", "between"}  # from one part of a run to the next
 
 
@@ -48,8 +51,15 @@ def ttft(
             raise BadSetting(f"--out is {str(file)!r}, which exists; --resume goes on with it")
     if base and (different := compare.settings_differ(settings.as_json(), base["settings"])):
         raise BadSetting(f"--compare is {str(base_file)!r}, which is not the same measurement: {'; '.join(different)}")
+    # A run that is complete loses no time: its table is shown, with what is wrong below.
+    if base and not result["complete"] and (reasons := compare.hopeless(settings.as_json(), base)):
+        more = f"; and {len(reasons) - REASONS} more" if len(reasons) > REASONS else ""
+        told = "; ".join(reasons[:REASONS]) + more
+        raise BadSetting(f"--compare is {str(base_file)!r}, with which this run cannot be compared: {told}")
     if plot_file and plot_file.suffix.lower().removeprefix(".") not in IMAGE_TYPES:
         raise BadSetting(f"--plot is {str(plot_file)!r}, expected a name that ends in one of {', '.join(IMAGE_TYPES)}")
+    if plot_file and plot_file.is_dir():
+        raise BadSetting(f"--plot is {str(plot_file)!r}, which is a directory, expected a file's name")
     for name, path in (("--out", file), ("--plot", plot_file)):
         if path and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
             raise BadSetting(f"{name} is {str(path)!r}, but {str(path.parent)!r} is not a directory that can be written to")
@@ -61,9 +71,7 @@ def ttft(
     if base and refused is not None:
         rows = compare.rows(result, base)
         result["comparison"] = {"base": base["run_id"], "valid": not refused, "refused": refused, "rows": rows}
-    results.save(result, file)
-    if plot_file and any(cell["ttft_s"] for cell in result["summary"]):
-        plot.draw(result, base, ("this run", "base"), plot_file)
+    written = _last_save(result, file)
     if as_json:
         print(json.dumps(result, indent=2))
     else:
@@ -71,15 +79,36 @@ def ttft(
         if base:
             show.comparison(result["comparison"]["rows"])
         show.closing(result, refused)
-        terminal.say(f"Wrote {file}" + (f" and {plot_file}" if plot_file else ""))
+    if plot_file and any(cell["ttft_s"] for cell in result["summary"]):  # after the tables: it may fail
+        try:
+            plot.draw(result, base, ("this run", "base"), plot_file)
+            written.append(plot_file)
+        except OSError as error:
+            terminal.complain(f"--plot is {str(plot_file)!r}, which cannot be written ({error.strerror or error})")
+            code = code or NOT_DONE
+    if written and not as_json:
+        terminal.say("Wrote " + " and ".join(map(str, written)))
+    if file not in written:
+        code = code or NOT_DONE
     return code or (FAILED if result["problems"] or refused else OK)
+
+
+def _last_save(result: dict[str, Any], file: pathlib.Path) -> list[pathlib.Path]:
+    """[file], or nothing when it could not be written: what was measured is shown all the same."""
+    try:
+        results.save(result, file)
+    except results.NotWritten as error:
+        terminal.complain(f"{error}: what it has is older than what is shown; --resume {file} goes on from there")
+        return []
+    return [file]
 
 
 def _base(file: pathlib.Path) -> dict[str, Any]:
     """A result that can be compared with: judged before anything is measured."""
     base = results.load(file, "--compare")
     try:
-        compare.refusals(base, base)
+        compare.refusals(base, base)  # reads every field that a comparison needs
+        compare.hopeless(base["settings"], base)
     except (KeyError, TypeError, AttributeError):
         raise BadSetting(f"--compare is {str(file)!r}, expected the whole result of a run") from None
     return base
@@ -102,14 +131,39 @@ def _resumed(file: pathlib.Path, asked: Settings, given: Collection[str]) -> tup
     return result, settings
 
 
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, as batch systems and timeouts send it, ends a run as Ctrl-C does: with all that is done."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield
+        return
+
+    def as_interrupt(number: int, frame: Any) -> None:
+        handler = signal.getsignal(signal.SIGINT)  # asyncio's own while requests are in flight
+        if not callable(handler):  # ignored, as in the background of a script
+            raise KeyboardInterrupt
+        handler(signal.SIGINT, frame)
+
+    before = signal.signal(signal.SIGTERM, as_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _measure(settings: Settings, result: dict[str, Any], file: pathlib.Path) -> tuple[int, str | None]:
     def say(sentence: str) -> None:
         terminal.err.print(terminal.clean(sentence), soft_wrap=True)
 
+    if too_few := results.out_of_reach(settings.as_json()):
+        say(f"WARNING: {too_few}")  # now and not after hours only
     server = Server(settings.url, os.environ.get("OPENAI_API_KEY", ""))
-    with contextlib.closing(server):
+    with contextlib.closing(server), _terminated_as_interrupted():
         run = Run(settings, server, result, lambda: results.save(result, file), say)
-        results.save(result, file)
+        try:
+            results.save(result, file)
+        except results.NotWritten as error:
+            raise BadSetting(f"--out: {error}") from None
         total = sum(run.contexts) * settings.repeats * settings.turns
         try:
             with terminal.progress_of_tokens("asking", total) as advance:
@@ -120,6 +174,9 @@ def _measure(settings: Settings, result: dict[str, Any], file: pathlib.Path) -> 
         except ServerFault as fault:
             say(f"tokendepot: {fault}; --resume {file} goes on")
             return NOT_DONE, str(fault)
+        except results.NotWritten as error:
+            say(f"tokendepot: {error}; with room for it --resume {file} goes on")
+            return NOT_DONE, str(error)
         finally:
             result["ended"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     return OK, run.stopped

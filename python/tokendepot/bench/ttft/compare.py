@@ -48,21 +48,35 @@ def differences(on: dict[str, Any], off: dict[str, Any]) -> list[str]:
     return found
 
 
+def hopeless(asked: dict[str, Any], off: dict[str, Any]) -> list[str]:
+    """Why no run with the settings `asked` can be validly compared with the base `off`, whatever it measures."""
+    if asked["repeats"] < MIN_SAMPLES:
+        return [f"--repeats is {asked['repeats']}, expected {MIN_SAMPLES} or more"]
+    found = of_one("the base", off)
+    measured = {context for context, _ in cells(off)}
+    passed_over = {entry["context"] for entry in off["skipped"]}
+    for context in sorted(measured ^ set(asked["contexts"])):
+        if context in measured:
+            found.append(f"the base has {context:,} tokens, expected in --contexts")
+        elif context not in passed_over:  # what the base's server had no room for, another of the same limit has not either
+            found.append(f"--contexts has {context:,} tokens, which the base has not")
+    return found
+
+
 def refusals(on: dict[str, Any], off: dict[str, Any]) -> list[str]:
     """Why the comparison is not valid: differences, and what makes one of the two unreliable. Empty when it is valid."""
     found = differences(on, off)
-    for name, result in (("this run", on), ("the base", off)):
-        if not result["complete"]:
-            found.append(f"{name} is not complete")
-        if result["client"].get("saturated"):
-            found.append(f"{name}: client saturated")
-        found += [f"{name}: {problem}" for problem in result["problems"]]
-        found += _in_one(name, result)
-    return found + _in_both(on, off)
+    return found + of_one("this run", on) + of_one("the base", off) + _in_both(on, off)
 
 
-def _in_one(name: str, result: dict[str, Any]) -> list[str]:
+def of_one(name: str, result: dict[str, Any]) -> list[str]:
+    """What makes a run unreliable, whatever it is compared with."""
     found = []
+    if not result["complete"]:
+        found.append(f"{name} is not complete")
+    if result["client"].get("saturated"):
+        found.append(f"{name}: client saturated")
+    found += [f"{name}: {problem}" for problem in result["problems"]]
     known = cells(result)
     for (context, turn), cell in known.items():
         where = f"{name}, {context:,} tokens, turn {turn}"
@@ -90,6 +104,10 @@ def _explained(where: str, cell: dict[str, Any], first: dict[str, Any] | None) -
 def _in_both(on: dict[str, Any], off: dict[str, Any]) -> list[str]:
     mine, base = cells(on), cells(off)
     found = []
+    for name in ("counted_by", "sent_as"):  # N tokens by one tokenizer, or as text, are not N by another, or as ids
+        one, other = on.get("tokens", {}).get(name), off.get("tokens", {}).get(name)
+        if one != other:
+            found.append(f"tokens {name.replace('_', ' ')} {one}, and {other} in the base")
     for context, turn in sorted(set(mine) | set(base)):
         where = f"{context:,} tokens, turn {turn}"
         if (context, turn) not in mine or (context, turn) not in base:
@@ -100,6 +118,9 @@ def _in_both(on: dict[str, Any], off: dict[str, Any]) -> list[str]:
             found.append(f"{where}: {one['complete']} samples and {other['complete']} in the base")
         counts = one["prompt_tokens"], other["prompt_tokens"]
         answers = (turn - 1) * on["settings"]["answer_tokens"]  # earlier answers are in the prompt, and may differ
-        if None not in counts and abs(counts[0] - counts[1]) > answers:
+        # Without a count on either side, prompts are as equal as what they were made to measure by.
+        if counts.count(None) == 1:
+            found.append(f"{where}: counts unknown, {'this run' if counts[0] is None else 'the base'} has no usage with its answers")
+        elif None not in counts and abs(counts[0] - counts[1]) > answers:
             found.append(f"{where}: prompts of {counts[0]:,.0f} tokens and {counts[1]:,.0f} in the base")
     return found

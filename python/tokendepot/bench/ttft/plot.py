@@ -62,7 +62,8 @@ def figure_of(result: dict[str, Any], base: dict[str, Any] | None, names: tuple[
     axes.set_xlabel("context (tokens)")
     axes.set_ylabel("time to first token (ms)")
     settings = result["settings"]
-    about = f"{settings['repeats']} conversations a context, concurrency {settings['concurrency']}"
+    reached = max((cell.get("in_flight") or 0 for cell in result["summary"]), default=0) or settings["concurrency"]
+    about = f"{settings['repeats']} conversations a context, up to {reached} in flight"
     axes.set_title(f"Time to first token: medians, bars from least to most\n{result['server'].get('model', '')}, {about}", fontsize=10, parse_math=False)
     axes.grid(True, which="both", alpha=0.25)
     figure.legend(loc="outside lower center", ncols=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import statistics
 import time
 from typing import Any
 
+from . import resume
 from .lag import SATURATED_SHARE, disturbed
 from .settings import BadSetting, Settings
 
@@ -36,6 +38,9 @@ def new(settings: Settings, version: str) -> dict[str, Any]:
         "client": {"python": platform.python_version(), "cpus": len(os.sched_getaffinity(0))},
         "settings": settings.as_json(),
         "server": {},
+        "server_changes": [],
+        "begun": None,
+        "replaced": [],
         "tokens": {},
         "skipped": [],
         "overlap": {},
@@ -45,6 +50,10 @@ def new(settings: Settings, version: str) -> dict[str, Any]:
         "problems": [],
         "warnings": [],
     }
+
+
+class NotWritten(Exception):
+    """A result that could not be saved: one sentence that names the file and why."""
 
 
 def load(file: pathlib.Path, name: str) -> dict[str, Any]:
@@ -63,14 +72,15 @@ def load(file: pathlib.Path, name: str) -> dict[str, Any]:
 
 
 def save(result: dict[str, Any], file: pathlib.Path) -> None:
-    """All or nothing: what ends a run leaves the file of the last cell. BadSetting when it cannot be written."""
+    """All or nothing: what ends a run leaves the file of the last cell. NotWritten when it cannot be written."""
     partial = file.with_name(file.name + ".partial")
     try:
         partial.write_text(json.dumps(result, indent=1) + "\n")
         os.replace(partial, file)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise BadSetting(f"--out is {str(file)!r}, which cannot be written ({error.strerror})") from None
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise NotWritten(f"{str(file)!r} cannot be written ({error.strerror})") from None
 
 
 def of_conversation(result: dict[str, Any], context: int, repeat: int) -> list[dict[str, Any]]:
@@ -131,6 +141,7 @@ def _summary(result: dict[str, Any], turn: int, context: int, records: list[dict
         "requests": len(records),
         "complete": len(good),
         "errors": errors,
+        "in_flight": max((cell["in_flight"] for cell in parts if "in_flight" in cell), default=None),
         "prompt_tokens": statistics.median(prompt) if prompt else None,
         "ttft_s": spread([r["ttft_s"] for r in good]),
         "ttft_from_schedule_s": spread([r["ttft_from_schedule_s"] for r in good]),
@@ -184,12 +195,25 @@ def judge(result: dict[str, Any], stopped: str | None) -> None:
             f"client saturated: in {late} of {len(good)} requests this client was late, by up to "
             f"{result['client']['worst_lag_s'] * 1e3:.0f} ms; TTFT includes that"
         )
+    if too_few := out_of_reach(settings):
+        warnings.append(too_few)
+    warnings += resume.warnings(result)
     warnings += _drift(good)
     if good and all(record["prompt_tokens"] is None for record in good):
         warnings.append("the server counts no prompt tokens: contexts are by " + result["tokens"]["counted_by"])
     if any(record["output_estimated"] for record in good):
         warnings.append("the server counts no output tokens: one an event is assumed")
     result["problems"], result["warnings"] = problems, warnings
+
+
+def out_of_reach(settings: dict[str, Any]) -> str | None:
+    """A concurrency that no cell can reach: its conversations have one request each in flight."""
+    if settings["concurrency"] <= settings["repeats"]:
+        return None
+    return (
+        f"--concurrency is {settings['concurrency']}, but each context has --repeats {settings['repeats']} conversations: at "
+        f"most {settings['repeats']} requests are in flight"
+    )
 
 
 def _not_cold(result: dict[str, Any], good: list[dict[str, Any]]) -> list[str]:

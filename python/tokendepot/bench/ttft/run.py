@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import prompts, results
+from . import prompts, results, resume
 from .answer import Answer, RequestFailed
 from .counting import Counting
 from .lag import LagMonitor
@@ -67,6 +67,7 @@ class Run:
         self.settings, self._server, self._result, self._save, self._say = settings, server, result, save, say
         entry = server.model(settings.model)
         self._model = entry["id"]
+        resume.check_model(result, server.url, self._model)
         self._counting = Counting(settings, server, self._model)
         self._maker = self._counting.maker()
         self.target = Target.of(server.url + settings.path, server.headers)
@@ -82,10 +83,12 @@ class Run:
         if result["tokens"] and result["tokens"] != tokens:
             raise ServerFault(f"{server.url} counts otherwise than when the run began: {tokens}, expected {result['tokens']}")
         result["tokens"] = tokens
-        result["server"] = {"version": server.version(), "models": server.models(), "model": self._model}
+        resume.take_server(result, {"version": server.version(), "models": server.models(), "model": self._model})
         limit = entry.get("max_model_len")
         self._limit = limit if isinstance(limit, int) else None
         self._skipped = {entry["context"] for entry in result["skipped"]}
+        resume.begin_anew(result)
+        self._last: list[dict[str, Any]] = []  # requests of the last cell
         self._conversations = self._plan()
 
     @property
@@ -166,7 +169,7 @@ class Run:
     # --- running ----------------------------------------------------------------------------------------------------
 
     def go(self, advance: Callable[[int], None]) -> None:
-        """Raises KeyboardInterrupt as it comes; what was done until then is in the result."""
+        """Raises KeyboardInterrupt and ServerFault as they come; what was done until then is in the result."""
         for turn in range(1, self.settings.turns + 1):
             open_cells = [c for c in self._conversations if self._open(c, turn)]
             if turn > 1 and open_cells:
@@ -174,12 +177,26 @@ class Run:
             for context in list(self._conversations):
                 if self.stopped or context in self._skipped:
                     continue
-                self._cell(context, turn, advance)
+                try:
+                    self._cell(context, turn, advance)
+                except ServerFault:
+                    resume.lose(self._result, self._last)
+                    raise
+                except KeyboardInterrupt:  # from a terminal it may have reached the server as well
+                    self._ask_whether_gone()
+                    raise
         sent = [one for conversations in self._conversations.values() for one in conversations if one.records]
         if len(sent) <= MATRIX_UP_TO:
             unit = "tokens" if self._counting.sends_ids else "characters"
             self._result["overlap"] |= {"matrix": self.matrix(sent), "matrix_unit": unit}
         self._result["complete"] = self.stopped is None
+
+    def _ask_whether_gone(self) -> None:
+        if resume.perhaps_lost(self._last):
+            try:
+                self._server.models()
+            except ServerFault:
+                resume.lose(self._result, self._last)
 
     def _open(self, context: int, turn: int) -> list[Conversation]:
         """Conversations of the context that still have to send this turn."""
@@ -188,7 +205,9 @@ class Run:
     def _before_later_turn(self, turn: int) -> None:
         if self.settings.between:
             self._say(f"before turn {turn}: {self.settings.between}")
-            code = subprocess.run(self.settings.between, shell=True, stdin=subprocess.DEVNULL, check=False).returncode
+            # To stderr with what it prints: stdout is for the result, and may be one JSON document.
+            done = subprocess.run(self.settings.between, shell=True, stdin=subprocess.DEVNULL, stdout=2, check=False)
+            code = done.returncode
             if code:
                 raise ServerFault(f"--between ended with exit code {code}: {self.settings.between!r}")
             until = time.monotonic() + RESTART_TIMEOUT_S
@@ -225,6 +244,8 @@ class Run:
         bodies = [self._counting.body(one.prompt, self.settings.answer_tokens) for one in todo]
         before = self._server.metrics()
         cell = _Cell(self, turn, todo, bodies, advance)
+        self._result["begun"] = {"context": context, "turn": turn, "repeats": [one.repeat for one in todo]}
+        self._save()  # before anything is sent: who is killed meanwhile says nothing more
         gc.collect()
         gc.disable()
         try:
@@ -234,7 +255,11 @@ class Run:
             cell.tell()
             self._result["requests"] += cell.records
             self._result["cells"].append(cell.ended(before, self._server))
+            self._last = cell.records
+            self._result["begun"] = None
             self._save()
+        if resume.perhaps_lost(cell.records):
+            self._server.models()  # ServerFault when it has gone: there may be no other cell to find that out
 
 
 class _Cell:
@@ -246,7 +271,7 @@ class _Cell:
         self._run, self._turn, self._todo, self._bodies, self._advance = run, turn, todo, bodies, advance
         self._lag = LagMonitor()
         self._next = 0
-        self._in_flight = self._not_told = 0
+        self._in_flight = self._peak = self._not_told = 0
         self._began = self._ended = 0.0
         self._overflow = False
         self.records: list[dict[str, Any]] = []
@@ -274,6 +299,7 @@ class _Cell:
                 if self._run.stopped:
                     return
             self._in_flight += 1
+            self._peak = max(self._peak, self._in_flight)
             await self._one(self._todo[place], self._bodies[place], due, inbox, settings)
             self._in_flight -= 1
             self._not_told += self._todo[place].context
@@ -304,12 +330,13 @@ class _Cell:
             record |= {"error": failure.kind, "message": str(failure), "failed_after_s": time.perf_counter() - begun}
             if failure.kind in STOPPING:
                 run.stopped = f"{failure.kind}: {failure}"
+                record["cut_off"] = True
             if failure.kind == "context_overflow":
                 self._overflow = True
         except asyncio.CancelledError:
             if self._turn == 1:
                 raise  # the server may have seen this context: a resumed run takes another
-            record |= {"error": "interrupted", "message": "the run was interrupted"}
+            record |= {"error": "interrupted", "message": "the run was interrupted", "cut_off": True}
             record["failed_after_s"] = time.perf_counter() - begun
             one.records.append(record)
             self.records.append(record)
@@ -335,6 +362,7 @@ class _Cell:
         return {
             "context": self._todo[0].context,
             "turn": self._turn,
+            "in_flight": self._peak,
             "wall_s": self._ended - self._began,
             "own_cache_tokens": grown(OWN_HITS),
             "external_cache_tokens": grown(EXTERNAL_HITS),

@@ -32,6 +32,7 @@ def _one(times: dict[str, float] | None, name: str = "median") -> str:
 
 
 def cells(result: dict[str, Any]) -> None:
+    several = result["settings"]["concurrency"] > 1  # else the column says 1 everywhere
     for turn in range(1, result["settings"]["turns"] + 1):
         rows = []
         for cell in (cell for cell in result["summary"] if cell["turn"] == turn):
@@ -41,6 +42,7 @@ def cells(result: dict[str, Any]) -> None:
                 (
                     f"{counted:,.0f}" if counted is not None else f"~{cell['context']:,}",
                     f"{cell['complete']}/{cell['requests']}",
+                    *((str(cell.get("in_flight") or "-"),) if several else ()),
                     milliseconds(cell["ttft_s"]),
                     _one(cell["ttft_s"], "p99"),
                     _one(cell["time_per_output_token_s"]),
@@ -49,7 +51,7 @@ def cells(result: dict[str, Any]) -> None:
                 )
             )
         if rows:
-            columns = (">tokens", ">complete", ">TTFT ms", ">p99", ">TPOT ms", ">tok/s", ">cached")
+            columns = (">tokens", ">complete", *((">in flight",) if several else ()), ">TTFT ms", ">p99", ">TPOT ms", ">tok/s", ">cached")
             show.table(f"Turn {turn}{' (cold)' if turn == 1 else ''}", columns, rows)
     if result["settings"]["rate"] is not None:
         _schedule(result)
@@ -102,6 +104,9 @@ def closing(result: dict[str, Any], refused: list[str] | None) -> None:
     tokens = result["tokens"]
     if tokens:
         show.say(f"Prompts are sent as {tokens['sent_as']}, made to measure by {tokens['counted_by']}.")
+    if replaced := result.get("replaced"):
+        told = show.number(len(replaced), "conversation")
+        show.say(f"Cut off and begun anew: {told}; what was cut off is no failure and in no latency.")
     for warning in result["warnings"]:
         show.say(f"WARNING: {show.clean(warning)}")
     for problem in result["problems"]:

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from tokendepot.bench.cache_models import BlockCache, Outcome, SegmentCache, play
+from tokendepot.bench.cache_models import BlockCache, Outcome, SegmentCache, least_capacity_bytes, play
 from tokendepot.bench.extents import SizeError, extent_bytes
 from tokendepot.bench.plan import SEARCH_PRECISION, Planner, Prefill, Prices
 from tokendepot.bench.shapes import Shape, ShapeError, bytes_per_token, prefill_flops, shape_of
@@ -77,6 +77,28 @@ def test_the_depot_s_capacity_reaches_the_share_and_little_less_does_not(synthet
             rates.append(outcome.token_hit_rate)
         assert rates[0] >= target.share * planner.plan.ideal_tokens > rates[1]
         assert target.depot_bytes > target.lru_bytes
+
+
+@pytest.mark.parametrize("extent", [8192, 1 << 20, (1 << 20) + 4096, 5 << 20, 64 << 20, 300 << 20])
+def test_the_least_capacity_is_a_depot_and_a_byte_less_is_none(extent):
+    SegmentCache([least_capacity_bytes(extent)], extent)
+    with pytest.raises(SizeError, match="room for 3 segments"):
+        SegmentCache([least_capacity_bytes(extent) - 1], extent)
+
+
+@pytest.mark.parametrize("tp", [1, 8])
+@pytest.mark.parametrize("block_tokens", [1, 16, 512])
+@pytest.mark.parametrize("prompts", [([1], [1]), ([1, 2, 3], [1, 2, 4], [1, 2, 3], [5]), ([1, 2],) * 3 + ([3, 4],) * 2])
+def test_a_depot_of_the_planned_capacity_can_be_and_finds_what_was_planned(prompts, block_tokens, tp):
+    trace = trace_of(*prompts, block_tokens=block_tokens)
+    planner = planner_of(trace, tp=tp)
+    planner.follow_depot(lambda _: None)
+    for target in planner.plan.targets:
+        assert target.depot_bytes >= planner.plan.depot_at_least_bytes
+        outcome = Outcome()
+        extent = extent_bytes(block_tokens * bytes_per_token(SHAPE) // 8, 8 // tp)
+        play(trace, SegmentCache([target.depot_bytes // tp], extent), outcome)
+        assert outcome.token_hit_rate >= target.share * planner.plan.ideal_tokens
 
 
 def test_the_curve_rises_to_the_ideal(synthetic):

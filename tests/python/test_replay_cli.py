@@ -141,6 +141,21 @@ def test_plan_answers_in_json_and_draws(small, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_capacity_that_plan_prints_is_one_that_replay_takes(small, tmp_path):
+    single = tmp_path / "single.jsonl"
+    line = {"timestamp": 0, "input_length": 512, "output_length": 1, "hash_ids": [1]}
+    single.write_text(f"{json.dumps(line)}\n" * 2)
+    for trace, is_the_least in ((str(single), True), (small, False)):
+        text = run("plan", trace, "--memory", "0", "--nvme", "4GiB").stdout
+        printed = re.findall(r"^ *(\d+)% .* ([\d.]+ .iB) \(\d+%\) *$", text, re.MULTILINE)
+        assert [share for share, _ in printed] == ["90", "95", "99", "100"]
+        for share, capacity in set(printed):
+            caches = run_json("replay", trace, "--capacity", capacity)["caches"]
+            ideal = caches["no bound"]["token_hit_rate"]
+            assert caches["depot (model)"]["token_hit_rate"] >= int(share) / 100 * ideal
+        assert ("at least 3 segments, each with room for a block:\nbelow 192.1 MiB there is none" in text) == is_the_least
+
+
 def test_plan_says_what_it_assumed_in_80_columns(small):
     text = run("plan", small, "--prefill-rate", "9000", "--gpu-hour", "2", "--memory", "0,1GiB", "--nvme", "0,9GiB").stdout
     assert "A cache without a bound finds 61.5% of the tokens (61.5% of the blocks)" in text

@@ -193,3 +193,24 @@ def test_costs_are_gpu_time_and_storage_over_prompt_tokens():
     storage = target.depot_bytes / 2**30 * 30.0 / 30
     assert target.dollars == pytest.approx(((plan.gpu_s - target.saved_gpu_s) * 0.001 + storage) / tokens * 1e6)
     assert planner_of(trace).plan.dollars_before is None
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shares_of_the_range", [(0.5, 0.5, 0.5), (0.8, 0.82, 0.95), (0.01, 0.011, 0.012), (0.008, 0.1, 1.2)])
+def test_labels_of_capacities_never_overlap_and_lie_in_the_picture(shares_of_the_range):
+    plots = pytest.importorskip("tokendepot.bench.plots")
+    planner = planner_of(trace_of([1, 2, 3], [1, 2, 4], [1, 2, 3], *([i] for i in range(5, 400))))
+    plan = planner.plan
+    for target, share in zip(plan.targets, shares_of_the_range, strict=False):
+        target.depot_bytes = int(share * plan.unique_bytes)
+    figure, (axes, _) = plots.pyplot.subplots(1, 2, figsize=(13, 5.2), width_ratios=(3, 2), layout="constrained")
+    plots._hits_by_capacity(axes, plan)
+    figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in axes.texts]
+    plots.pyplot.close(figure)
+    assert len(boxes) == 3
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    inside = axes.get_window_extent()
+    assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 and box.y1 <= inside.y1 for box in boxes)

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -256,6 +257,16 @@ def test_fio_takes_turns_with_ours(disk):
     assert done.returncode == 0, done.stderr
     named = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert named == [f"fio_{way}_256KiB_4{pages}" for way in ("read", "write") for pages in ("", "_huge")]
+    assert re.fullmatch(r"[012] of 2 cells below 0\.95 of fio, .*", done.stdout.splitlines()[-1])
+    for least, code, behind in (("1e9", 1, 1), ("1e-9", 0, 0)):
+        command = [sys.executable, script, *toy, "--op", "read", "--least", least, disk]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code, done.stderr
+        assert done.stdout.splitlines()[-1].startswith(f"{behind} of 1 cells below {float(least):g} of fio")
+    for least in ("x", "nan", "0", "-1"):
+        done = subprocess.run([sys.executable, script, "--least", least, disk], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2
+        assert f"'{least}': expected a ratio above 0" in done.stderr
 
 
 # --- how it ends ---

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -41,7 +42,8 @@ class Fio:
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
         if done.returncode:
-            sys.exit(f"compare-fio: fio failed: {(done.stderr or done.stdout).strip()}")
+            print(f"compare-fio: fio failed: {(done.stderr or done.stdout).strip()}", file=sys.stderr)
+            sys.exit(2)  # 1 is a ratio below --least
         job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
         return job["write" if "write" in pattern else "read"]["bw_bytes"] / 1e9
 
@@ -95,6 +97,7 @@ def main() -> int:
     parser.add_argument("--volume", default="", help="default: 512MiB or more")
     parser.add_argument("--rounds", type=int, default=12, help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=0.4, help="of a turn; default: %(default)s")
+    parser.add_argument("--least", type=ratio_of, metavar="RATIO", help="exit code 1 when a cell is below; default: 0 whatever they are")
     given = parser.parse_args()
     try:
         wanted = plan.plan_of(
@@ -119,9 +122,25 @@ def main() -> int:
     except DepotError as error:
         print(f"compare-fio: {error}", file=sys.stderr)
         return 2
-    behind = sum(ratio < WANTED for ratio in ratios)
-    print(f"{len(ratios) - behind} of {len(ratios)} within 5 % of fio or faster, buffers in huge pages on both sides")
-    return 0
+    print(summary(ratios, WANTED if given.least is None else given.least))
+    return int(given.least is not None and min(ratios) < given.least)
+
+
+def summary(ratios: list[float], least: float) -> str:
+    return (
+        f"{sum(ratio < least for ratio in ratios)} of {len(ratios)} cells below {least:g} of fio, "
+        "buffers in huge pages on both sides"
+    )
+
+
+def ratio_of(text: str) -> float:
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = math.nan
+    if not 0 < ratio < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}': expected a ratio above 0, e.g. {WANTED}")
+    return ratio
 
 
 if __name__ == "__main__":

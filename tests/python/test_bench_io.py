@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from paged import filled_root
 
 import tokendepot
 from tokendepot._core import DepotError, Workload
-from tokendepot.bench.io import measure, plan
+from tokendepot.bench.io import measure, plan, report
 from tokendepot.bench.io import run as io_run
 
 MIB = 1 << 20
@@ -115,6 +116,24 @@ def test_results_go_to_a_table_for_programs_and_to_a_picture(place, tmp_path):
         (way, size) for way in ("read", "write") for size in ("65536", "262144")
     }
     assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_for_programs_has_bytes_by_path_and_cells_in_which_everything_failed(place, tmp_path):
+    table = tmp_path / "o.csv"
+    result = json.loads(run(place, *TOY, "--op", "read", "--csv", table, "--json").stdout)["cells"][0]
+    with open(table, newline="") as file:
+        (row,) = csv.DictReader(file)
+    moved = {(way, path): count for way, paths in result["bytes_by_path"].items() for path, count in paths.items()}
+    assert sum(moved.values()) > 0
+    named = {(way, path): int(row[f"{way}_{path}_bytes"]) for way in ("loaded", "stored") for path in report.PATHS}
+    assert {key: count for key, count in named.items() if count} == moved
+    failed = {**result, "latency": [], "failed": 7, "bytes": 0, "gb_per_s": 0.0, "bytes_by_path": {"loaded": {}, "stored": {}}}
+    report.write_csv(str(table), [failed, result])
+    with open(table, newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["failed"], first["dropped"], first["loaded_direct_bytes"]) == ("7", "0", "0")
+    assert {first[name] for name in ("gb_per_s", "ratio", "latency_count", "latency_p99_ms")} == {""}
+    assert second == row
 
 
 def test_sizes_come_from_a_models_shape():
@@ -238,6 +257,16 @@ def test_fio_takes_turns_with_ours(disk):
     assert done.returncode == 0, done.stderr
     named = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert named == [f"fio_{way}_256KiB_4{pages}" for way in ("read", "write") for pages in ("", "_huge")]
+    assert re.fullmatch(r"[012] of 2 cells below 0\.95 of fio, .*", done.stdout.splitlines()[-1])
+    for least, code, behind in (("1e9", 1, 1), ("1e-9", 0, 0)):
+        command = [sys.executable, script, *toy, "--op", "read", "--least", least, disk]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code, done.stderr
+        assert done.stdout.splitlines()[-1].startswith(f"{behind} of 1 cells below {float(least):g} of fio")
+    for least in ("x", "nan", "0", "-1"):
+        done = subprocess.run([sys.executable, script, "--least", least, disk], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2
+        assert f"'{least}': expected a ratio above 0" in done.stderr
 
 
 # --- how it ends ---

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from tokendepot.bench.cache_models import BlockCache, Outcome, SegmentCache, play
+from tokendepot.bench.cache_models import BlockCache, Outcome, SegmentCache, least_capacity_bytes, play
 from tokendepot.bench.extents import SizeError, extent_bytes
 from tokendepot.bench.plan import SEARCH_PRECISION, Planner, Prefill, Prices
 from tokendepot.bench.shapes import Shape, ShapeError, bytes_per_token, prefill_flops, shape_of
@@ -77,6 +77,28 @@ def test_the_depot_s_capacity_reaches_the_share_and_little_less_does_not(synthet
             rates.append(outcome.token_hit_rate)
         assert rates[0] >= target.share * planner.plan.ideal_tokens > rates[1]
         assert target.depot_bytes > target.lru_bytes
+
+
+@pytest.mark.parametrize("extent", [8192, 1 << 20, (1 << 20) + 4096, 5 << 20, 64 << 20, 300 << 20])
+def test_the_least_capacity_is_a_depot_and_a_byte_less_is_none(extent):
+    SegmentCache([least_capacity_bytes(extent)], extent)
+    with pytest.raises(SizeError, match="room for 3 segments"):
+        SegmentCache([least_capacity_bytes(extent) - 1], extent)
+
+
+@pytest.mark.parametrize("tp", [1, 8])
+@pytest.mark.parametrize("block_tokens", [1, 16, 512])
+@pytest.mark.parametrize("prompts", [([1], [1]), ([1, 2, 3], [1, 2, 4], [1, 2, 3], [5]), ([1, 2],) * 3 + ([3, 4],) * 2])
+def test_a_depot_of_the_planned_capacity_can_be_and_finds_what_was_planned(prompts, block_tokens, tp):
+    trace = trace_of(*prompts, block_tokens=block_tokens)
+    planner = planner_of(trace, tp=tp)
+    planner.follow_depot(lambda _: None)
+    for target in planner.plan.targets:
+        assert target.depot_bytes >= planner.plan.depot_at_least_bytes
+        outcome = Outcome()
+        extent = extent_bytes(block_tokens * bytes_per_token(SHAPE) // 8, 8 // tp)
+        play(trace, SegmentCache([target.depot_bytes // tp], extent), outcome)
+        assert outcome.token_hit_rate >= target.share * planner.plan.ideal_tokens
 
 
 def test_the_curve_rises_to_the_ideal(synthetic):
@@ -171,3 +193,24 @@ def test_costs_are_gpu_time_and_storage_over_prompt_tokens():
     storage = target.depot_bytes / 2**30 * 30.0 / 30
     assert target.dollars == pytest.approx(((plan.gpu_s - target.saved_gpu_s) * 0.001 + storage) / tokens * 1e6)
     assert planner_of(trace).plan.dollars_before is None
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shares_of_the_range", [(0.5, 0.5, 0.5), (0.8, 0.82, 0.95), (0.01, 0.011, 0.012), (0.008, 0.1, 1.2)])
+def test_labels_of_capacities_never_overlap_and_lie_in_the_picture(shares_of_the_range):
+    plots = pytest.importorskip("tokendepot.bench.plots")
+    planner = planner_of(trace_of([1, 2, 3], [1, 2, 4], [1, 2, 3], *([i] for i in range(5, 400))))
+    plan = planner.plan
+    for target, share in zip(plan.targets, shares_of_the_range, strict=False):
+        target.depot_bytes = int(share * plan.unique_bytes)
+    figure, (axes, _) = plots.pyplot.subplots(1, 2, figsize=(13, 5.2), width_ratios=(3, 2), layout="constrained")
+    plots._hits_by_capacity(axes, plan)
+    figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in axes.texts]
+    plots.pyplot.close(figure)
+    assert len(boxes) == 3
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    inside = axes.get_window_extent()
+    assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 and box.y1 <= inside.y1 for box in boxes)

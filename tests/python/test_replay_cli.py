@@ -141,6 +141,21 @@ def test_plan_answers_in_json_and_draws(small, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_capacity_that_plan_prints_is_one_that_replay_takes(small, tmp_path):
+    single = tmp_path / "single.jsonl"
+    line = {"timestamp": 0, "input_length": 512, "output_length": 1, "hash_ids": [1]}
+    single.write_text(f"{json.dumps(line)}\n" * 2)
+    for trace, is_the_least in ((str(single), True), (small, False)):
+        text = run("plan", trace, "--memory", "0", "--nvme", "4GiB").stdout
+        printed = re.findall(r"^ *(\d+)% .* ([\d.]+ .iB) \(\d+%\) *$", text, re.MULTILINE)
+        assert [share for share, _ in printed] == ["90", "95", "99", "100"]
+        for share, capacity in set(printed):
+            caches = run_json("replay", trace, "--capacity", capacity)["caches"]
+            ideal = caches["no bound"]["token_hit_rate"]
+            assert caches["depot (model)"]["token_hit_rate"] >= int(share) / 100 * ideal
+        assert ("at least 3 segments, each with room for a block:\nbelow 192.1 MiB there is none" in text) == is_the_least
+
+
 def test_plan_says_what_it_assumed_in_80_columns(small):
     text = run("plan", small, "--prefill-rate", "9000", "--gpu-hour", "2", "--memory", "0,1GiB", "--nvme", "0,9GiB").stdout
     assert "A cache without a bound finds 61.5% of the tokens (61.5% of the blocks)" in text
@@ -187,7 +202,12 @@ def stored(root):
     return len(tokendepot.list_extents(str(root))) if (root / "DEPOT").exists() else 0
 
 
-def test_an_interrupted_replay_prints_what_is_done_and_leaves_nothing_behind(memory_root):
+@pytest.mark.parametrize(
+    "signals",
+    [(signal.SIGINT,), (signal.SIGINT, signal.SIGINT), (signal.SIGTERM,), (signal.SIGTERM, signal.SIGINT), (signal.SIGHUP,)],
+    ids=lambda signals: "-".join(number.name for number in signals),
+)
+def test_an_interrupted_replay_prints_what_is_done_and_leaves_nothing_behind(memory_root, signals):
     arguments = ["replay", SYNTHETIC, "--root", str(memory_root), "--block-bytes", "4KiB", "--capacity", "32MiB", "--json"]
     with gzip.open(SYNTHETIC) as trace:
         blocks_of_the_first_request = len(json.loads(trace.readline())["hash_ids"])
@@ -197,13 +217,49 @@ def test_an_interrupted_replay_prints_what_is_done_and_leaves_nothing_behind(mem
     end = time.monotonic() + 60
     while stored(memory_root) <= blocks_of_the_first_request and time.monotonic() < end:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.3)  # the depot settles for a second before it is removed
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     found = json.loads(output)
     assert found["interrupted"] is True
     assert 0 < found["caches"]["depot (real)"]["requests"] < 3993
     assert not memory_root.exists()
+
+
+def test_a_signal_while_a_replay_removes_its_depot_waits_until_that_is_done(small, memory_root):
+    program = (
+        "import os, shutil, signal; from unittest import mock; from tokendepot.cli import main\n"
+        "real = shutil.rmtree\n"
+        "def remove(path, **how): [os.kill(os.getpid(), n) for n in (signal.SIGTERM, signal.SIGINT)]; real(path, **how)\n"
+        "with mock.patch('shutil.rmtree', remove): main()"
+    )
+    arguments = ["replay", small, "--block-bytes", "64KiB", "--capacity", "16MiB", "--root", str(memory_root), "--json"]
+    command = [sys.executable, "-c", program, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
+    assert result.returncode == 130, result.stderr
+    found = json.loads(result.stdout)
+    assert found["interrupted"] is True
+    assert found["caches"]["depot (real)"]["requests"] == 5
+    assert not memory_root.exists()
+
+
+def test_a_replay_that_is_interrupted_before_its_first_prompt_says_so(small, memory_root):
+    program = (
+        "import os, signal; from unittest import mock; from tokendepot.cli import main\n"
+        "from tokendepot.bench.real_depot import RealDepot\n"
+        "def play(*_): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "with mock.patch.object(RealDepot, 'play', play): main()"
+    )
+    arguments = ["replay", small, "--block-bytes", "64KiB", "--capacity", "16MiB", "--root", str(memory_root)]
+    for how in ([], ["--json"]):
+        command = [sys.executable, "-c", program, *arguments, *how]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
+        assert result.returncode == 130, result.stderr
+        assert "unexpected" not in result.stderr
+        assert not memory_root.exists()
+    assert json.loads(result.stdout)["caches"] == {}
 
 
 def test_an_interrupted_plan_prints_what_is_done():

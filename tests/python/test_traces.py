@@ -111,8 +111,10 @@ BROKEN = [
     (line(0, 512, [1], timestamp=None), "expected a time of 0 or more as timestamp, got null"),
     (line(float("nan"), 512, [1]), "as timestamp, got NaN"),
     (line(-1, 512, [1]), "as timestamp, got -1"),
+    (line(10**400, 512, [1]), "expected a time of 0 or more as timestamp, got 1000"),
     (line(0, -512, [1]), "expected a whole number of 0 or more as input_length, got -512"),
     (line(0, True, [1]), "as input_length, got true"),
+    (line(0, 10**400, [1]), "expected at most 2147483648 as input_length, got 1000"),
     (line(0, 512, "abc"), 'expected a list of numbers or texts as hash_ids, got "abc"'),
     (line(0, 512, [None]), "as hash_ids, got [null]"),
     ({"timestamp": 0, "hash_ids": [1]}, "expected the field input_length"),
@@ -122,18 +124,38 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize("item, why", BROKEN, ids=[why for _, why in BROKEN])
-def test_a_broken_line_is_named_skipped_and_counted(tmp_path, item, why):
-    good = [line(0, 1024, [1, 2]), line(0, 700, [1, 3])]
-    paths = written(tmp_path, *good, item, line(9, 1536, [1, 2, 4]))
+CUT = json.dumps(line(0, 1536, [1, 2, 3]))[:40]
+BROKEN.append((CUT, "expected a JSON object"))
+
+
+@pytest.mark.parametrize("number", [1, 3, 4])
+@pytest.mark.parametrize("item, why", BROKEN, ids=[str(i) for i in range(len(BROKEN))])
+def test_a_broken_line_is_named_skipped_and_counted(tmp_path, item, why, number):
+    lines = [line(0, 1024, [1, 2]), line(0, 700, [1, 3]), line(9, 1536, [1, 2, 4])]
+    lines.insert(number - 1, item)
+    paths = written(tmp_path, *lines)
     trace = read_trace(paths)
     assert len(trace.requests) == 3
     assert trace.broken_count == 1
     where, said = trace.broken[0]
-    assert where == f"trace '{paths[0]}', line 3"
+    assert where == f"trace '{paths[0]}', line {number}"
     assert why in said
-    with pytest.raises(TraceError, match="line 3: "):
+    with pytest.raises(TraceError, match=f"line {number}: "):
         read_trace(paths, strict=True)
+
+
+def test_a_last_line_that_was_cut_without_its_end_is_skipped_and_counted(tmp_path):
+    paths = written(tmp_path, line(0, 1024, [1, 2]), line(0, 700, [1, 3]))
+    with open(paths[0], "a") as file:
+        file.write(CUT)
+    trace = read_trace(paths)
+    assert (len(trace.requests), trace.broken_count) == (2, 1)
+    assert trace.broken[0][0].endswith("line 3")
+
+
+def test_a_first_line_of_deep_brackets_costs_itself_only(tmp_path):
+    trace = read_trace(written(tmp_path, "[" * 200_000, line(0, 1024, [1, 2])))
+    assert (len(trace.requests), trace.broken[0][0][-6:]) == (1, "line 1")
 
 
 def test_a_broken_turn_costs_itself_only(tmp_path):

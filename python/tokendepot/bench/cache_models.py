@@ -12,10 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from .extents import SizeError, automatic_segment_bytes
+from .extents import SMALLEST_SEGMENT, SizeError, automatic_segment_bytes
 from .traces import Trace
 
 SEGMENTS_AT_LEAST = 3
+
+
+def least_capacity_bytes(extent_bytes: int) -> int:
+    """The smallest first root of segments that the engine sizes by itself."""
+    return SEGMENTS_AT_LEAST * max(SMALLEST_SEGMENT, extent_bytes)
 
 
 class Cache(Protocol):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache_models import Outcome, SegmentCache, play
+from .cache_models import Outcome, SegmentCache, least_capacity_bytes, play
 from .extents import SizeError, extent_bytes
 from .shapes import Shape, ShapeError, bytes_per_token, prefill_flops
 from .stack_distance import NEVER, needed_capacities
@@ -106,10 +106,14 @@ class Tiers:
 
 @dataclass
 class Plan:
-    """Filled from the top down; `curve` and what follows may be incomplete when the work was interrupted."""
+    """Filled from the top down; `curve` and what follows may be incomplete when the work was interrupted.
+
+    depot_at_least_bytes: the smallest capacity that is a depot, all ranks together.
+    """
 
     block_bytes: int
     unique_bytes: int
+    depot_at_least_bytes: int
     ideal_blocks: float
     ideal_tokens: float
     gpu_s: float
@@ -153,7 +157,8 @@ class Planner:
         self._window_s = window_s
         self._tp = tp
         self._block_bytes = bytes_per_token(prefill.shape, dtype) * trace.block_tokens
-        self._extent_bytes = extent_bytes(-(-self._block_bytes // tp), 1)
+        heads = prefill.shape.kv_heads  # each is a shard, as `replay` stores them
+        self._extent_bytes = extent_bytes(-(-self._block_bytes // max(tp, heads)), max(1, heads // tp))
         self.plan = self._start()
 
     @property
@@ -187,6 +192,7 @@ class Planner:
         plan = Plan(
             block_bytes=self._block_bytes,
             unique_bytes=trace.unique_blocks * self._block_bytes,
+            depot_at_least_bytes=self._tp * least_capacity_bytes(self._extent_bytes),
             ideal_blocks=len(order) / max(1, len(self._needed)),
             ideal_tokens=ideal / max(1, trace.input_tokens),
             gpu_s=gpu_s,
@@ -259,20 +265,34 @@ class Planner:
             target.dollars = self._dollars(self.plan.gpu_s - target.saved_gpu_s, target.depot_bytes)
 
     def _search(self, wanted: float, advance: Callable[[int], None]) -> int:
-        """The smallest capacity, to SEARCH_PRECISION, with the wanted hits; above the curve's end up to twice that."""
+        """The smallest capacity, to SEARCH_PRECISION, with the wanted hits; each that is returned was played."""
         enough = [p.capacity_bytes for p in self.plan.curve if p.depot is not None and p.depot >= wanted]
-        short = [p.capacity_bytes for p in self.plan.curve if p.depot is None or p.depot < wanted]
-        high = min(enough, default=2 * self.plan.curve[-1].capacity_bytes)
-        low = max((capacity for capacity in short if capacity < high), default=0)
+        high = min(enough, default=None) or self._roof()
+        low = max((p.capacity_bytes for p in self.plan.curve if p.capacity_bytes < high), default=0)
+        least = self.plan.depot_at_least_bytes
+        if low < least:
+            if self._finds(wanted, least):
+                return least
+            low = least
         while high - low > SEARCH_PRECISION * high:
             middle = (low + high) // 2
-            played = self._play([middle])
-            if played is not None and played.token_hit_rate >= wanted:
+            if self._finds(wanted, middle):
                 high = middle
             else:
                 low = middle
             advance(1)
         return high
+
+    def _finds(self, wanted: float, capacity: int) -> bool:
+        played = self._play([capacity])
+        return played is not None and played.token_hit_rate >= wanted
+
+    def _roof(self) -> int:
+        """A capacity with all hits there are: mostly twice what the blocks take, more where there are few or small ones."""
+        capacity = max(2 * self.plan.curve[-1].capacity_bytes, self.plan.depot_at_least_bytes)
+        while not self._finds(self.plan.ideal_tokens, capacity):
+            capacity *= 2  # ends: at some size nothing is ever evicted
+        return capacity
 
     def try_tiers(self, memory: Sequence[int], nvme: Sequence[int], advance: Callable[[int], None]) -> None:
         """Each size of memory with each of NVMe; 0 = without that tier. NVMe also holds what memory holds."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import matplotlib
 
 matplotlib.use("agg")
@@ -44,29 +46,36 @@ def _hits_by_capacity(axes: Axes, plan: Plan) -> None:
         axes.plot(
             [p.capacity_bytes / GIB for p in played], [p.depot for p in played], "o-", color=DEPOT, label="depot (segments)"
         )
-    for target in plan.targets:
-        if target.share < 1.0 and target.depot_bytes is not None:
-            gib = target.depot_bytes / GIB
-            axes.plot([gib, gib], [0, target.share * plan.ideal_tokens], color=DEPOT, linestyle=":", linewidth=1.2)
-            axes.annotate(
-                f"{target.share:.0%} of ideal: {_capacity(gib)}",
-                (gib, 0),
-                xytext=(-3, 6),
-                textcoords="offset points",
-                rotation=90,
-                ha="right",
-                va="bottom",
-                fontsize=8,
-            )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda gib, _: _capacity(gib)))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(0, plan.ideal_tokens * 1.12 or 1)
+    axes.set_ylim(0, plan.ideal_tokens * 1.25 or 1)
+    _name_targets(axes, plan)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("capacity")
     axes.set_ylabel("prompt tokens found, share of all")
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", fontsize=9)
+
+
+def _name_targets(axes: Axes, plan: Plan) -> None:
+    """Each in a row of its own above all curves: however close two capacities are, both can be read."""
+    found = [(t.depot_bytes / GIB, t.share) for t in plan.targets if t.share < 1.0 and t.depot_bytes is not None]
+    for row, (gib, share) in enumerate(sorted(found)):
+        height = plan.ideal_tokens * (1.05 + 0.06 * row)
+        axes.plot([gib, gib], [0, height], color=DEPOT, linestyle=":", linewidth=1.2)
+        least, most = axes.get_xlim()
+        from_left = math.log(gib / least) / math.log(most / least)
+        axes.annotate(
+            f"{share:.0%} of ideal: {_capacity(gib)}",
+            (gib, height),
+            xytext=(-3 if from_left > 0.4 else 3, 0),
+            textcoords="offset points",
+            ha="right" if from_left > 0.4 else "left",
+            va="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )
 
 
 def _name(tiers: Tiers) -> str:

@@ -166,15 +166,20 @@ class RealDepot:
                 outcome.unique_stored = len(seen)
                 advance(1)
         finally:
-            time.sleep(SETTLE_S)
-            note_what_is_held(trace, outcome, self._holds)
-            outcome.stats = self._depot.stats()
-            outcome.stored = outcome.stats["store"]["extents"]
-            # A promoted extent has two entries while its copy lives: copies that have gone make this too high.
-            promoted = sum(root["promoted_extents"] for root in outcome.stats["roots"])
-            outcome.evicted = max(0, outcome.stored + promoted - outcome.stats["entries"])
-            demoted = sum(root["demoted_segments"] for root in outcome.stats["roots"])
-            outcome.copied = demoted * self._chunks_per_segment  # only full segments are copied
+            try:
+                time.sleep(SETTLE_S)
+            finally:  # a Ctrl-C that comes now costs the settling only
+                self._note_the_end(trace, outcome)
+
+    def _note_the_end(self, trace: Trace, outcome: RealOutcome) -> None:
+        note_what_is_held(trace, outcome, self._holds)
+        outcome.stats = self._depot.stats()
+        outcome.stored = outcome.stats["store"]["extents"]
+        # A promoted extent has two entries while its copy lives: copies that have gone make this too high.
+        promoted = sum(root["promoted_extents"] for root in outcome.stats["roots"])
+        outcome.evicted = max(0, outcome.stored + promoted - outcome.stats["entries"])
+        demoted = sum(root["demoted_segments"] for root in outcome.stats["roots"])
+        outcome.copied = demoted * self._chunks_per_segment  # only full segments are copied
 
     # --- one prompt ---
 

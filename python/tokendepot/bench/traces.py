@@ -13,6 +13,7 @@ A block is known by its id and by all before it, because KV depends on both: ids
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import math
 import zlib
@@ -20,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, BinaryIO
+from typing import Any
 
 GZIP_MAGIC = b"\x1f\x8b"
 TIME_UNITS = {"ms": 1e-3, "s": 1.0}
@@ -28,6 +29,7 @@ BLOCK_TOKENS_CHOICES = tuple(2**power for power in range(13))
 BLOCK_TOKENS_QUORUM = 0.75  # of prompts that must fit a block size that is not stated
 LINES_PER_REPORT = 1000
 BROKEN_KEPT = 100  # descriptions of broken lines that are kept; all are counted
+TOKENS_AT_MOST = 2**31  # of a prompt or a block: sums and products of these stay exact
 
 
 class TraceError(ValueError):
@@ -126,29 +128,34 @@ class _Reader:
                 lines = gzip.GzipFile(fileobj=file) if packed else file
                 first = lines.readline()
                 if _is_piece_of_a_document(first):
-                    self._take_document(path, first + lines.read())
+                    self._take_document_or_lines(path, first + lines.read())
                 else:
-                    self._take_lines(path, first, lines, file)
+                    self._take_lines(path, first, lines, file.tell)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise TraceError(f"trace '{path}': expected whole gzip data: {error}") from None
         except OSError as error:
             raise TraceError(f"trace '{path}': cannot be read: {error.strerror or error}") from None
 
-    def _take_lines(self, path: str, first: bytes, rest: Iterator[bytes], file: BinaryIO) -> None:
+    def _take_lines(self, path: str, first: bytes, rest: Iterator[bytes], read_bytes: Callable[[], int]) -> None:
         told = 0
         for number, line in enumerate(chain((first,), rest), 1):
             if line.strip():
                 self._take_json(f"trace '{path}', line {number}", line)
             if number % LINES_PER_REPORT == 0:
-                self.advance(file.tell() - told)
-                told = file.tell()
+                self.advance(read_bytes() - told)
+                told = read_bytes()
 
-    def _take_document(self, path: str, text: bytes) -> None:
+    def _take_document_or_lines(self, path: str, text: bytes) -> None:
         where = f"trace '{path}'"
         try:
             document = json.loads(text)
-        except ValueError:
-            raise TraceError(f"{where}: expected one JSON object a line, or one JSON document") from None
+        except (ValueError, RecursionError):
+            # The first of many lines may be the broken one: it costs itself only, as any other.
+            lines, found = io.BytesIO(text), len(self.raw)
+            self._take_lines(path, lines.readline(), lines, lambda: 0)
+            if len(self.raw) == found:
+                raise TraceError(f"{where}: expected one JSON object a line, or one JSON document") from None
+            return
         for i, item in enumerate(document if isinstance(document, list) else [document]):
             self._take_object(f"{where}, item {i + 1}", item)
 
@@ -379,14 +386,19 @@ def _count(item: dict[str, Any], key: str, default: int | None = None) -> int:
     value = _value(item, key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise _Broken(f"expected a whole number of 0 or more as {key}, got {_shown(value)}")
+    if value > TOKENS_AT_MOST:
+        raise _Broken(f"expected at most {TOKENS_AT_MOST} as {key}, got {_shown(value)}")
     return value
 
 
 def _seconds(item: dict[str, Any], key: str) -> float:
     value = _value(item, key)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
-        raise _Broken(f"expected a time of 0 or more as {key}, got {_shown(value)}")
-    return float(value)
+    try:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0:
+            return float(value)
+    except OverflowError:  # a whole number that no float holds
+        pass
+    raise _Broken(f"expected a time of 0 or more as {key}, got {_shown(value)}")
 
 
 def _ids(item: dict[str, Any]) -> list[Any]:

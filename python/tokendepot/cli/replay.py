@@ -220,18 +220,23 @@ def _play_really(
     outcomes: dict[str, Outcome],
 ) -> None:
     try:
+        from ..bench.interrupts import Interrupts
         from ..bench.real_depot import RealDepot, RealOutcome, RootError, WrongBytesError
     except ImportError as error:
         raise _missing(error) from None
 
     try:
-        depot = RealDepot(roots, segment_bytes, geometry, keep, rewrite_percent)
-        try:
-            outcome = outcomes["depot (real)"] = RealOutcome()
-            with show.progress_of_count("storing and loading", len(trace.requests)) as advance:
-                depot.play(trace, outcome, speed, advance)
-        finally:
-            depot.close()
+        with Interrupts() as interrupts:
+            depot = RealDepot(roots, segment_bytes, geometry, keep, rewrite_percent)
+            outcome = RealOutcome()
+            try:
+                with show.progress_of_count("storing and loading", len(trace.requests)) as advance:
+                    depot.play(trace, outcome, speed, advance)
+            finally:
+                interrupts.hold_off()
+                if outcome.stats:  # not interrupted before the first prompt
+                    outcomes["depot (real)"] = outcome
+                depot.close()
     except RootError as error:
         raise _refuse("--root", error) from None
     except (WrongBytesError, TimeoutError) as error:

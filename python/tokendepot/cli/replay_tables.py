@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..bench.cache_models import Outcome
+from ..bench.cache_models import SEGMENTS_AT_LEAST, Outcome
 from ..bench.extents import Geometry
 from ..bench.traces import Trace
 from . import show
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..bench.real_depot import RealOutcome
 
 BROKEN_SHOWN = 3
+UNITS = {"B": 1} | {f"{letter}iB": 1024**power for power, letter in enumerate("KMGTPE", 1)}
 REAL = "depot (real)"
 ROOT_FACTS = ("path", "transport", "reason", "read_bytes_per_second")
 
@@ -181,6 +182,15 @@ def _say_measured(outcome: RealOutcome) -> None:
         show.say("  failed: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(found["failures"].items())))
 
 
+def _size_at_least(count: int) -> str:
+    """Rounded up: a capacity that is copied from a table must be enough."""
+    shown = show.size(count)
+    value, unit = shown.split()
+    if float(value) * UNITS[unit] >= count:
+        return shown
+    return f"{float(value) + 0.1:.1f} {unit}"
+
+
 # --- plan ------------------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +221,11 @@ class PlanReport:
             self._say_targets()
         if plan.tiers:
             self._say_tiers()
+        least = plan.depot_at_least_bytes
+        if any(target.depot_bytes == least for target in plan.targets) or any(tiers.depot is None for tiers in plan.tiers):
+            show.say(f"A depot's first tier has at least {SEGMENTS_AT_LEAST} segments, each with room for a block:")
+            show.say(f"below {_size_at_least(least)} there is none.")
+            show.say()
         if self.interrupted:
             show.say("interrupted: what is missing above was not worked out")
         show.say("Assumed:")
@@ -223,12 +238,15 @@ class PlanReport:
         def of_all(size: int) -> str:
             return f"{show.size(size)} ({size / plan.unique_bytes:.0%})"
 
+        def enough_of_all(size: int) -> str:
+            return f"{_size_at_least(size)} ({-(-size * 100 // plan.unique_bytes)}%)"
+
         rows = [
             (
                 f"{target.share:.0%}",
                 f"{target.hit_rate:.1%}",
                 of_all(target.lru_bytes),
-                of_all(target.depot_bytes) if target.depot_bytes is not None else "",
+                enough_of_all(target.depot_bytes) if target.depot_bytes is not None else "",
             )
             for target in plan.targets
         ]

@@ -6,6 +6,7 @@ import csv
 from typing import Any
 
 from ...cli import show
+from ...engines.metrics import PATHS
 from . import measure
 from .plan import size_text
 
@@ -13,6 +14,9 @@ CSV_COLUMNS = (
     "root device operation extent_bytes in_flight processes gb_per_s gb_per_s_min gb_per_s_max ops_per_s "
     "limit_gb_per_s ratio cpu_s_per_gb source transport device_read_share client_is_limit failed dropped interrupted"
 ).split()
+PATH_COLUMNS = {f"{way}_{path}_bytes": (way, path) for way in ("loaded", "stored") for path in PATHS}
+# Of a cell in which nothing came about these are unknown, not 0.
+FIGURES = "gb_per_s gb_per_s_min gb_per_s_max ops_per_s ratio cpu_s_per_gb".split()
 LATENCY_COLUMNS = "operation bytes count p50_ms p99_ms p99.9_ms max_ms".split()
 
 
@@ -182,13 +186,17 @@ def _print_notes(results: list[dict[str, Any]]) -> None:
 
 
 def write_csv(path: str, results: list[dict[str, Any]]) -> None:
-    """One line for each size class of each cell."""
+    """One line for each size class of each cell; one without figures for a cell in which everything failed."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
-        out.writerow([*CSV_COLUMNS, *(f"latency_{name}" for name in LATENCY_COLUMNS), "first_request_s", "last_request_s"])
+        bursts = ("first_request_s", "last_request_s")
+        out.writerow([*CSV_COLUMNS, *(f"latency_{name}" for name in LATENCY_COLUMNS), *bursts, *PATH_COLUMNS])
         for result in results:
             cells = {**result, "extent_bytes": sizes_text(result)}
-            burst = result.get("burst", {})
-            for counted in result["latency"]:
-                row = [*(cells[name] for name in CSV_COLUMNS), *(counted[name] for name in LATENCY_COLUMNS)]
-                out.writerow([*row, burst.get("first_request_s", ""), burst.get("last_request_s", "")])
+            if not result["latency"]:
+                cells.update(dict.fromkeys(FIGURES, ""))
+            moved = [result["bytes_by_path"][way].get(path, 0) for way, path in PATH_COLUMNS.values()]
+            burst = result.get("burst", {}) if result["latency"] else {}
+            for counted in result["latency"] or [{}]:
+                row = [*(cells[name] for name in CSV_COLUMNS), *(counted.get(name, "") for name in LATENCY_COLUMNS)]
+                out.writerow([*row, *(burst.get(name, "") for name in bursts), *moved])

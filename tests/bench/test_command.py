@@ -1,7 +1,9 @@
 """The command as a whole: results that describe themselves, resumed runs, comparisons and why they are refused, bad input."""
 
+import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -129,6 +131,50 @@ def test_an_interrupted_run_shows_what_is_done_and_goes_on_with_the_rest(serve, 
     sent = len(server.log())
     assert bench("--resume", file)[0] == 0
     assert len(server.log()) == sent  # nothing was left to do
+
+
+class RefusesLargeBodies(ScriptedServer):
+    """As Go's net/http does: answers without reading the body, closes its half, and the rest a moment later."""
+
+    takes_ids = False  # so that /tokenize, too, gets whole contexts
+
+    async def _connection(self, reader, writer):
+        read = reader.readuntil
+
+        async def read_head(end):
+            head = await read(end)
+            size = re.search(rb"(?i)content-length: *(\d+)", head)
+            if size is None or int(size[1]) < 200_000:
+                return head
+            writer.transport.pause_reading()
+            writer.write(b"HTTP/1.1 413 -\r\nContent-Length: 9\r\nConnection: close\r\n\r\ntoo large")
+            writer.write_eof()
+            await asyncio.sleep(0.3)
+            raise ConnectionError
+
+        reader.readuntil = read_head
+        await super()._connection(reader, writer)
+
+
+def test_a_server_that_closes_while_a_request_is_sent_does_not_end_the_run(serve, tmp_path):
+    file = tmp_path / "r.json"
+    running = start(serve(RefusesLargeBodies()).url, file, "--contexts", "50,130000", "--turns", "1", "--repeats", "1")
+    output, _ = running.communicate(timeout=120)
+    assert running.returncode == 1 and "http_413" in output and "too large" in output, output
+    assert [record.get("error") for record in json.loads(file.read_text())["requests"]] == [None, "http_413"]
+
+
+def test_a_run_whose_words_nobody_reads_ends_as_interrupted_and_keeps_its_result(serve, tmp_path):
+    server = ScriptedServer()
+    server.limit = 200
+    read, write = os.pipe()
+    os.close(read)
+    file = tmp_path / "r.json"
+    command = [sys.executable, "-c", "from tokendepot.cli import main; main()", "bench", "ttft", "--url", serve(server).url]
+    ended = subprocess.run([*command, "--contexts", "50,1000", "--out", str(file)], stderr=write, timeout=60, check=False)
+    os.close(write)
+    assert ended.returncode == 130
+    assert json.loads(file.read_text())["skipped"][0]["context"] == 1000
 
 
 def test_a_run_goes_on_with_its_own_settings_only(measured, bench):

@@ -6,8 +6,9 @@ import contextlib
 import json
 import os
 import pathlib
+import signal
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -55,7 +56,10 @@ def ttft(
             raise BadSetting(f"{name} is {str(path)!r}, but {str(path.parent)!r} is not a directory that can be written to")
     code, stopped = OK, None
     if not result["complete"]:
-        code, stopped = _measure(settings, result, file)
+        try:
+            code, stopped = _measure(settings, result, file)
+        except (BrokenPipeError, SystemExit):  # rich makes the one the other: nobody reads what is said any more
+            code = INTERRUPTED
     results.judge(result, stopped)
     refused = compare.refusals(result, base) if base else None
     if base and refused is not None:
@@ -102,12 +106,22 @@ def _resumed(file: pathlib.Path, asked: Settings, given: Collection[str]) -> tup
     return result, settings
 
 
+@contextlib.contextmanager
+def _broken_pipes_raise() -> Iterator[None]:
+    """The command line lets SIGPIPE end a command; a server that closes while a request is sent must not."""
+    before = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGPIPE, before)
+
+
 def _measure(settings: Settings, result: dict[str, Any], file: pathlib.Path) -> tuple[int, str | None]:
     def say(sentence: str) -> None:
         terminal.err.print(terminal.clean(sentence), soft_wrap=True)
 
     server = Server(settings.url, os.environ.get("OPENAI_API_KEY", ""))
-    with contextlib.closing(server):
+    with _broken_pipes_raise(), contextlib.closing(server):
         run = Run(settings, server, result, lambda: results.save(result, file), say)
         results.save(result, file)
         total = sum(run.contexts) * settings.repeats * settings.turns

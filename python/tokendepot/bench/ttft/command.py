@@ -32,6 +32,7 @@ def ttft(
     base_file: pathlib.Path | None = None,
     plot_file: pathlib.Path | None = None,
     as_json: bool = False,
+    cacert: pathlib.Path | None = None,
 ) -> int:
     """The exit code: 0; 1 when requests failed or the run or the comparison is not valid; 3 when the server went away;
     130 when interrupted. BadSetting and ServerFault before anything was measured.
@@ -57,7 +58,7 @@ def ttft(
     code, stopped = OK, None
     if not result["complete"]:
         try:
-            code, stopped = _measure(settings, result, file)
+            code, stopped = _measure(settings, result, file, cacert)
         except (BrokenPipeError, SystemExit):  # rich makes the one the other: nobody reads what is said any more
             code = INTERRUPTED
     results.judge(result, stopped)
@@ -116,11 +117,13 @@ def _broken_pipes_raise() -> Iterator[None]:
         signal.signal(signal.SIGPIPE, before)
 
 
-def _measure(settings: Settings, result: dict[str, Any], file: pathlib.Path) -> tuple[int, str | None]:
+def _measure(
+    settings: Settings, result: dict[str, Any], file: pathlib.Path, cacert: pathlib.Path | None
+) -> tuple[int, str | None]:
     def say(sentence: str) -> None:
         terminal.err.print(terminal.clean(sentence), soft_wrap=True)
 
-    server = Server(settings.url, os.environ.get("OPENAI_API_KEY", ""))
+    server = Server(settings.url, os.environ.get("OPENAI_API_KEY", ""), cacert)
     with _broken_pipes_raise(), contextlib.closing(server):
         run = Run(settings, server, result, lambda: results.save(result, file), say)
         results.save(result, file)

@@ -36,7 +36,7 @@ class Counting:
 
     def __init__(self, settings: Settings, server: Server, model: str) -> None:
         self._settings, self._server, self._model = settings, server, model
-        self._target = Target.of(server.url + settings.path, server.headers)
+        self._target = Target.of(server.url + settings.path, server.headers, server.tls)
         self._local = local_tokenizer(settings.tokenizer) if settings.tokenizer else None
         usage = self._try(self._first_turn(_PROBE)).prompt_tokens
         self._has_tokenize = server.tokenize(model, self._first_turn(_PROBE)) is not None

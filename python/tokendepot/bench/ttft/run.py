@@ -69,7 +69,7 @@ class Run:
         self._model = entry["id"]
         self._counting = Counting(settings, server, self._model)
         self._maker = self._counting.maker()
-        self.target = Target.of(server.url + settings.path, server.headers)
+        self.target = Target.of(server.url + settings.path, server.headers, server.tls)
         self.origin = time.perf_counter()
         self.stopped: str | None = None
         form = "token ids" if self._counting.sends_ids else "text"

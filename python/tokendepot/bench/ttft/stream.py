@@ -27,19 +27,21 @@ _OVERFLOW_WORDS = ("maximum context length", "context_length_exceeded", "longer 
 
 @dataclass(frozen=True)
 class Target:
-    """Where requests go. `path` includes the endpoint, e.g. /v1/completions."""
+    """Where requests go. `path` includes the endpoint, e.g. /v1/completions; `tls` is None where it is not used."""
 
     host: str
     port: int
     path: str
-    tls: bool
+    tls: ssl.SSLContext | None
     headers: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def of(cls, url: str, headers: Mapping[str, str]) -> Target:
+    def of(cls, url: str, headers: Mapping[str, str], tls: ssl.SSLContext | None = None) -> Target:
+        """Without `tls` the system's authorities are trusted. Reading them takes tens of ms, too long for each request."""
         parts = urlsplit(url)
-        tls = parts.scheme == "https"
-        return cls(parts.hostname or "", parts.port or (443 if tls else 80), parts.path, tls, tuple(headers.items()))
+        secure = parts.scheme == "https"
+        tls = (tls or ssl.create_default_context()) if secure else None
+        return cls(parts.hostname or "", parts.port or (443 if secure else 80), parts.path, tls, tuple(headers.items()))
 
     def request(self, body: bytes) -> bytes:
         """The whole request, made before the clock starts."""
@@ -184,8 +186,7 @@ async def ask(target: Target, body: bytes, timeout_s: float, inbox: Inbox) -> An
     loop = asyncio.get_running_loop()
     request = target.request(body)
     began = time.perf_counter()
-    context = ssl.create_default_context() if target.tls else None
-    connecting = loop.create_connection(lambda: _Stream(inbox), target.host, target.port, ssl=context)
+    connecting = loop.create_connection(lambda: _Stream(inbox), target.host, target.port, ssl=target.tls)
     try:
         transport, stream = await asyncio.wait_for(connecting, min(CONNECT_TIMEOUT_S, timeout_s))
     except ConnectionRefusedError as error:

@@ -15,12 +15,13 @@ class RequestFailed(Exception):
     refused, unreachable (no connection) · http_NNN (any status but 200) · context_overflow (400 that says so) ·
     not_a_stream (200 without events) · malformed (an event that is no JSON object) · error_event (an error inside the
     stream) · reset · truncated (ended without [DONE] and finish_reason) · timeout (no token in time) · stalled (no
-    end in time, after a token) · empty (complete, without a token).
+    end in time, after a token) · empty (complete, without a token). `answer` is what came of it.
     """
 
-    def __init__(self, kind: str, message: str) -> None:
+    def __init__(self, kind: str, message: str, answer: Answer | None = None) -> None:
         super().__init__(message)
         self.kind = kind
+        self.answer = answer
 
 
 @dataclass
@@ -99,7 +100,7 @@ class Answer:
         if not done and self.finish_reason is None:
             raise RequestFailed("truncated", f"the stream ended after {len(self.token_s)} tokens without [DONE]")
         if not self.token_s:
-            raise RequestFailed("empty", f"complete without a token (finish_reason {self.finish_reason!r})")
+            raise RequestFailed("empty", f"complete without a token (finish_reason {self.finish_reason!r})", self)
         self.end_s = at_s
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from scripted_server import DONE, ScriptedServer, text_event
+from scripted_server import DONE, ScriptedServer, text_event, usage_event
 
 from tokendepot.bench.ttft import compare, results
 from tokendepot.bench.ttft.settings import BadSetting
@@ -270,6 +270,30 @@ def test_a_hit_of_the_server_s_own_cache_is_not_taken_for_the_depot_s(measured, 
     assert "own prefix cache was emptied" in output
     found = [reason for reason in result["comparison"]["refused"] if "--cold-gpu" in reason]
     assert (found == []) if refusal is None else all(refusal in reason for reason in found) and found
+
+
+class Streams(ScriptedServer):
+    """16 tokens, of which the first comes alone unless all of them are held back."""
+
+    def __init__(self, buffers=False):
+        super().__init__()
+        self.buffers = buffers
+
+    def script(self, body, number):
+        rest = 15 * text_event("a") + self.end(body) + usage_event(len(self.tokens(body)), 16) + DONE
+        return [(0.05, text_event("a") + rest)] if self.buffers else [(0.001, text_event("a")), (0.05, rest)]
+
+
+def test_a_stream_that_something_buffers_has_no_time_per_token_and_no_valid_comparison(measured, serve, bench):
+    base = measured(Streams())
+    assert "at once" not in " ".join(json.loads(base.read_text())["warnings"])
+    code, output, result = bench("--url", serve(Streams(buffers=True)).url, *SMALL, "--compare", base)
+    assert code == 1
+    assert "WARNING: all tokens arrived at once in 12 of 12 answers" in output
+    assert "this run, 200 tokens, turn 2: all tokens arrived at once in 3 of 3 answers" in output
+    assert [cell["time_per_output_token_s"] for cell in result["summary"]] == [None] * 4
+    assert [cell["time_between_events_s"] for cell in result["summary"]] == [None] * 4
+    assert not any("the base" in reason and "at once" in reason for reason in result["comparison"]["refused"])
 
 
 # --- bad input ---

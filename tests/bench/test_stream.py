@@ -152,6 +152,7 @@ BROKEN = {
     "stalled": [(0, text_event("a")), (0.01, HANG)],
     "timeout": [(0, b": ping\n\n"), (0.01, HANG)],
     "empty": [(0, text_event("") + FINISH + DONE)],
+    "aborted": [(0, text_event("a") + event({"choices": [{"text": "", "finish_reason": "abort"}]}) + DONE)],
     "malformed": [(0, b"data: {broken\n\n" + DONE)],
 }
 
@@ -169,6 +170,19 @@ def test_events_that_are_json_but_no_completion_are_malformed(serve, content):
 def test_an_end_without_done_is_whole_when_a_finish_reason_came(serve):
     assert asked(serve(Scripts(x=[(0, text_event("a") + FINISH)])), "x").text == "a"
     assert failure(serve(Scripts(x=[(0, text_event("a"))])), "x").kind == "truncated"
+
+
+@pytest.mark.parametrize("reason", [None, "stop", "length", "tool_calls", "content_filter"])
+def test_an_answer_is_whole_with_every_end_that_is_one(serve, reason):
+    end = event({"choices": [{"text": "", "finish_reason": reason}]})
+    assert asked(serve(Scripts(x=[(0, text_event("a") + end + DONE)])), "x").finish_reason == reason
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", {"type": "abort"}])
+def test_an_end_that_is_no_model_s_is_named(serve, reason):
+    end = event({"choices": [{"text": "", "finish_reason": reason}]})
+    failed = failure(serve(Scripts(x=[(0, text_event("a") + end + usage_event(3, 1) + DONE)])), "x")
+    assert failed.kind == "aborted" and repr(reason) in str(failed)
 
 
 def test_a_page_with_status_200_is_not_a_stream_and_is_quoted(serve):

@@ -77,6 +77,43 @@ def test_contexts_above_the_server_s_limit_are_skipped_and_said(serve, bench):
     assert [entry["context"] for entry in result["skipped"]] == [299, 1000]  # with answers and questions
 
 
+class Overflows(ScriptedServer):
+    """Tells its limit only in answers."""
+
+    def status(self, body, number):
+        return (422, "text/plain") if len(self.tokens(body)) > 100 else super().status(body, number)
+
+    def script(self, body, number):
+        if len(self.tokens(body)) <= 100:
+            return super().script(body, number)
+        return [(0, b"`inputs` tokens + `max_new_tokens` must be <= 100")]
+
+
+def test_contexts_that_the_server_finds_too_long_are_skipped_said_and_no_failure(serve, bench):
+    server = serve(Overflows())
+    code, output, result = bench("--url", server.url, "--contexts", "50,200", "--turns", "1")
+    assert code == 0, output
+    assert "skipped 200 tokens: in turn 1 the server says that it is too long" in output and "Failed requests" not in output
+    assert [entry["context"] for entry in result["skipped"]] == [200]
+    assert [(cell["context"], cell["errors"]) for cell in result["summary"]] == [(50, {})]
+    assert [cell["context"] for cell in result["cells"]] == [50]
+    assert len([entry for entry in server.log() if len(entry["prompt"]) == 200]) == 1
+    sent = len(server.log())
+    assert bench("--resume", bench.file)[0] == 0 and len(server.log()) == sent
+
+
+def test_a_later_turn_that_is_too_long_leaves_what_was_measured_before(serve, bench):
+    code, output, result = bench("--url", serve(Overflows()).url, "--contexts", "50,99")
+    assert code == 0, output
+    assert "skipped 99 tokens: in turn 2 the server says that it is too long" in output
+    assert [(cell["context"], cell["turn"], cell["complete"]) for cell in result["summary"]] == [(50, 1, 3), (99, 1, 3), (50, 2, 3)]
+
+
+def test_a_run_of_which_all_contexts_are_too_long_measured_nothing(serve, bench):
+    code, output, _ = bench("--url", serve(Overflows()).url, "--contexts", "200,300")
+    assert code == 1 and "PROBLEM: nothing was measured" in output
+
+
 def test_percentiles_are_values_that_were_measured():
     values = [float(i) for i in range(1, 101)]
     assert [results.percentile(values, share) for share in (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)] == [1, 10, 50, 90, 99, 100]

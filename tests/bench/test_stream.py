@@ -199,7 +199,13 @@ def test_a_page_with_status_200_is_not_a_stream_and_is_quoted(serve):
     [
         (503, b"too busy", "http_503"),
         (400, b"This model's maximum context length is 100 tokens", "context_overflow"),
+        (400, b"The input (90 tokens) is longer than the model's context length (80 tokens).", "context_overflow"),
+        (400, b"request (90 tokens) exceeds the available context size (80 tokens), try increasing it", "context_overflow"),
+        (422, b"Input validation error: `inputs` tokens + `max_new_tokens` must be <= 80. Given: 90", "context_overflow"),
+        (422, b"Input validation error: `inputs` must have less than 80 tokens. Given: 90", "context_overflow"),
         (400, b"no such field", "http_400"),
+        (422, b"no such field", "http_422"),
+        (503, b"no worker with the maximum context length", "http_503"),
     ],
 )
 def test_a_refusal_is_a_failure_with_its_status_and_words(serve, status, body, kind):

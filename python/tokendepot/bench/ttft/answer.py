@@ -15,11 +15,11 @@ ENDS = (None, "stop", "length", "tool_calls", "function_call", "content_filter",
 class RequestFailed(Exception):
     """One request without a complete answer. `kind` is one of:
 
-    refused, unreachable (no connection) · http_NNN (any status but 200) · context_overflow (400 that says so) ·
-    not_a_stream (200 without events) · malformed (an event that is no JSON object) · error_event (an error inside the
-    stream) · reset · truncated (ended without [DONE] and finish_reason) · timeout (no token in time) · stalled (no
-    end in time, after a token) · empty (complete, without a token) · aborted (ended by the server before its end: a
-    finish_reason that is none of ENDS). `answer` is what came of an empty one.
+    refused, unreachable (no connection) · http_NNN (any status but 200) · context_overflow (400, 413 or 422 that says
+    so) · not_a_stream (200 without events) · malformed (an event that is no JSON object) · error_event (an error
+    inside the stream) · reset · truncated (ended without [DONE] and finish_reason) · timeout (no token in time) ·
+    stalled (no end in time, after a token) · empty (complete, without a token) · aborted (ended by the server before
+    its end: a finish_reason that is none of ENDS). `answer` is what came of an empty one.
     """
 
     def __init__(self, kind: str, message: str, answer: Answer | None = None) -> None:

@@ -22,7 +22,19 @@ from .sse import NotEvents, Parser
 
 CONNECT_TIMEOUT_S = 10.0
 _MAX_ERROR_BODY = 1 << 16
-_OVERFLOW_WORDS = ("maximum context length", "context_length_exceeded", "longer than the model", "max_model_len")
+_OVERFLOW_STATUS = (400, 413, 422)
+# Of vLLM and OpenAI, SGLang, llama.cpp, text-generation-inference.
+_OVERFLOW_WORDS = (
+    "maximum context length",
+    "context_length_exceeded",
+    "max_model_len",
+    "longer than the max",
+    "longer than the model",
+    "available context size",
+    "exceed_context_size",
+    "`max_new_tokens` must be <=",
+    "`inputs` must have less than",
+)
 
 
 @dataclass(frozen=True)
@@ -168,7 +180,7 @@ class _Stream(asyncio.Protocol):
     def _end(self, at_s: float) -> bool:
         text = self._body.decode(errors="replace").strip()
         if self._status and self._status != 200:
-            overflow = self._status == 400 and any(words in text for words in _OVERFLOW_WORDS)
+            overflow = self._status in _OVERFLOW_STATUS and any(words in text for words in _OVERFLOW_WORDS)
             raise RequestFailed("context_overflow" if overflow else f"http_{self._status}", text[:300])
         if self._body:
             raise RequestFailed("not_a_stream", f"status 200 with {text[:120]!r}, expected a stream of events")

@@ -1,13 +1,15 @@
 """The command as a whole: results that describe themselves, resumed runs, comparisons and why they are refused, bad input."""
 
+import asyncio
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
-from scripted_server import DONE, ScriptedServer, text_event
+from scripted_server import DONE, ScriptedServer, text_event, usage_event
 
 from tokendepot.bench.ttft import compare, results
 
@@ -80,6 +82,43 @@ def test_contexts_above_the_server_s_limit_are_skipped_and_said(serve, bench):
     assert [entry["context"] for entry in result["skipped"]] == [299, 1000]  # with answers and questions
 
 
+class Overflows(ScriptedServer):
+    """Tells its limit only in answers."""
+
+    def status(self, body, number):
+        return (422, "text/plain") if len(self.tokens(body)) > 100 else super().status(body, number)
+
+    def script(self, body, number):
+        if len(self.tokens(body)) <= 100:
+            return super().script(body, number)
+        return [(0, b"`inputs` tokens + `max_new_tokens` must be <= 100")]
+
+
+def test_contexts_that_the_server_finds_too_long_are_skipped_said_and_no_failure(serve, bench):
+    server = serve(Overflows())
+    code, output, result = bench("--url", server.url, "--contexts", "50,200", "--turns", "1")
+    assert code == 0, output
+    assert "skipped 200 tokens: in turn 1 the server says that it is too long" in output and "Failed requests" not in output
+    assert [entry["context"] for entry in result["skipped"]] == [200]
+    assert [(cell["context"], cell["errors"]) for cell in result["summary"]] == [(50, {})]
+    assert [cell["context"] for cell in result["cells"]] == [50]
+    assert len([entry for entry in server.log() if len(entry["prompt"]) == 200]) == 1
+    sent = len(server.log())
+    assert bench("--resume", bench.file)[0] == 0 and len(server.log()) == sent
+
+
+def test_a_later_turn_that_is_too_long_leaves_what_was_measured_before(serve, bench):
+    code, output, result = bench("--url", serve(Overflows()).url, "--contexts", "50,99")
+    assert code == 0, output
+    assert "skipped 99 tokens: in turn 2 the server says that it is too long" in output
+    assert [(cell["context"], cell["turn"], cell["complete"]) for cell in result["summary"]] == [(50, 1, 3), (99, 1, 3), (50, 2, 3)]
+
+
+def test_a_run_of_which_all_contexts_are_too_long_measured_nothing(serve, bench):
+    code, output, _ = bench("--url", serve(Overflows()).url, "--contexts", "200,300")
+    assert code == 1 and "PROBLEM: nothing was measured" in output
+
+
 def test_percentiles_are_values_that_were_measured():
     values = [float(i) for i in range(1, 101)]
     assert [results.percentile(values, share) for share in (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)] == [1, 10, 50, 90, 99, 100]
@@ -94,6 +133,57 @@ def test_progress_is_told_when_a_run_takes_its_time(serve, bench, monkeypatch):
 
 
 # --- going on ---
+
+
+def start(url, file, *options):
+    command = [sys.executable, "-c", "from tokendepot.cli import main; main()", "bench", "ttft", "--url", url]
+    return subprocess.Popen(
+        [*command, *options, "--out", str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+class RefusesLargeBodies(ScriptedServer):
+    """As Go's net/http does: answers without reading the body, closes its half, and the rest a moment later."""
+
+    takes_ids = False  # so that /tokenize, too, gets whole contexts
+
+    async def _connection(self, reader, writer):
+        read = reader.readuntil
+
+        async def read_head(end):
+            head = await read(end)
+            size = re.search(rb"(?i)content-length: *(\d+)", head)
+            if size is None or int(size[1]) < 200_000:
+                return head
+            writer.transport.pause_reading()
+            writer.write(b"HTTP/1.1 413 -\r\nContent-Length: 9\r\nConnection: close\r\n\r\ntoo large")
+            writer.write_eof()
+            await asyncio.sleep(0.3)
+            raise ConnectionError
+
+        reader.readuntil = read_head
+        await super()._connection(reader, writer)
+
+
+def test_a_server_that_closes_while_a_request_is_sent_does_not_end_the_run(serve, tmp_path):
+    file = tmp_path / "r.json"
+    running = start(serve(RefusesLargeBodies()).url, file, "--contexts", "50,130000", "--turns", "1", "--repeats", "1")
+    output, _ = running.communicate(timeout=120)
+    assert running.returncode == 1 and "http_413" in output and "too large" in output, output
+    assert [record.get("error") for record in json.loads(file.read_text())["requests"]] == [None, "http_413"]
+
+
+def test_a_run_whose_words_nobody_reads_ends_as_interrupted_and_keeps_its_result(serve, tmp_path):
+    server = ScriptedServer()
+    server.limit = 200
+    read, write = os.pipe()
+    os.close(read)
+    file = tmp_path / "r.json"
+    command = [sys.executable, "-c", "from tokendepot.cli import main; main()", "bench", "ttft", "--url", serve(server).url]
+    ended = subprocess.run([*command, "--contexts", "50,1000", "--out", str(file)], stderr=write, timeout=60, check=False)
+    os.close(write)
+    assert ended.returncode == 130
+    assert json.loads(file.read_text())["skipped"][0]["context"] == 1000
 
 
 def test_a_run_goes_on_with_its_own_settings_only(measured, bench):
@@ -240,6 +330,30 @@ def test_a_hit_of_the_server_s_own_cache_is_not_taken_for_the_depot_s(measured, 
     assert "own prefix cache was emptied" in output
     found = [reason for reason in result["comparison"]["refused"] if "--cold-gpu" in reason]
     assert (found == []) if refusal is None else all(refusal in reason for reason in found) and found
+
+
+class Streams(ScriptedServer):
+    """16 tokens, of which the first comes alone unless all of them are held back."""
+
+    def __init__(self, buffers=False):
+        super().__init__()
+        self.buffers = buffers
+
+    def script(self, body, number):
+        rest = 15 * text_event("a") + self.end(body) + usage_event(len(self.tokens(body)), 16) + DONE
+        return [(0.05, text_event("a") + rest)] if self.buffers else [(0.001, text_event("a")), (0.05, rest)]
+
+
+def test_a_stream_that_something_buffers_has_no_time_per_token_and_no_valid_comparison(measured, serve, bench):
+    base = measured(Streams())
+    assert "at once" not in " ".join(json.loads(base.read_text())["warnings"])
+    code, output, result = bench("--url", serve(Streams(buffers=True)).url, *SMALL, "--compare", base)
+    assert code == 1
+    assert "WARNING: all tokens arrived at once in 12 of 12 answers" in output
+    assert "this run, 200 tokens, turn 2: all tokens arrived at once in 3 of 3 answers" in output
+    assert [cell["time_per_output_token_s"] for cell in result["summary"]] == [None] * 4
+    assert [cell["time_between_events_s"] for cell in result["summary"]] == [None] * 4
+    assert not any("the base" in reason and "at once" in reason for reason in result["comparison"]["refused"])
 
 
 # --- bad input ---

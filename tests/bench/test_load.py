@@ -79,8 +79,8 @@ def test_a_key_that_is_refused_stops_the_run_at_once(serve, bench):
 def test_a_context_that_the_server_finds_too_long_is_skipped_and_said(serve, bench):
     server = serve(RefusesAfter(400, b"This model's maximum context length is 55 tokens"))
     code, output, result = bench("--url", server.url, "--contexts", "50,60", "--turns", "1", "--repeats", "3")
-    assert code == 1 and "skipped 60 tokens: the server answers 400" in output
-    assert [cell["errors"] for cell in result["summary"]] == [{}, {"context_overflow": 1}]
+    assert code == 0 and "skipped 60 tokens: in turn 1 the server says that it is too long: This model's maximum" in output
+    assert [(cell["context"], cell["errors"]) for cell in result["summary"]] == [(50, {})]
 
 
 class GoesAway(ScriptedServer):

@@ -84,6 +84,37 @@ def test_ids_that_the_server_counts_otherwise_are_not_sent(serve, bench):
     assert result["tokens"]["sent_as"] == "text"
 
 
+class EndsAtOnce(ScriptedServer):
+    """Where one token is asked for, the model ends with it: no text, but usage."""
+
+    more = 0  # tokens around every prompt
+
+    def usage(self, body):
+        return {"prompt_tokens": len(self.tokens(body)) + self.more, "completion_tokens": 1}
+
+    def script(self, body, number):
+        if body["max_tokens"] > 1:
+            return super().script(body, number)
+        return [(0, self.piece(body, "") + self.end(body) + event({"choices": [], "usage": self.usage(body)}) + DONE)]
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+def test_the_usage_of_an_answer_without_a_token_counts(serve, bench, endpoint):
+    server = EndsAtOnce()
+    server.has_tokenize = False
+    code, output, result = bench("--url", serve(server).url, "--endpoint", endpoint, "--contexts", "60", "--turns", "1")
+    assert code == 0, output
+    assert result["tokens"]["counted_by"] == "the server's usage"
+    assert [record["prompt_tokens"] for record in result["requests"]] == [60] * 3
+
+
+def test_ids_that_an_answer_without_a_token_counts_otherwise_are_not_sent(serve, bench):
+    server = EndsAtOnce()
+    server.more = 7
+    code, _, result = bench("--url", serve(server).url, "--contexts", "60", "--turns", "1")
+    assert code == 0 and result["tokens"]["sent_as"] == "text"
+
+
 class CountsNothing(ScriptedServer):
     has_tokenize = False
 

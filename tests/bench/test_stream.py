@@ -152,6 +152,7 @@ BROKEN = {
     "stalled": [(0, text_event("a")), (0.01, HANG)],
     "timeout": [(0, b": ping\n\n"), (0.01, HANG)],
     "empty": [(0, text_event("") + FINISH + DONE)],
+    "aborted": [(0, text_event("a") + event({"choices": [{"text": "", "finish_reason": "abort"}]}) + DONE)],
     "malformed": [(0, b"data: {broken\n\n" + DONE)],
 }
 
@@ -171,6 +172,19 @@ def test_an_end_without_done_is_whole_when_a_finish_reason_came(serve):
     assert failure(serve(Scripts(x=[(0, text_event("a"))])), "x").kind == "truncated"
 
 
+@pytest.mark.parametrize("reason", [None, "stop", "length", "tool_calls", "content_filter"])
+def test_an_answer_is_whole_with_every_end_that_is_one(serve, reason):
+    end = event({"choices": [{"text": "", "finish_reason": reason}]})
+    assert asked(serve(Scripts(x=[(0, text_event("a") + end + DONE)])), "x").finish_reason == reason
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", {"type": "abort"}])
+def test_an_end_that_is_no_model_s_is_named(serve, reason):
+    end = event({"choices": [{"text": "", "finish_reason": reason}]})
+    failed = failure(serve(Scripts(x=[(0, text_event("a") + end + usage_event(3, 1) + DONE)])), "x")
+    assert failed.kind == "aborted" and repr(reason) in str(failed)
+
+
 def test_a_page_with_status_200_is_not_a_stream_and_is_quoted(serve):
     class Page(Scripts):
         def status(self, body, number):
@@ -185,7 +199,13 @@ def test_a_page_with_status_200_is_not_a_stream_and_is_quoted(serve):
     [
         (503, b"too busy", "http_503"),
         (400, b"This model's maximum context length is 100 tokens", "context_overflow"),
+        (400, b"The input (90 tokens) is longer than the model's context length (80 tokens).", "context_overflow"),
+        (400, b"request (90 tokens) exceeds the available context size (80 tokens), try increasing it", "context_overflow"),
+        (422, b"Input validation error: `inputs` tokens + `max_new_tokens` must be <= 80. Given: 90", "context_overflow"),
+        (422, b"Input validation error: `inputs` must have less than 80 tokens. Given: 90", "context_overflow"),
         (400, b"no such field", "http_400"),
+        (422, b"no such field", "http_422"),
+        (503, b"no worker with the maximum context length", "http_503"),
     ],
 )
 def test_a_refusal_is_a_failure_with_its_status_and_words(serve, status, body, kind):

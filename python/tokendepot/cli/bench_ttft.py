@@ -31,6 +31,7 @@ def ttft(
     resume: Annotated[Path | None, typer.Option(help="Go on with this result file.")] = None,
     compare: Annotated[Path | None, typer.Option(help="Result file of the run without the depot.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG to draw.")] = None,
+    cacert: Annotated[Path | None, typer.Option(help="PEM file of the authorities to trust.", show_default="the system's")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Time to first token of conversations: turn 1 cold, then the same context with new questions.
@@ -50,7 +51,7 @@ def ttft(
 
     fields = {"timeout": "timeout_s"}
     given = {fields.get(name, name) for name in context.params if _is_given(context, name)}
-    given -= {"out", "resume", "compare", "plot", "as_json"}
+    given -= {"out", "resume", "compare", "plot", "cacert", "as_json"}
     try:
         if not url and resume is None:
             raise BadSetting("--url is missing, expected the server's http://HOST:PORT")
@@ -58,7 +59,7 @@ def ttft(
             url, model, endpoint, parse_contexts(contexts), turns, repeats, concurrency, rate, answer_tokens, seed, timeout,
             max_error_rate, cold_gpu, between, tokenizer,
         )  # fmt: skip
-        code = run(asked, given, out, resume, compare, plot, as_json)
+        code = run(asked, given, out, resume, compare, plot, as_json, cacert)
     except (BadSetting, ServerFault) as error:
         raise typer.BadParameter(str(error)) from None
     raise typer.Exit(code)

@@ -8,19 +8,24 @@ from typing import Any
 
 from .sse import DONE
 
+# What a whole answer ends with. None comes with [DONE] only; anything else, as abort or error, is no end of a model's.
+ENDS = (None, "stop", "length", "tool_calls", "function_call", "content_filter", "stop_sequence", "eos_token", "repetition")
+
 
 class RequestFailed(Exception):
     """One request without a complete answer. `kind` is one of:
 
-    refused, unreachable (no connection) · http_NNN (any status but 200) · context_overflow (400 that says so) ·
-    not_a_stream (200 without events) · malformed (an event that is no JSON object) · error_event (an error inside the
-    stream) · reset · truncated (ended without [DONE] and finish_reason) · timeout (no token in time) · stalled (no
-    end in time, after a token) · empty (complete, without a token).
+    refused, unreachable (no connection) · http_NNN (any status but 200) · context_overflow (400, 413 or 422 that says
+    so) · not_a_stream (200 without events) · malformed (an event that is no JSON object) · error_event (an error
+    inside the stream) · reset · truncated (ended without [DONE] and finish_reason) · timeout (no token in time) ·
+    stalled (no end in time, after a token) · empty (complete, without a token) · aborted (ended by the server before
+    its end: a finish_reason that is none of ENDS). `answer` is what came of an empty one.
     """
 
-    def __init__(self, kind: str, message: str) -> None:
+    def __init__(self, kind: str, message: str, answer: Answer | None = None) -> None:
         super().__init__(message)
         self.kind = kind
+        self.answer = answer
 
 
 @dataclass
@@ -98,8 +103,10 @@ class Answer:
         """The stream has ended, in order or not: RequestFailed unless this is a whole answer."""
         if not done and self.finish_reason is None:
             raise RequestFailed("truncated", f"the stream ended after {len(self.token_s)} tokens without [DONE]")
+        if self.finish_reason not in ENDS:
+            raise RequestFailed("aborted", f"finish_reason {self.finish_reason!r} after {len(self.token_s)} tokens")
         if not self.token_s:
-            raise RequestFailed("empty", f"complete without a token (finish_reason {self.finish_reason!r})")
+            raise RequestFailed("empty", f"complete without a token (finish_reason {self.finish_reason!r})", self)
         self.end_s = at_s
 
 

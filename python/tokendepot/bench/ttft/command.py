@@ -34,6 +34,7 @@ def ttft(
     base_file: pathlib.Path | None = None,
     plot_file: pathlib.Path | None = None,
     as_json: bool = False,
+    cacert: pathlib.Path | None = None,
 ) -> int:
     """The exit code: 0; 1 when requests failed or the run or the comparison is not valid; 3 when the server went away;
     130 when interrupted. BadSetting and ServerFault before anything was measured.
@@ -65,7 +66,10 @@ def ttft(
             raise BadSetting(f"{name} is {str(path)!r}, but {str(path.parent)!r} is not a directory that can be written to")
     code, stopped = OK, None
     if not result["complete"]:
-        code, stopped = _measure(settings, result, file)
+        try:
+            code, stopped = _measure(settings, result, file, cacert)
+        except (BrokenPipeError, SystemExit):  # rich makes the one the other: nobody reads what is said any more
+            code = INTERRUPTED
     results.judge(result, stopped)
     refused = compare.refusals(result, base) if base else None
     if base and refused is not None:
@@ -151,14 +155,29 @@ def _terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _measure(settings: Settings, result: dict[str, Any], file: pathlib.Path) -> tuple[int, str | None]:
+@contextlib.contextmanager
+def _broken_pipes_raise() -> Iterator[None]:
+    """The command line lets SIGPIPE end a command; a server that closes while a request is sent must not."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGPIPE, before)
+
+
+def _measure(
+    settings: Settings, result: dict[str, Any], file: pathlib.Path, cacert: pathlib.Path | None
+) -> tuple[int, str | None]:
     def say(sentence: str) -> None:
         terminal.err.print(terminal.clean(sentence), soft_wrap=True)
 
     if too_few := results.out_of_reach(settings.as_json()):
         say(f"WARNING: {too_few}")  # now and not after hours only
-    server = Server(settings.url, os.environ.get("OPENAI_API_KEY", ""))
-    with contextlib.closing(server), _terminated_as_interrupted():
+    server = Server(settings.url, os.environ.get("OPENAI_API_KEY", ""), cacert)
+    with _broken_pipes_raise(), contextlib.closing(server), _terminated_as_interrupted():
         run = Run(settings, server, result, lambda: results.save(result, file), say)
         try:
             results.save(result, file)

@@ -84,6 +84,8 @@ def of_one(name: str, result: dict[str, Any]) -> list[str]:
             found.append(f"{where}: {sum(cell['errors'].values())} of {cell['requests']} requests failed")
         if cell["complete"] < MIN_SAMPLES:
             found.append(f"{where}: {cell['complete']} samples, expected {MIN_SAMPLES} or more")
+        if cell.get("buffered", 0) * 2 > cell["complete"]:  # results of earlier versions do not tell
+            found.append(f"{where}: all tokens arrived at once in {cell['buffered']} of {cell['complete']} answers")
         if result["settings"]["cold_gpu"] and turn > 1:
             found += _explained(where, cell, known.get((context, 1)))
     return found

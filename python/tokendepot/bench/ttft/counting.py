@@ -36,7 +36,7 @@ class Counting:
 
     def __init__(self, settings: Settings, server: Server, model: str) -> None:
         self._settings, self._server, self._model = settings, server, model
-        self._target = Target.of(server.url + settings.path, server.headers)
+        self._target = Target.of(server.url + settings.path, server.headers, server.tls)
         self._local = local_tokenizer(settings.tokenizer) if settings.tokenizer else None
         usage = self._try(self._first_turn(_PROBE)).prompt_tokens
         self._has_tokenize = server.tokenize(model, self._first_turn(_PROBE)) is not None
@@ -48,7 +48,7 @@ class Counting:
             self.counted_by = f"the local tokenizer {settings.tokenizer}"
         else:
             raise ServerFault(f"{server.url} has no /tokenize and sends no usage, expected --tokenizer to count with")
-        self.sends_ids = settings.endpoint == "completions" and self._takes_ids()
+        self.sends_ids = settings.endpoint == "completions" and self._takes_ids(usage is not None)
 
     def maker(self) -> Maker:
         by_usage = self.counted_by == "the server's usage"
@@ -73,16 +73,16 @@ class Counting:
         try:
             return asyncio.run(self._ask(body))
         except RequestFailed as failure:
-            if failure.kind == "empty":  # a model may end at once, and has counted all the same
-                return Answer()
+            if failure.kind == "empty" and failure.answer:  # a model may end at once, and has counted all the same
+                return failure.answer
             where = self._server.url + self._settings.path
             raise ServerFault(f"{where}: {failure.kind}: {failure}") from None
 
     async def _ask(self, body: bytes) -> Answer:
         return await ask(self._target, body, self._settings.timeout_s, Inbox())
 
-    def _takes_ids(self) -> bool:
-        """Whether ids are taken as ids: not refused, and counted one by one."""
+    def _takes_ids(self, sends_usage: bool) -> bool:
+        """Whether ids are taken as ids: not refused, and counted one by one where the server counts."""
         if not self._has_tokenize and not self._local:
             return False
         ids = self.ids(_PROBE)
@@ -90,7 +90,7 @@ class Counting:
             usage = self._try(ids).prompt_tokens
         except ServerFault:
             return False
-        return usage in (None, len(ids))
+        return usage == len(ids) or (usage is None and not sends_usage)
 
     def ids(self, text: str) -> list[int]:
         """Bare ids of a text, nothing added before or after."""

@@ -21,6 +21,7 @@ FORMAT, VERSION = "tokendepot bench ttft", 1
 DRIFT = 0.02  # of the server's count from what was planned
 # Of a prompt's tokens. Below it, a hit is the server's template, which all prompts share, or a block's rounding.
 COLD_SHARE, WARM_SHARE = 0.02, 0.98
+AT_ONCE_FROM = 8  # tokens of an answer: an engine that speculates may send fewer in one event
 
 
 def new(settings: Settings, version: str) -> dict[str, Any]:
@@ -109,10 +110,21 @@ def spread(values: list[float]) -> dict[str, float] | None:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), **named}
 
 
+def at_once(record: dict[str, Any]) -> bool:
+    """Whether all tokens came in one read of the socket, which has one time: then that of the first is not known."""
+    return record["output_tokens"] > 1 and record["token_s"][0] == record["token_s"][-1]
+
+
+def buffered(records: list[dict[str, Any]]) -> tuple[int, int]:
+    """How many of the answers that are long enough to tell came at once, and how many those are."""
+    long = [record for record in records if record["output_tokens"] >= AT_ONCE_FROM]
+    return sum(at_once(record) for record in long), len(long)
+
+
 def time_per_output_token(record: dict[str, Any]) -> float | None:
-    """Of the tokens after the first: servers may send several in one event."""
+    """Of the tokens after the first: servers may send several in one event. None: one token, or all at once."""
     count = record["output_tokens"]
-    return (record["token_s"][-1] - record["ttft_s"]) / (count - 1) if count > 1 else None
+    return (record["token_s"][-1] - record["ttft_s"]) / (count - 1) if count > 1 and not at_once(record) else None
 
 
 def summarize(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -133,7 +145,7 @@ def _summary(result: dict[str, Any], turn: int, context: int, records: list[dict
     wall = sum(cell["wall_s"] for cell in parts)
     prompt = [r["prompt_tokens"] for r in good if r["prompt_tokens"] is not None]
     cached = [(r["cached_tokens"], r["prompt_tokens"]) for r in good if r["cached_tokens"] is not None and r["prompt_tokens"]]
-    gaps = [b - a for r in good for a, b in zip(r["token_s"], r["token_s"][1:])]
+    gaps = [b - a for r in good if not at_once(r) for a, b in zip(r["token_s"], r["token_s"][1:])]
     per_token = [value for r in good if (value := time_per_output_token(r)) is not None]
     return {
         "context": context,
@@ -160,6 +172,7 @@ def _summary(result: dict[str, Any], turn: int, context: int, records: list[dict
         "hit_ratio": sum(c for c, _ in cached) / sum(p for _, p in cached) if cached else None,
         "own_cache_tokens": _sum(cell["own_cache_tokens"] for cell in parts),
         "external_cache_tokens": _sum(cell["external_cache_tokens"] for cell in parts),
+        "buffered": buffered(good)[0],
         "disturbed": sum(disturbed(r["client_lag_s"], r["ttft_s"]) for r in good),
     }
 
@@ -198,6 +211,12 @@ def judge(result: dict[str, Any], stopped: str | None) -> None:
     if too_few := out_of_reach(settings):
         warnings.append(too_few)
     warnings += resume.warnings(result)
+    together, long = buffered(good)
+    if together * 2 > long:
+        warnings.append(
+            f"all tokens arrived at once in {together} of {long} answers: something between buffers the stream, or the server "
+            "does not stream; TTFT has the whole answer in it"
+        )
     warnings += _drift(good)
     if good and all(record["prompt_tokens"] is None for record in good):
         warnings.append("the server counts no prompt tokens: contexts are by " + result["tokens"]["counted_by"])

@@ -70,7 +70,7 @@ class Run:
         resume.check_model(result, server.url, self._model)
         self._counting = Counting(settings, server, self._model)
         self._maker = self._counting.maker()
-        self.target = Target.of(server.url + settings.path, server.headers)
+        self.target = Target.of(server.url + settings.path, server.headers, server.tls)
         self.origin = time.perf_counter()
         self.stopped: str | None = None
         form = "token ids" if self._counting.sends_ids else "text"
@@ -253,8 +253,12 @@ class Run:
         finally:
             gc.enable()
             cell.tell()
-            self._result["requests"] += cell.records
-            self._result["cells"].append(cell.ended(before, self._server))
+            # What overflowed is skipped, as it is where the server tells its limit beforehand, and no failure.
+            kept = [record for record in cell.records if record.get("error") != "context_overflow"]
+            ended = cell.ended(before, self._server)
+            if kept or not cell.records:
+                self._result["requests"] += kept
+                self._result["cells"].append(ended)
             self._last = cell.records
             self._result["begun"] = None
             self._save()
@@ -273,7 +277,7 @@ class _Cell:
         self._next = 0
         self._in_flight = self._peak = self._not_told = 0
         self._began = self._ended = 0.0
-        self._overflow = False
+        self._overflow = ""  # what the server said
         self.records: list[dict[str, Any]] = []
 
     async def run(self) -> None:
@@ -332,7 +336,7 @@ class _Cell:
                 run.stopped = f"{failure.kind}: {failure}"
                 record["cut_off"] = True
             if failure.kind == "context_overflow":
-                self._overflow = True
+                self._overflow = str(failure) or failure.kind
         except asyncio.CancelledError:
             if self._turn == 1:
                 raise  # the server may have seen this context: a resumed run takes another
@@ -350,7 +354,7 @@ class _Cell:
     def ended(self, before: dict[str, float], server: Server) -> dict[str, Any]:
         """The cell without its requests: how long it took, and what the server's caches counted meanwhile."""
         if self._overflow:
-            self._run.skip(self._todo[0].context, "the server answers 400, the context is too long for it")
+            self._run.skip(self._todo[0].context, f"in turn {self._turn} the server says that it is too long: {self._overflow}")
         try:
             after = server.metrics()
         except ServerFault:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ssl
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+
+from .settings import BadSetting
 
 CONTROL_TIMEOUT_S = 60.0  # of one /tokenize of a whole context
 
@@ -18,10 +22,10 @@ class ServerFault(Exception):
 class Server:
     """`url` is what lies before /v1/... (a trailing /v1 is cut off). Blocking; one thread at a time.
 
-    Proxies of the environment are not used: they would be measured.
+    Proxies of the environment are not used: they would be measured. `tls` is what completions use, too.
     """
 
-    def __init__(self, url: str, api_key: str = "") -> None:
+    def __init__(self, url: str, api_key: str = "", cacert: Path | None = None) -> None:
         try:
             parts = urlsplit(url)
             sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -31,7 +35,10 @@ class Server:
             raise ServerFault(f"--url is {url!r}, expected http://HOST:PORT or https://HOST")
         self.url = url.rstrip("/").removesuffix("/v1")
         self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.Client(headers=self.headers, timeout=CONTROL_TIMEOUT_S, trust_env=False)
+        self.tls = _authorities(cacert) if parts.scheme == "https" else None
+        if cacert and self.tls is None:
+            raise BadSetting(f"--cacert is {str(cacert)!r}, but --url is {url!r}, expected https://HOST")
+        self._http = httpx.Client(headers=self.headers, timeout=CONTROL_TIMEOUT_S, trust_env=False, verify=self.tls or True)
 
     def close(self) -> None:
         self._http.close()
@@ -41,6 +48,8 @@ class Server:
             return self._http.request(method, self.url + path, json=body)
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
+            if "CERTIFICATE_VERIFY_FAILED" in reason:
+                raise ServerFault(f"{self.url} is not trusted ({reason}), expected --cacert with its authority") from None
             raise ServerFault(f"no server answers at {self.url} ({reason}), expected one that speaks OpenAI's API") from None
 
     def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
@@ -122,3 +131,13 @@ class Server:
     def reset_prefix_cache(self) -> bool:
         """Empties the server's own prefix cache; False where it has no such path (vLLM: development mode only)."""
         return self._request("POST", "/reset_prefix_cache").status_code == 200
+
+
+def _authorities(cacert: Path | None) -> ssl.SSLContext:
+    """Trusts those of the file, else the system's; OpenSSL lets SSL_CERT_FILE and SSL_CERT_DIR say which those are."""
+    try:
+        return ssl.create_default_context(cafile=cacert)
+    except ssl.SSLError:
+        raise BadSetting(f"--cacert is {str(cacert)!r}, expected certificates in a PEM file") from None
+    except OSError as error:
+        raise BadSetting(f"--cacert is {str(cacert)!r}, which cannot be read ({error.strerror})") from None

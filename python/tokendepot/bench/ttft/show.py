@@ -100,7 +100,7 @@ def comparison(rows: list[dict[str, Any]]) -> None:
 
 def closing(result: dict[str, Any], refused: list[str] | None) -> None:
     for entry in result["skipped"]:
-        show.say(f"skipped {entry['context']:,} tokens: {entry['reason']}")
+        show.say(f"skipped {entry['context']:,} tokens: {show.clean(entry['reason'])}")
     tokens = result["tokens"]
     if tokens:
         show.say(f"Prompts are sent as {tokens['sent_as']}, made to measure by {tokens['counted_by']}.")

@@ -22,24 +22,38 @@ from .sse import NotEvents, Parser
 
 CONNECT_TIMEOUT_S = 10.0
 _MAX_ERROR_BODY = 1 << 16
-_OVERFLOW_WORDS = ("maximum context length", "context_length_exceeded", "longer than the model", "max_model_len")
+_OVERFLOW_STATUS = (400, 413, 422)
+# Of vLLM and OpenAI, SGLang, llama.cpp, text-generation-inference.
+_OVERFLOW_WORDS = (
+    "maximum context length",
+    "context_length_exceeded",
+    "max_model_len",
+    "longer than the max",
+    "longer than the model",
+    "available context size",
+    "exceed_context_size",
+    "`max_new_tokens` must be <=",
+    "`inputs` must have less than",
+)
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where requests go. `path` includes the endpoint, e.g. /v1/completions."""
+    """Where requests go. `path` includes the endpoint, e.g. /v1/completions; `tls` is None where it is not used."""
 
     host: str
     port: int
     path: str
-    tls: bool
+    tls: ssl.SSLContext | None
     headers: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def of(cls, url: str, headers: Mapping[str, str]) -> Target:
+    def of(cls, url: str, headers: Mapping[str, str], tls: ssl.SSLContext | None = None) -> Target:
+        """Without `tls` the system's authorities are trusted. Reading them takes tens of ms, too long for each request."""
         parts = urlsplit(url)
-        tls = parts.scheme == "https"
-        return cls(parts.hostname or "", parts.port or (443 if tls else 80), parts.path, tls, tuple(headers.items()))
+        secure = parts.scheme == "https"
+        tls = (tls or ssl.create_default_context()) if secure else None
+        return cls(parts.hostname or "", parts.port or (443 if secure else 80), parts.path, tls, tuple(headers.items()))
 
     def request(self, body: bytes) -> bytes:
         """The whole request, made before the clock starts."""
@@ -166,7 +180,7 @@ class _Stream(asyncio.Protocol):
     def _end(self, at_s: float) -> bool:
         text = self._body.decode(errors="replace").strip()
         if self._status and self._status != 200:
-            overflow = self._status == 400 and any(words in text for words in _OVERFLOW_WORDS)
+            overflow = self._status in _OVERFLOW_STATUS and any(words in text for words in _OVERFLOW_WORDS)
             raise RequestFailed("context_overflow" if overflow else f"http_{self._status}", text[:300])
         if self._body:
             raise RequestFailed("not_a_stream", f"status 200 with {text[:120]!r}, expected a stream of events")
@@ -184,8 +198,7 @@ async def ask(target: Target, body: bytes, timeout_s: float, inbox: Inbox) -> An
     loop = asyncio.get_running_loop()
     request = target.request(body)
     began = time.perf_counter()
-    context = ssl.create_default_context() if target.tls else None
-    connecting = loop.create_connection(lambda: _Stream(inbox), target.host, target.port, ssl=context)
+    connecting = loop.create_connection(lambda: _Stream(inbox), target.host, target.port, ssl=target.tls)
     try:
         transport, stream = await asyncio.wait_for(connecting, min(CONNECT_TIMEOUT_S, timeout_s))
     except ConnectionRefusedError as error:

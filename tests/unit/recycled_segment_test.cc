@@ -32,9 +32,9 @@ class RecycledSegment : public TransfersOnDevice {
     EXPECT_EQ(done.failures.size(), 1u);
     return done.failures.empty() ? Reason::cancelled : done.failures[0].reason;
   }
-  bool is_served() {
-    return catalog_.find(keys_[0], *catalog_.part_id({0, LayoutKind::canonical, shape_.part, shape_.tokens}))
-        .has_value();
+  /// The extent by itself: that its segment has gone the keeper finds out sooner or later.
+  bool is_condemned(const ExtentRef& where) {
+    return replay_->is_condemned(*segments_.find(where.segment), where.offset);
   }
 
   const uint64_t header_ = extent_header_bytes(shape_.shards());
@@ -47,9 +47,9 @@ TEST_F(RecycledSegment, IsAbsentWhereItsPayloadIsNewAndCondemnsNothing) {
   overwrite(path_of(where), where.offset + header_ + 100);
   rename_away(where);  // it is open and mapped still
   EXPECT_EQ(reason_of(stored), Reason::absent);
-  EXPECT_TRUE(is_served()) << "condemned, and whoever recycled it has told everybody already";
+  EXPECT_FALSE(is_condemned(where)) << "whoever recycled it has told everybody already";
   EXPECT_EQ(reason_of(stored, true), Reason::absent) << "what is held is copied first";
-  EXPECT_TRUE(is_served());
+  EXPECT_FALSE(is_condemned(where));
 }
 
 TEST_F(RecycledSegment, IsAbsentWhereItsHeaderIsHalfWrittenAndCondemnsNothing) {
@@ -59,7 +59,7 @@ TEST_F(RecycledSegment, IsAbsentWhereItsHeaderIsHalfWrittenAndCondemnsNothing) {
   overwrite(path_of(where), where.offset + 20);
   rename_away(where);
   EXPECT_EQ(reason_of(stored), Reason::absent);
-  EXPECT_TRUE(is_served());
+  EXPECT_FALSE(is_condemned(where));
 }
 
 TEST_F(RecycledSegment, WhileItHasItsNameWhatDiffersIsCorruptAndCondemned) {
@@ -68,7 +68,7 @@ TEST_F(RecycledSegment, WhileItHasItsNameWhatDiffersIsCorruptAndCondemned) {
   const ExtentRef where = stored.items[0].where;
   overwrite(path_of(where), where.offset + header_ + 100);
   EXPECT_EQ(reason_of(stored), Reason::corrupt);
-  EXPECT_FALSE(is_served());
+  EXPECT_TRUE(is_condemned(where));
 }
 
 }  // namespace

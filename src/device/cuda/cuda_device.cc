@@ -42,7 +42,6 @@
 namespace tokendepot {
 namespace {
 
-using cuda::check;
 using cuda::digest_bytes;
 using cuda::Flight;
 using cuda::Holdings;

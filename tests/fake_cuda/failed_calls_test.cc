@@ -208,7 +208,7 @@ TEST_P(FailedCall, EndsItsWorkAndLeavesNothingForTheNext) {
   expect_all_is_well(slab_);
   uint64_t met = 0;
   for (std::byte* const base : {slab_, ordinary_.data()}) {
-    for (uint64_t nth = 1; nth <= 2 * kExtents; ++nth) {
+    for (const uint64_t nth : {1, 2, 3, 6, 11}) {
       for (const uint64_t more : {0, 2}) {
         SCOPED_TRACE(::testing::Message() << "call " << nth << " and " << more << " more, "
                                           << (base == slab_ ? "slab" : "ordinary memory"));

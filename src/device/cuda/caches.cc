@@ -27,8 +27,7 @@ Caches::~Caches() {
 }
 
 cudaError_t Caches::allocate(size_t bytes, void** memory) {
-  const size_t whole =
-      (bytes + alignof(std::max_align_t) - 1) / alignof(std::max_align_t) * alignof(std::max_align_t);
+  const size_t whole = align_up(bytes, alignof(std::max_align_t));
   if (whole <= room_.size()) {
     *memory = room_.data();
     room_ = room_.subspan(whole);
@@ -65,13 +64,20 @@ cudaError_t Caches::find_or_add(const PagedCache& cache, cudaStream_t stream, co
   }
   const size_t bytes = planes.size() * sizeof(DevicePlane);
   void* memory = nullptr;
+  const std::span<std::byte> room = room_;
+  const size_t more = more_.size();
   cudaError_t status = allocate(bytes, &memory);
   if (status != cudaSuccess) return status;
   known.planes = static_cast<DevicePlane*>(memory);
   // Not on the default stream, which would wait for the engine's work.
   status = cudaMemcpyAsync(known.planes, planes.data(), bytes, cudaMemcpyHostToDevice, stream);
   if (status == cudaSuccess) status = cudaStreamSynchronize(stream);
-  if (status != cudaSuccess) return status;
+  if (status != cudaSuccess) {  // the next attempt allocates anew
+    room_ = room;
+    if (more_.size() > more) cudaFree(more_.back());
+    more_.resize(more);
+    return status;
+  }
   *found = &known_.emplace(&cache, known).first->second;
   return cudaSuccess;
 }

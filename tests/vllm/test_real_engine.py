@@ -50,7 +50,15 @@ class Mode:
 def on_gpus(gpus: int = 1, **llm) -> Mode:
     """Types and kernels of production. They read a row of KV in the same order however it got there and whatever else is
     computed with it, if vLLM is told so; else the last bits of a hit differ from those of a prefill."""
-    arguments = dict(dtype="bfloat16", gpu_memory_utilization=0.3, max_num_seqs=4, tensor_parallel_size=gpus, **llm)
+    # With the size of the cache given, vLLM asks for no memory that others leave alone meanwhile: modes may run side by side.
+    arguments = dict(
+        dtype="bfloat16",
+        gpu_memory_utilization=0.2,
+        kv_cache_memory_bytes=512 << 20,
+        max_num_seqs=4,
+        tensor_parallel_size=gpus,
+        **llm,
+    )
     return Mode(arguments, {"VLLM_BATCH_INVARIANT": os.environ.get("VLLM_BATCH_INVARIANT", "1")}, ranked=5, gpus=gpus)
 
 
@@ -125,7 +133,20 @@ def run(
     for result, round_ in zip(results, rounds, strict=True):
         assert [len(text) for text in result["tokens"]] == [round_["length"]] * len(PROMPTS)
         result["log"] = "".join(log)
+        tell(result)
+    print("".join(line for line in log if "tokendepot: " in line))
     return results
+
+
+def tell(result: dict) -> None:
+    """What pytest shows of a round when something failed."""
+    kinds = ("queried", "hit", "missed", "not_worth", "dropped", "failures", "failed", "broken", "store_extents", "switched")
+    counts = {
+        key.removeprefix("tokendepot_"): value
+        for key, value in result["metrics"].items()
+        if value and key.removeprefix("tokendepot_").startswith(kinds) and "_created" not in key
+    }
+    print(f"cached {result['cached']}, damaged {result['damaged']}; counts of this engine up to this round: {counts}")
 
 
 def same_text(got: dict, expected: dict, number: int) -> bool:
@@ -202,18 +223,8 @@ def metric(result: dict, name: str) -> float:
 
 
 def cached(result: dict, tokens: int) -> bool:
-    """Whether so many tokens of the first prompt came from the depot. If not, pytest shows what was printed here."""
-    if result["cached"][0] == tokens:
-        return True
-    kinds = ("queried", "hit", "missed", "not_worth", "dropped", "failures", "failed", "broken", "store_extents", "switched")
-    counts = {
-        key.removeprefix("tokendepot_"): value
-        for key, value in result["metrics"].items()
-        if value and key.removeprefix("tokendepot_").startswith(kinds) and "_created" not in key
-    }
-    print(f"cached {result['cached']}, the first should be {tokens}; counts of this engine up to this round: {counts}")
-    print("".join(line for line in result["log"].splitlines(True) if "tokendepot: " in line))
-    return False
+    """Whether so many tokens of the first prompt came from the depot."""
+    return result["cached"][0] == tokens
 
 
 @pytest.mark.xdist_group("the engine without a depot that they are compared with")

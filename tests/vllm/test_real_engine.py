@@ -227,6 +227,12 @@ def cached(result: dict, tokens: int) -> bool:
     return result["cached"][0] == tokens
 
 
+def told_corrupt(result: dict) -> bool:
+    """The request counts as one that was missed for it, and the worker's log says so. LLM of vLLM before 0.28 loses what
+    workers count in a step without output, as one that a load fails in mostly is; vLLM's server does not."""
+    return metric(result, "missed_tokens_total:corrupt") > 0 and "not loaded (corrupt), recomputed" in result["log"]
+
+
 @pytest.mark.xdist_group("the engine without a depot that they are compared with")
 def test_one_group_cold_warm_killed_restarted_corrupted(llama, expected, mode, scratch) -> None:
     root = fresh(scratch / "llama-root")
@@ -240,10 +246,12 @@ def test_one_group_cold_warm_killed_restarted_corrupted(llama, expected, mode, s
     )
     assert same_texts(restarted, expected) and cached(restarted, 512)
     assert corrupted["damaged"] > 0 and same_texts(corrupted, expected)
-    assert metric(corrupted, "failures_total:load:corrupt") > 0
-    assert "recomputed" in corrupted["log"]
+    assert told_corrupt(corrupted)
     assert same_texts(healed, expected) and cached(healed, 512)
-    assert metric(healed, "failures_total") == metric(corrupted, "failures_total")
+    assert metric(healed, "missed_tokens_total") == metric(corrupted, "missed_tokens_total")
+    if DEVICE == "cpu":  # a newer vLLM
+        assert metric(corrupted, "failures_total:load:corrupt") == 2
+        assert metric(healed, "failures_total") == metric(corrupted, "failures_total")
 
 
 @pytest.mark.xdist_group("the engine without a depot that they are compared with")
@@ -253,7 +261,7 @@ def test_one_group_with_a_pool_too_small_for_its_requests(llama, expected, mode,
     cold, warm = run(llama, options(root), rounds, mode, SHORT)
     assert cold["metrics"]["vllm:num_preemptions_total"] > 0
     assert same_texts(cold, expected)
-    assert same_texts(warm, cold) and metric(warm, "failures_total:load:corrupt") > 0
+    assert same_texts(warm, cold) and told_corrupt(warm)
 
 
 def test_several_groups_cold_warm_killed_restarted_corrupted(mode, scratch) -> None:
@@ -267,5 +275,5 @@ def test_several_groups_cold_warm_killed_restarted_corrupted(mode, scratch) -> N
         model, options(root), [ROUND, {**ROUND, "damage": True, "settle": 4}, ROUND], mode, PLENTY
     )
     assert same_texts(restarted, expected) and cached(restarted, 512)
-    assert corrupted["damaged"] > 0 and same_texts(corrupted, expected)
+    assert corrupted["damaged"] > 0 and same_texts(corrupted, expected) and told_corrupt(corrupted)
     assert same_texts(healed, expected) and cached(healed, 512)

@@ -31,10 +31,12 @@ class IoEngine {
  public:
   /// Waits for all operations: `done` has been called for each.
   virtual ~IoEngine() = default;
-  /// Queues without blocking and without a bound of its own (callers bound what they submit); at most `depth`
+  /// Queues without blocking and without a bound of its own (callers bound what they submit); at most depth()
   /// operations are in the kernel at once. First in, first out.
   virtual void submit(IoOperation* operation) = 0;
   virtual const char* name() const = 0;  // "threads", "uring"
+  /// Operations in the kernel at once, at most.
+  virtual uint32_t depth() const = 0;
   /// Whether `done` runs on one thread of several: work in it delays no other operation's end.
   virtual bool completes_in_parallel() const = 0;
 };

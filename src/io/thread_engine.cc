@@ -62,6 +62,7 @@ class ThreadEngine final : public IoEngine {
   }
 
   const char* name() const override { return "threads"; }
+  uint32_t depth() const override { return static_cast<uint32_t>(threads_.size()); }
   bool completes_in_parallel() const override { return true; }
 
  private:

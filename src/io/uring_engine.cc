@@ -77,6 +77,7 @@ class UringEngine final : public IoEngine {
   }
 
   const char* name() const override { return "uring"; }
+  uint32_t depth() const override { return static_cast<uint32_t>(slots_.size()); }
   bool completes_in_parallel() const override { return false; }
 
  private:

@@ -13,10 +13,11 @@ namespace tokendepot::testing {
 
 class TransfersOnDevice : public ::testing::Test {
  protected:
-  TransfersOnDevice() {
-    Options options;
-    options.roots = {
-        {.path = directory_.path() + "/root", .capacity_bytes = 16 << 20, .segment_bytes = 1 << 20}};
+  explicit TransfersOnDevice(Options options = {}, RootOptions root = {}) {
+    root.path = directory_.path() + "/root";
+    root.capacity_bytes = 16 << 20;
+    root.segment_bytes = 1 << 20;
+    options.roots = {root};
     root_ = std::move(*Root::open(options.roots[0], 0, options, &device_));
     replay_ = std::make_unique<Replay>(*root_, segments_, &catalog_);
     EXPECT_TRUE(replay_->first());

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <map>
 #include <memory>
@@ -27,7 +28,9 @@ class RecordingDevice final : public Device {
   };
 
   DeviceUse stats() const override { return host_->stats(); }
-  Slab& slab() override { return host_->slab(); }
+  Slab& slab() override { return slab_; }
+  /// Bytes of the slab that were in use at once, at most.
+  uint64_t most_staged() const { return slab_.most; }
   void submit(ScatterWork* work) override {
     note(scatter_marks_, work->after);
     if (broken_) return work->done(work, ScatterOutcome::failed);
@@ -79,6 +82,33 @@ class RecordingDevice final : public Device {
   std::vector<uint64_t> take_gather_marks() { return take(gather_marks_); }
 
  private:
+  struct CountingSlab final : Slab {
+    explicit CountingSlab(Slab& of) : slab(of) {}
+    std::byte* allocate(uint64_t bytes) override {
+      std::byte* const range = slab.allocate(bytes);
+      const std::lock_guard lock(mutex);
+      if (range != nullptr) used += sizes[range] = bytes;
+      most = std::max<uint64_t>(most, used);
+      return range;
+    }
+    void release(std::byte* range) override {
+      {
+        const std::lock_guard lock(mutex);
+        used -= sizes.at(range);
+        sizes.erase(range);
+      }
+      slab.release(range);
+    }
+    uint64_t size() const override { return slab.size(); }
+    std::byte* base() const override { return slab.base(); }
+
+    Slab& slab;
+    std::mutex mutex;
+    std::map<std::byte*, uint64_t> sizes;
+    uint64_t used = 0;
+    std::atomic<uint64_t> most = 0;
+  };
+
   void note(std::vector<uint64_t>& marks, uint64_t mark) {
     const std::lock_guard lock(mutex_);
     marks.push_back(mark);
@@ -97,6 +127,7 @@ class RecordingDevice final : public Device {
   std::vector<uint64_t> scatter_marks_;
   std::vector<uint64_t> gather_marks_;
   std::unique_ptr<Device> host_;
+  CountingSlab slab_{host_->slab()};
 };
 
 }  // namespace tokendepot::testing

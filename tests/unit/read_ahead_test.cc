@@ -1,0 +1,60 @@
+// How far reads run ahead of the engine that carries them out.
+#include "device_fixture.h"
+
+namespace tokendepot::testing {
+namespace {
+
+constexpr uint32_t kDepth = 2;
+constexpr uint32_t kMostReads = kDepth + 4;
+
+Options with_depth() {
+  Options options;
+  options.io_depth = kDepth;
+  return options;
+}
+
+RootOptions staged() {
+  RootOptions root;
+  root.transport = TransportChoice::buffered;
+  root.io = IoChoice::threads;
+  return root;
+}
+
+class ReadAheadTest : public TransfersOnDevice {
+ protected:
+  ReadAheadTest() : TransfersOnDevice(with_depth(), staged()) {}
+
+  /// One extent as often as that.
+  LoadPlan plan_many(uint32_t count) {
+    LoadPlan many = plan(0);
+    for (uint32_t i = 1; i < count; ++i) {
+      LoadItem item = many.items[0];
+      item.chunk = i;
+      many.items.push_back(std::move(item));
+    }
+    return many;
+  }
+};
+
+TEST_F(ReadAheadTest, StagingHoldsWhatIsReadSoonAndNotAllThatWaits) {
+  store(0, 1);
+  const LoadPlan many = plan_many(60);
+  const uint64_t extent = many.items[0].where.bytes;
+  device_.break_down(true);  // what was read is given back by the thread that read it
+  ASSERT_TRUE(transfers_->submit_load(100, many));
+  EXPECT_EQ(completion_of(100).failures.size(), 60u);
+  EXPECT_GT(device_.most_staged(), 0u);
+  // And those that a thread has read and not given back.
+  EXPECT_LE(device_.most_staged(), (kMostReads + kDepth) * extent);
+}
+
+TEST_F(ReadAheadTest, AllThatWaitsIsReadInTheEnd) {
+  store(0, 1);
+  for (uint64_t job = 100; job < 120; ++job) {
+    ASSERT_TRUE(transfers_->submit_load(job, plan_many(60)));
+    EXPECT_EQ(ended(job), 60u);
+  }
+}
+
+}  // namespace
+}  // namespace tokendepot::testing

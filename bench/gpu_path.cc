@@ -150,7 +150,7 @@ class GpuPath {
     const double room = std::min(available_bytes(options_.memory), available_memory() * 0.9);
     const double gib = std::min(options_.open_gib, std::floor(room / 1.1 / kGiB * 8) / 8);
     if (gib < 0.125) return report_.note("open: skipped: " + options_.memory + " has less than 140 MiB free");
-    const double mib = options_.toy ? 1 : 10;
+    const double mib = options_.open_mib;
     auto plan = plan_for(kRootKinds[0], options_.memory, mib);
     if (!plan) return report_.note("open: skipped: " + plan.error().message);
     plan->extents = static_cast<size_t>(gib * 1024 / mib);

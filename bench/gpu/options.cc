@@ -21,6 +21,7 @@ constexpr const char* kUsage =
   --seconds S         of each figure; default: 2
   --volume GIB        extents of one size together, on memory; a quarter of it on disk; default: 2
   --open GIB          size of the depot whose opening is timed; default: 64, less where memory is short
+  --open-size MIB     payload of its extents, a multiple of 0.5; default: 10
   --memory DIR        a directory on a memory file system; default: /dev/shm
   --disk DIR          a directory on the disk; default: $TOKENDEPOT_BENCH_DIR or /var/tmp
   --engine JSON       keys of the depot that replace the benchmark's, e.g. '{"io_depth":32}'
@@ -51,6 +52,12 @@ double number(const std::string& option, const std::string& value, double least,
     refuse(option, value, range);
   }
   return parsed;
+}
+
+double mebibytes(const std::string& option, const std::string& value) {
+  const double size = number(option, value, 0.5, 512);
+  if (size * 2 != std::floor(size * 2)) refuse(option, value, "a multiple of 0.5");
+  return size;
 }
 
 std::vector<std::string> choices(const std::string& option, const std::string& value,
@@ -86,6 +93,7 @@ GpuOptions parse_arguments(int argc, char** argv) {
     options.seconds = 0.02;
     options.volume_gib = 1.0 / 32;
     options.open_gib = 1.0 / 8;
+    options.open_mib = 1;
   }
   for (int i = 1; i < argc; ++i) {
     const std::string option = argv[i];
@@ -104,17 +112,15 @@ GpuOptions parse_arguments(int argc, char** argv) {
       options.roots = choices(option, value(), root_kinds());
     } else if (option == "--sizes") {
       options.sizes.clear();
-      for (const std::string& size : split(value())) {
-        options.sizes.push_back(number(option, size, 0.5, 512));
-        const double halves = options.sizes.back() * 2;
-        if (halves != std::floor(halves)) refuse(option, size, "a multiple of 0.5");
-      }
+      for (const std::string& size : split(value())) options.sizes.push_back(mebibytes(option, size));
     } else if (option == "--seconds") {
       options.seconds = number(option, value(), 0.01, 60);
     } else if (option == "--volume") {
       options.volume_gib = number(option, value(), 1.0 / 64, 64);
     } else if (option == "--open") {
       options.open_gib = number(option, value(), 1.0 / 16, 4096);
+    } else if (option == "--open-size") {
+      options.open_mib = mebibytes(option, value());
     } else if (option == "--memory") {
       options.memory = value();
     } else if (option == "--disk") {

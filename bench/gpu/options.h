@@ -15,6 +15,7 @@ struct GpuOptions {
   double seconds = 2;                             // of each figure, its limit not counted
   double volume_gib = 2;                          // extents of one size together, on memory
   double open_gib = 64;                           // the depot whose opening is timed
+  double open_mib = 10;                           // payload of its extents
   std::string memory = "/dev/shm";                // a directory on a memory file system
   std::string disk = "/var/tmp";                  // a directory on the disk
   std::string engine = "{}";                      // keys of the depot that replace ours

@@ -30,12 +30,14 @@ struct Ended {
 
 class FailedCalls : public ::testing::Test {
  protected:
+  explicit FailedCalls(uint16_t layers = 4, uint32_t row_bytes = 256) {
+    form_.shape = small_shape({0, layers, 0, 2});
+    form_.shape.row_bytes = row_bytes;
+  }
   void SetUp() override {
-    form_.shape = small_shape({0, 4, 0, 2});
-    form_.shape.row_bytes = 256;
     per_extent_ = form_.shape.blocks();
     form_.blocks = static_cast<uint32_t>(2 * kExtents) * per_extent_;
-    auto made = make_cuda_device(0, 32ull << 20, 32ull << 20, 2);
+    auto made = make_cuda_device(0, 32ull << 20, 64ull << 20, 2);
     ASSERT_TRUE(made) << made.error().message;
     device_ = std::move(*made);
     memory_ = std::make_unique<DeviceMemory>(form_.bytes());
@@ -233,6 +235,32 @@ INSTANTIATE_TEST_SUITE_P(Of, FailedCall,
                                            "cudaEventQuery", "cudaEventSynchronize", "launch_gather",
                                            "launch_verify", "launch_scatter"),
                          [](const auto& tested) { return std::string(tested.param); });
+
+/// Of more than one part, which the copiers share.
+class FailedPart : public FailedCalls {
+ protected:
+  FailedPart() : FailedCalls(24, 1024) {}
+};
+
+TEST_F(FailedPart, FailsItsLoadAndNothingOfItIsOnItsWayAfterwards) {
+  ASSERT_GT(payload_bytes_, 4ull << 20);
+  for (const char* const call :
+       {"cudaMemcpyAsync", "cudaEventRecord", "cudaEventSynchronize", "cudaStreamWaitEvent"}) {
+    uint64_t met = 0;
+    for (const uint64_t nth : {1, 2, 3, 4, 7}) {
+      SCOPED_TRACE(::testing::Message() << call << ", call " << nth);
+      fake_cuda::fail(call, nth);
+      expect_no_good_one_is_corrupt(load_all(ordinary_.data()));
+      if (calls_of_loads_ >= nth) ++met;
+      if (HasFatalFailure()) return;
+    }
+    EXPECT_GT(met, 0u) << call << " is never made: the test shows nothing";
+  }
+  EXPECT_EQ(store_all(ordinary_.data()), kExtents);
+  const auto outcomes = load_all(ordinary_.data());
+  for (size_t i = 0; i < kExtents; ++i)
+    EXPECT_EQ(outcomes[i], i == kBadExtent ? ScatterOutcome::corrupt : ScatterOutcome::ok) << "extent " << i;
+}
 
 TEST_F(FailedCalls, ThatWouldClearWhatAFailedVerifyFoundAreMadeUpFor) {
   for (int round = 0; round < 10; ++round) {

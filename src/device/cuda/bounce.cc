@@ -50,10 +50,10 @@ Bounce::Copied Bounce::stop(Copied why) {
 Bounce::Copied Bounce::to_device(std::byte* device, std::span<const std::byte> from, bool guarded,
                                  cudaStream_t then) {
   cudaEvent_t last = moved_[0];
-  for (uint64_t at = 0, i = 0; at < from.size(); at += kPieceBytes, ++i) {
+  for (uint64_t at = 0; at < from.size(); at += kPieceBytes, piece_ = 1 - piece_) {
     const uint64_t bytes = std::min(kPieceBytes, from.size() - at);
-    std::byte* const piece = memory_ + i % 2 * kPieceBytes;
-    last = moved_[i % 2];
+    std::byte* const piece = memory_ + piece_ * kPieceBytes;
+    last = moved_[piece_];
     if (cudaEventSynchronize(last) != cudaSuccess) return stop(Copied::failed);
     if (!copy(piece, from.data() + at, bytes, guarded ? from : std::span<const std::byte>()))
       return stop(Copied::gone);

@@ -36,6 +36,7 @@ class Bounce {
 
   cudaStream_t stream_ = nullptr;
   std::byte* memory_ = nullptr;
+  size_t piece_ = 0;  // the one that goes to the device next
   std::array<cudaEvent_t, 2> moved_{};
 };
 

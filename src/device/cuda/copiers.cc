@@ -1,11 +1,18 @@
 #include "device/cuda/copiers.h"
 
+#include <algorithm>
+
 #include "base/errors.h"
 #include "base/log.h"
 #include "device/cuda/status.h"
 #include "io/io_thread.h"
 
 namespace tokendepot::cuda {
+namespace {
+
+constexpr uint64_t kPartBytes = Bounce::kPieceBytes;
+
+}  // namespace
 
 Status Copiers::start(uint32_t threads) {
   for (uint32_t i = 0; i < threads; ++i) {
@@ -33,14 +40,38 @@ Copiers::~Copiers() {
 
 void Copiers::copy_in(Flight& flight) {
   const std::lock_guard lock(mutex_);
-  loads_.push_back(&flight);
-  wake_.notify_one();
+  loads_.push_back(std::make_shared<Load>(&flight));
+  flight.payload.size() > kPartBytes ? wake_.notify_all() : wake_.notify_one();
 }
 
 void Copiers::land(Flight& flight) {
   const std::lock_guard lock(mutex_);
   stores_.push_back(&flight);
   if (stores_.size() == 1) wake_.notify_one();  // and the one that comes wakes the next
+}
+
+void Copiers::copy_part(std::unique_lock<std::mutex>& lock, Bounce& bounce) {
+  const std::shared_ptr<Load> load = loads_.front();
+  Flight& flight = *load->flight;
+  const uint64_t whole = flight.payload.size(), at = load->taken, bytes = std::min(kPartBytes, whole - at);
+  load->taken += bytes;
+  ++load->copying;
+  if (load->taken == whole) loads_.pop_front();
+  lock.unlock();
+  const Bounce::Copied how = bounce.to_device(flight.device + at, flight.payload.subspan(at, bytes),
+                                              flight.scatter->guarded, flight.stream);
+  const cudaError_t status = how == Bounce::Copied::failed ? cudaGetLastError() : cudaSuccess;
+  lock.lock();
+  if (how != Bounce::Copied::ok && load->how == Bounce::Copied::ok) {
+    load->how = how;
+    load->status = status;
+    std::erase(loads_, load);  // nobody begins another part of it
+    load->taken = whole;
+  }
+  if (--load->copying > 0 || load->taken < whole) return;
+  lock.unlock();
+  reports_.copied_in(flight, load->how, load->status);
+  lock.lock();
 }
 
 void Copiers::serve() {
@@ -59,12 +90,7 @@ void Copiers::serve() {
                                   : bounce.to_host(flight.payload, flight.device, flight.gather->guarded));
       lock.lock();
     } else if (!loads_.empty()) {
-      Flight& flight = *loads_.front();
-      loads_.pop_front();
-      lock.unlock();
-      reports_.copied_in(
-          flight, bounce.to_device(flight.device, flight.payload, flight.scatter->guarded, flight.stream));
-      lock.lock();
+      copy_part(lock, bounce);
     } else if (closing_) {
       return;
     } else {

@@ -509,10 +509,13 @@ class CudaDevice final : public Device, public cuda::CopierReports {
   // --- the copiers
   // ------------------------------------------------------------------------------------------------------
 
-  void copied_in(Flight& flight, cuda::Bounce::Copied how) override {
+  void copied_in(Flight& flight, cuda::Bounce::Copied how, cudaError_t failure) override {
     --busy_.loads;
-    if (how == cuda::Bounce::Copied::gone) return end(flight, ScatterOutcome::gone);
-    if (how == cuda::Bounce::Copied::failed) return give_up(flight, cudaGetLastError());
+    if (how == cuda::Bounce::Copied::failed) return give_up(flight, failure);
+    if (how == cuda::Bounce::Copied::gone) {
+      (void)cudaStreamSynchronize(flight.stream);  // other parts of it may be on their way to the region
+      return end(flight, ScatterOutcome::gone);
+    }
     cudaError_t status = queue_scatter(flight);
     if (status == cudaSuccess) status = cudaEventRecord(flight.done, flight.stream);
     if (status != cudaSuccess) return give_up(flight, status);

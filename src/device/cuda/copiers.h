@@ -30,9 +30,8 @@ class CopierReports {
 
 /// What the end of a store costs, a header and a journal record, is theirs, too: on the device's own thread
 /// it left the link idle, and stores of 1 MiB had 0.88 to 0.90 of it instead of 0.92 to 0.94 (one H200).
-/// A load's payload is cut into parts, which all of them share: the device's slab has room for six extents of
-/// 80 MiB, and six threads carried 26 GB/s where twelve carry 40 (one H200). copy_in() and land() may be
-/// called from any thread.
+/// A load's payload is cut into parts, which they share: the device's slab has room for six extents of 80
+/// MiB, so that six threads of twelve had work. copy_in() and land() may be called from any thread.
 class Copiers {
  public:
   Copiers(int ordinal, CopierReports& reports) : ordinal_(ordinal), reports_(reports) {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from contextlib import ExitStack
 from typing import Any
@@ -12,16 +11,11 @@ from typing import Any
 from ... import _core
 from ...cli import show
 from ..image_types import IMAGE_TYPES
+from ..interrupts import Interrupts
 from . import measure, place, progress, report
 from .plan import Plan, refuse
 
 INTERRUPTED, WRONG = 130, 1
-
-
-def _terminated(number: int, _: object) -> None:
-    if number == signal.SIGPIPE:  # nobody reads the progress any more; once is enough
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 def _check_outputs(*paths: str) -> None:
@@ -44,30 +38,18 @@ def run(plan: Plan, as_json: bool, csv: str, plot: str) -> int:
     results: list[dict[str, Any]] = []
     interrupted = False
     failure: _core.DepotError | None = None
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
-        signal.signal(number, _terminated)
-    with ExitStack() as stack:
-        try:
-            own = {
-                root: stack.enter_context(place.own_directory(root))
-                for root in dict.fromkeys(cell.root.path for cell in plan.cells)
-            }
-            total = sum(measure.weight_of(plan, cell) for cell in plan.cells)
-            bar = stack.enter_context(progress.steps(total, len(plan.cells)))
-            for number, cell in enumerate(plan.cells, 1):
-                bar.begin(number, cell.describe())
-                results.append(measure.measure(plan, cell, own[cell.root.path], bar.advance))
-                if results[-1]["interrupted"]:
-                    interrupted = True
-                    break
-        except KeyboardInterrupt:
-            interrupted = True
-        except _core.DepotError as error:
-            failure = error
-        # What is left is to remove what was written: a second Ctrl-C must not leave it.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        with Interrupts() as interrupts, ExitStack() as stack:
+            try:
+                _measure(plan, stack, results)
+            finally:
+                # What is left is to remove what was written: a second Ctrl-C must not leave it.
+                interrupts.hold_off()
+    except KeyboardInterrupt:
+        interrupted = True
+    except _core.DepotError as error:
+        failure = error
+    interrupted = interrupted or bool(results and results[-1]["interrupted"])
     _give(results, interrupted, as_json, csv, plot)
     if interrupted:
         done = f"{len(results)} of {len(plan.cells)} cells were measured"
@@ -76,6 +58,21 @@ def run(plan: Plan, as_json: bool, csv: str, plot: str) -> int:
     if failure is not None:
         raise failure
     return WRONG if report.damaged(results) else 0
+
+
+def _measure(plan: Plan, stack: ExitStack, results: list[dict[str, Any]]) -> None:
+    """Up to the first cell that was interrupted; what `stack` holds is to be removed behind the last."""
+    own = {
+        root: stack.enter_context(place.own_directory(root))
+        for root in dict.fromkeys(cell.root.path for cell in plan.cells)
+    }
+    total = sum(measure.weight_of(plan, cell) for cell in plan.cells)
+    bar = stack.enter_context(progress.steps(total, len(plan.cells)))
+    for number, cell in enumerate(plan.cells, 1):
+        bar.begin(number, cell.describe())
+        results.append(measure.measure(plan, cell, own[cell.root.path], bar.advance))
+        if results[-1]["interrupted"]:
+            return
 
 
 def _give(results: list[dict[str, Any]], interrupted: bool, as_json: bool, csv: str, plot: str) -> None:

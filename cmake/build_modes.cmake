@@ -22,3 +22,17 @@ if(TOKENDEPOT_FUZZ)
   endif()
   add_compile_options(-fsanitize=fuzzer-no-link)
 endif()
+
+# Parsing the same headers again and again was half of the time that a sanitized build took. The other builds, and clang-tidy
+# over them, show that each file includes what it uses.
+function(tokendepot_precompile target)
+  if(TOKENDEPOT_SANITIZE)
+    target_precompile_headers(${target} PRIVATE
+      <algorithm> <array> <atomic> <chrono> <condition_variable> <cstring> <filesystem> <functional> <map> <memory> <mutex>
+      <optional> <random> <set> <span> <string> <thread> <unordered_map> <vector> <fmt/format.h> <nlohmann/json.hpp> ${ARGN})
+    if(CMAKE_CXX_COMPILER_ID MATCHES Clang)
+      # A compiler cache may bring them back beside a list of headers that was written later.
+      target_compile_options(${target} PRIVATE "SHELL:-Xclang -fno-pch-timestamp")
+    endif()
+  endif()
+endfunction()

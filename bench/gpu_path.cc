@@ -148,13 +148,15 @@ class GpuPath {
 
   void measure_open() {
     const double room = std::min(available_bytes(options_.memory), available_memory() * 0.9);
-    const double gib = std::min(options_.open_gib, std::floor(room / 1.1 / kGiB * 8) / 8);
-    if (gib < 0.125) return report_.note("open: skipped: " + options_.memory + " has less than 140 MiB free");
+    const double gib = std::min(options_.open_gib, std::floor(room / 1.3 / kGiB * 8) / 8);
     const double mib = options_.open_mib;
+    if (const double least = std::max(0.125, 8 * mib / 1024); gib < least)
+      return report_.note("open: skipped: " + number(gib) + " GiB are too few for extents of " +
+                          size_name(mib) + " in " + options_.memory + ", expected at least " + number(least));
     auto plan = plan_for(kRootKinds[0], options_.memory, mib);
     if (!plan) return report_.note("open: skipped: " + plan.error().message);
     plan->extents = static_cast<size_t>(gib * 1024 / mib);
-    plan->capacity = static_cast<uint64_t>(gib * 1.09 * kGiB);
+    plan->capacity = static_cast<uint64_t>(gib * 1.25 * kGiB);  // whole extents leave room in their segments
     Rig rig(*plan);
     const Rig::Run filled = rig.store(kFlight);
     const DepotStats stats = rig.stats();

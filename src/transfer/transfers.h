@@ -99,7 +99,7 @@ class Transfers {
     std::vector<Record> condemned;              // to be journaled, too; one a load in motion at most
     uint32_t in_motion = 0;
     std::atomic<uint64_t> staged_bytes = 0;  // of the slab; added to by the dispatcher only
-    std::atomic<uint32_t> reads = 0;         // handed to the root's engine and not ended
+    std::atomic<uint32_t> reads = 0;         // of loads that are staged, by the root's engine and not ended
     bool first = false;                      // some wait to be started, and stores for them
     bool work = false;
     std::condition_variable wake;

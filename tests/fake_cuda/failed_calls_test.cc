@@ -51,6 +51,7 @@ class FailedCalls : public ::testing::Test {
   }
   void TearDown() override {
     fake_cuda::stop_failing();
+    fake_cuda::let_copies_go();
     if (slab_ != nullptr) device_->slab().release(slab_);
   }
 
@@ -83,7 +84,7 @@ class FailedCalls : public ::testing::Test {
       };
       device_->submit(&works[i]);
     }
-    wait(ended);
+    for (const Ended& one : ended) wait(one);
     calls_of_stores_ = fake_cuda::stop_failing();
     size_t good = 0;
     for (size_t i = 0; i < kExtents; ++i) {
@@ -104,45 +105,54 @@ class FailedCalls : public ::testing::Test {
     return good;
   }
 
+  /// A load of an extent of the host's cells, into the other half of the blocks. What it points to outlives
+  /// it.
+  struct Load {
+    ExtentHeader header;
+    std::vector<int32_t> to;
+    ScatterWork work;
+    Ended ended;
+  };
+  void make_load(std::byte* base, size_t i, Load& load) {
+    const PagedCache host = form_.at(reinterpret_cast<std::byte*>(cells_.data()));
+    const auto from = blocks(i);
+    std::vector<uint64_t> digests(form_.shape.shards());
+    GatherWork twin;
+    twin.cache = &host;
+    twin.blocks = from;
+    twin.payload = payload(base, i);
+    twin.digests = digests;
+    gather_and_digest(twin);
+    load.header.set_shape(form_.shape);
+    load.header.shard_digests = digests;
+    load.to = blocks(kExtents + i);
+    load.work.cache = &cache_;
+    load.work.header = &load.header;
+    load.work.payload = payload(base, i);
+    load.work.shards = form_.shape.shards();
+    load.work.blocks = load.to;
+    load.work.owner = &load.ended;
+    load.work.done = [](ScatterWork* self, ScatterOutcome outcome) {
+      auto* const at = static_cast<Ended*>(self->owner);
+      at->outcome = outcome;
+      ++at->calls;
+    };
+  }
+
   /// Scatters all extents, one of them with a flipped bit, and tells what became of each. Its blocks are what
   /// was stored, or what was there before, and that by the outcome.
   std::vector<ScatterOutcome> load_all(std::byte* base) {
     memory_->fill(0, form_.bytes(), 0x5a);
-    std::vector<Ended> ended(kExtents);
-    std::vector<ExtentHeader> headers(kExtents);
-    std::vector<std::vector<int32_t>> to(kExtents);
-    std::vector<ScatterWork> works(kExtents);
-    std::vector<uint64_t> digests(form_.shape.shards());
+    std::vector<Load> loads(kExtents);
     for (size_t i = 0; i < kExtents; ++i) {
-      const PagedCache host = form_.at(reinterpret_cast<std::byte*>(cells_.data()));
-      const auto from = blocks(i);
-      to[i] = blocks(kExtents + i);
-      GatherWork twin;
-      twin.cache = &host;
-      twin.blocks = from;
-      twin.payload = payload(base, i);
-      twin.digests = digests;
-      gather_and_digest(twin);
-      headers[i].set_shape(form_.shape);
-      headers[i].shard_digests = digests;
+      make_load(base, i, loads[i]);
       if (i == kBadExtent) payload(base, i)[17] ^= std::byte{8};
-      works[i].cache = &cache_;
-      works[i].header = &headers[i];
-      works[i].payload = payload(base, i);
-      works[i].shards = form_.shape.shards();
-      works[i].blocks = to[i];
-      works[i].owner = &ended[i];
-      works[i].done = [](ScatterWork* self, ScatterOutcome outcome) {
-        auto* const at = static_cast<Ended*>(self->owner);
-        at->outcome = outcome;
-        ++at->calls;
-      };
-      device_->submit(&works[i]);
+      device_->submit(&loads[i].work);
     }
-    wait(ended);
+    for (const Load& load : loads) wait(load.ended);
     calls_of_loads_ = fake_cuda::stop_failing();
     std::vector<ScatterOutcome> outcomes;
-    for (const Ended& one : ended) outcomes.push_back(one.outcome);
+    for (const Load& load : loads) outcomes.push_back(load.ended.outcome);
     expect_cells(outcomes);
     return outcomes;
   }
@@ -169,11 +179,9 @@ class FailedCalls : public ::testing::Test {
     }
   }
 
-  static void wait(const std::vector<Ended>& ended) {
-    for (const Ended& one : ended) {
-      for (int i = 0; i < 20'000 && one.calls == 0; ++i) usleep(500);
-      ASSERT_EQ(one.calls, 1);
-    }
+  static void wait(const Ended& one) {
+    for (int i = 0; i < 20'000 && one.calls == 0; ++i) usleep(500);
+    ASSERT_EQ(one.calls, 1);
   }
 
   static void expect_no_good_one_is_corrupt(const std::vector<ScatterOutcome>& outcomes) {
@@ -242,7 +250,48 @@ class FailedPart : public FailedCalls {
   FailedPart() : FailedCalls(24, 1024) {}
 };
 
-TEST_F(FailedPart, FailsItsLoadAndNothingOfItIsOnItsWayAfterwards) {
+TEST_F(FailedPart, EndsItsLoadWhenNothingOfItIsOnItsWayAnyMore) {
+  for (const char* const call : {"cudaMemcpyAsync", "cudaEventRecord", "cudaStreamWaitEvent"}) {
+    for (int round = 0; round < 10; ++round) {
+      SCOPED_TRACE(::testing::Message() << call << ", round " << round);
+      Load load;
+      make_load(ordinary_.data(), 0, load);
+      fake_cuda::hold_copies();
+      fake_cuda::fail(call, 2);  // what the first one copies is held
+      device_->submit(&load.work);
+      usleep(20'000);
+      const int ended_early = load.ended.calls;
+      fake_cuda::let_copies_go();
+      wait(load.ended);
+      EXPECT_EQ(load.ended.outcome, ScatterOutcome::failed);
+      EXPECT_TRUE(ended_early == 0) << "the rest of its payload was still to come";
+      fake_cuda::stop_failing();
+    }
+  }
+}
+
+TEST_F(FailedPart, OfAFileCutShortEndsItsLoadWhenNothingOfItIsOnItsWayAnyMore) {
+  const TemporaryDirectory directory("/dev/shm");
+  const File file = std::move(*File::open(directory.path() + "/segment", {.write = true, .create = true}));
+  for (int round = 0; round < 5; ++round) {
+    ASSERT_TRUE(file.truncate(payload_bytes_));
+    const Mapping mapping = std::move(*Mapping::map(file, payload_bytes_, true));
+    Load load;
+    make_load(mapping.data(), 0, load);
+    load.work.guarded = true;
+    ASSERT_TRUE(file.truncate(5 << 20));  // in the second part
+    fake_cuda::hold_copies();
+    device_->submit(&load.work);
+    usleep(20'000);
+    const int ended_early = load.ended.calls;
+    fake_cuda::let_copies_go();
+    wait(load.ended);
+    EXPECT_EQ(load.ended.outcome, ScatterOutcome::gone);
+    EXPECT_TRUE(ended_early == 0) << "the first part was still to come";
+  }
+}
+
+TEST_F(FailedPart, FailsItsLoadAndHarmsNoOther) {
   ASSERT_GT(payload_bytes_, 4ull << 20);
   for (const char* const call :
        {"cudaMemcpyAsync", "cudaEventRecord", "cudaEventSynchronize", "cudaStreamWaitEvent"}) {

@@ -1,6 +1,7 @@
 // The calls of the CUDA runtime that the device and its tests make.
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -43,6 +44,7 @@ World& world() {
   return *one;
 }
 
+std::atomic<bool> copies_are_held = false;
 thread_local int current_device = 0;
 thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 thread_local cudaError_t last_error = cudaSuccess;
@@ -87,6 +89,15 @@ uint64_t stop_failing() {
   for (const auto& [call, order] : world().orders) calls += order.calls;
   world().orders.clear();
   return calls;
+}
+
+void hold_copies() {
+  copies_are_held = true;
+}
+
+void let_copies_go() {
+  copies_are_held = false;
+  copies_are_held.notify_all();
 }
 
 cudaError_t called(const char* name) {
@@ -272,7 +283,10 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void*
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
   RETURN_IF_FAILED(called("cudaMemcpyAsync"));
-  stream_of(stream).queue([=] { std::memcpy(to, from, bytes); });
+  stream_of(stream).queue([=] {
+    fake::copies_are_held.wait(true);
+    std::memcpy(to, from, bytes);
+  });
   return cudaSuccess;
 }
 

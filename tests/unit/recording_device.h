@@ -31,6 +31,7 @@ class RecordingDevice final : public Device {
   Slab& slab() override { return slab_; }
   /// Bytes of the slab that were in use at once, at most.
   uint64_t most_staged() const { return slab_.most; }
+  void forget_most_staged() { slab_.most = 0; }
   void submit(ScatterWork* work) override {
     note(scatter_marks_, work->after);
     if (broken_) return work->done(work, ScatterOutcome::failed);

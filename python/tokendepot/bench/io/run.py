@@ -27,7 +27,8 @@ def _check_outputs(*paths: str) -> None:
 
 
 def run(plan: Plan, as_json: bool, csv: str, plot: str) -> int:
-    """Measures, prints and writes. Returns the exit code: 0; 1 wrong bytes or failed loads; 130 interrupted.
+    """Measures, prints and writes. Returns the exit code: 0; 1 wrong bytes or failed loads; 130 interrupted, also
+    when only the clean-up was left to do.
 
     Raises DepotError, of the cell that could not be measured, after those that could are printed and written.
     """

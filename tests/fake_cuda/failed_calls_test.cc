@@ -248,6 +248,17 @@ INSTANTIATE_TEST_SUITE_P(Of, FailedCall,
 class FailedPart : public FailedCalls {
  protected:
   FailedPart() : FailedCalls(24, 1024) {}
+
+  void expect_to_end_behind_what_is_on_its_way(Load& load, ScatterOutcome expected) {
+    fake_cuda::hold_copies();
+    device_->submit(&load.work);
+    usleep(20'000);
+    const int ended_early = load.ended.calls;
+    fake_cuda::let_copies_go();
+    wait(load.ended);
+    EXPECT_EQ(load.ended.outcome, expected);
+    EXPECT_TRUE(ended_early == 0) << "the rest of its payload was still to come";
+  }
 };
 
 TEST_F(FailedPart, EndsItsLoadWhenNothingOfItIsOnItsWayAnyMore) {
@@ -256,15 +267,8 @@ TEST_F(FailedPart, EndsItsLoadWhenNothingOfItIsOnItsWayAnyMore) {
       SCOPED_TRACE(::testing::Message() << call << ", round " << round);
       Load load;
       make_load(ordinary_.data(), 0, load);
-      fake_cuda::hold_copies();
       fake_cuda::fail(call, 2);  // what the first one copies is held
-      device_->submit(&load.work);
-      usleep(20'000);
-      const int ended_early = load.ended.calls;
-      fake_cuda::let_copies_go();
-      wait(load.ended);
-      EXPECT_EQ(load.ended.outcome, ScatterOutcome::failed);
-      EXPECT_TRUE(ended_early == 0) << "the rest of its payload was still to come";
+      expect_to_end_behind_what_is_on_its_way(load, ScatterOutcome::failed);
       fake_cuda::stop_failing();
     }
   }
@@ -280,14 +284,7 @@ TEST_F(FailedPart, OfAFileCutShortEndsItsLoadWhenNothingOfItIsOnItsWayAnyMore) {
     make_load(mapping.data(), 0, load);
     load.work.guarded = true;
     ASSERT_TRUE(file.truncate(5 << 20));  // in the second part
-    fake_cuda::hold_copies();
-    device_->submit(&load.work);
-    usleep(20'000);
-    const int ended_early = load.ended.calls;
-    fake_cuda::let_copies_go();
-    wait(load.ended);
-    EXPECT_EQ(load.ended.outcome, ScatterOutcome::gone);
-    EXPECT_TRUE(ended_early == 0) << "the first part was still to come";
+    expect_to_end_behind_what_is_on_its_way(load, ScatterOutcome::gone);
   }
 }
 

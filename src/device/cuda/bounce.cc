@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/check.h"
 #include "device/cuda/status.h"
 #include "io/mapping.h"
 
@@ -49,19 +50,17 @@ Bounce::Copied Bounce::stop(Copied why) {
 
 Bounce::Copied Bounce::to_device(std::byte* device, std::span<const std::byte> from, bool guarded,
                                  cudaStream_t then) {
-  cudaEvent_t last = moved_[0];
-  for (uint64_t at = 0; at < from.size(); at += kPieceBytes, piece_ = 1 - piece_) {
-    const uint64_t bytes = std::min(kPieceBytes, from.size() - at);
-    std::byte* const piece = memory_ + piece_ * kPieceBytes;
-    last = moved_[piece_];
-    if (cudaEventSynchronize(last) != cudaSuccess) return stop(Copied::failed);
-    if (!copy(piece, from.data() + at, bytes, guarded ? from : std::span<const std::byte>()))
-      return stop(Copied::gone);
-    if (cudaMemcpyAsync(device + at, piece, bytes, cudaMemcpyHostToDevice, stream_) != cudaSuccess ||
-        cudaEventRecord(last, stream_) != cudaSuccess)
-      return stop(Copied::failed);
-  }
-  return cudaStreamWaitEvent(then, last) == cudaSuccess ? Copied::ok : stop(Copied::failed);
+  TD_CHECK(from.size() <= kPieceBytes);
+  std::byte* const piece = memory_ + piece_ * kPieceBytes;
+  cudaEvent_t moved = moved_[piece_];
+  piece_ = 1 - piece_;
+  if (cudaEventSynchronize(moved) != cudaSuccess) return stop(Copied::failed);
+  if (!copy(piece, from.data(), from.size(), guarded ? from : std::span<const std::byte>()))
+    return stop(Copied::gone);
+  if (cudaMemcpyAsync(device, piece, from.size(), cudaMemcpyHostToDevice, stream_) != cudaSuccess ||
+      cudaEventRecord(moved, stream_) != cudaSuccess)
+    return stop(Copied::failed);
+  return cudaStreamWaitEvent(then, moved) == cudaSuccess ? Copied::ok : stop(Copied::failed);
 }
 
 Bounce::Copied Bounce::to_host(std::span<std::byte> to, const std::byte* device, bool guarded) {

@@ -12,8 +12,7 @@
 
 namespace tokendepot::cuda {
 
-/// For one thread. Two pieces, so that the CPU's copy of one overlaps the transfer of the other; a payload of
-/// any size passes through them.
+/// For one thread. Two pieces, so that the CPU's copy of one overlaps the transfer of the other.
 class Bounce {
  public:
   static constexpr uint64_t kPieceBytes = 4ull << 20;
@@ -26,7 +25,7 @@ class Bounce {
   Bounce& operator=(const Bounce&) = delete;
   Status start();
 
-  /// Returns when the last piece is on its way: `then` runs on behind it.
+  /// One piece or less. Returns when it is on its way: `then` runs on behind it.
   Copied to_device(std::byte* device, std::span<const std::byte> from, bool guarded, cudaStream_t then);
   /// Returns when all of it is there.
   Copied to_host(std::span<std::byte> to, const std::byte* device, bool guarded);

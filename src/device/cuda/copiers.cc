@@ -8,11 +8,6 @@
 #include "io/io_thread.h"
 
 namespace tokendepot::cuda {
-namespace {
-
-constexpr uint64_t kPartBytes = Bounce::kPieceBytes;
-
-}  // namespace
 
 Status Copiers::start(uint32_t threads) {
   for (uint32_t i = 0; i < threads; ++i) {
@@ -41,7 +36,7 @@ Copiers::~Copiers() {
 void Copiers::copy_in(Flight& flight) {
   const std::lock_guard lock(mutex_);
   loads_.push_back(std::make_shared<Load>(&flight));
-  flight.payload.size() > kPartBytes ? wake_.notify_all() : wake_.notify_one();
+  flight.payload.size() > Bounce::kPieceBytes ? wake_.notify_all() : wake_.notify_one();
 }
 
 void Copiers::land(Flight& flight) {
@@ -53,7 +48,8 @@ void Copiers::land(Flight& flight) {
 void Copiers::copy_part(std::unique_lock<std::mutex>& lock, Bounce& bounce) {
   const std::shared_ptr<Load> load = loads_.front();
   Flight& flight = *load->flight;
-  const uint64_t whole = flight.payload.size(), at = load->taken, bytes = std::min(kPartBytes, whole - at);
+  const uint64_t whole = flight.payload.size(), at = load->taken,
+                 bytes = std::min(Bounce::kPieceBytes, whole - at);
   load->taken += bytes;
   ++load->copying;
   if (load->taken == whole) loads_.pop_front();

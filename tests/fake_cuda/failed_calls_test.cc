@@ -69,6 +69,7 @@ class FailedCalls : public ::testing::Test {
     std::vector<std::vector<uint64_t>> digests(kExtents);
     std::vector<std::vector<int32_t>> from(kExtents);
     std::vector<GatherWork> works(kExtents);
+    fake_cuda::hold_copies();  // those behind the first ones gather to one copy
     for (size_t i = 0; i < kExtents; ++i) {
       from[i] = blocks(i);
       digests[i].resize(form_.shape.shards());
@@ -84,6 +85,7 @@ class FailedCalls : public ::testing::Test {
       };
       device_->submit(&works[i]);
     }
+    fake_cuda::let_copies_go();
     for (const Ended& one : ended) wait(one);
     calls_of_stores_ = fake_cuda::stop_failing();
     size_t good = 0;

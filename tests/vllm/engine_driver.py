@@ -60,6 +60,20 @@ def empty_prefix_cache(engine) -> None:
         time.sleep(0.05)
 
 
+def record_every_step(engine) -> None:
+    """As vLLM's server does. LLM before 0.28 drops what was counted in a step without output: a failed load, mostly."""
+    inside = engine.llm_engine
+    get_output = inside.engine_core.get_output
+
+    def get_and_record():
+        outputs = get_output()
+        if outputs.scheduler_stats is not None and not outputs.outputs:
+            inside.logger_manager.record(scheduler_stats=outputs.scheduler_stats, iteration_stats=None)
+        return outputs
+
+    inside.engine_core.get_output = get_and_record
+
+
 def candidates(logprobs) -> list[list]:
     """Of each position, pairs of token and logarithm of its probability."""
     return [[(token, rank.logprob) for token, rank in place.items()] for place in logprobs or ()]
@@ -67,6 +81,8 @@ def candidates(logprobs) -> list[list]:
 
 def main() -> None:
     order = json.loads(sys.argv[1])
+    import vllm
+    from packaging.version import Version
     from prometheus_client import REGISTRY
     from vllm import LLM, SamplingParams
 
@@ -89,6 +105,8 @@ def main() -> None:
         disable_log_stats=False,
     )
     engine = LLM(model=order["model"], **{**arguments, **order["llm"]})
+    if Version(vllm.__version__) < Version("0.28"):
+        record_every_step(engine)
     for round_ in order["rounds"]:
         prompts = [{"prompt_token_ids": tokens} for tokens in round_.get("prompts", order["prompts"])]
         damaged = 0

@@ -98,7 +98,8 @@ Result<std::unique_ptr<RawControl>> RawControl::make(const std::string& director
 }
 
 Result<double> RawControl::run(size_t depth, Traffic traffic, Pages pages, double seconds) {
-  const auto moved = move(depth, traffic, pages, pieces_, seconds);
+  const size_t least = direct_ && seconds > 0 ? std::min(depth, pieces_) : pieces_;
+  const auto moved = move(depth, traffic, pages, least, seconds);
   if (!moved) return std::unexpected(moved.error());
   return static_cast<double>(piece_ * moved->pieces) * 1e-9 / moved->seconds;
 }

@@ -43,8 +43,9 @@ class RawControl {
   static Result<std::unique_ptr<RawControl>> make(const std::string& directory, uint64_t piece,
                                                   size_t pieces);
 
-  /// GB/s of `depth` threads that touch every piece in random order, again and again until `seconds` are
-  /// over.
+  /// GB/s of `depth` threads that touch pieces in random order, all before any again, until `seconds` are
+  /// over. Each piece once where `seconds` is 0; without O_DIRECT each is read once and written at least
+  /// once.
   Result<double> run(size_t depth, Traffic traffic, Pages pages, double seconds = 0);
   /// Seconds of `depth` threads that read `pieces` pieces.
   Result<double> seconds_of(size_t depth, size_t pieces);

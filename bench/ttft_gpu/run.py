@@ -1,9 +1,9 @@
 """Time to first token of a long prompt on a GPU: recomputed, from the depot, and from what else vLLM's users have.
 
-usage: run.py --kit KIT --tokendepot SITE --out DIR [--systems base,depot] [--places shm] [--contexts 50,1000]
+usage: run.py --out DIR [--kit KIT] [--tokendepot SITE] [--systems base,depot] [--places shm] [--contexts 50,1000]
 
-KIT is an unpacked folder with vLLM for an offline host (site/ and vllm_env.sh); SITE is where the tokendepot package
-was installed (bench/ttft_gpu/install). Each engine runs in a process of its own; results of earlier runs in --out
+On a host without a network, KIT is an unpacked folder with vLLM (site/ and vllm_env.sh) and SITE where the tokendepot
+package was installed (bench/ttft_gpu/install); without them both are those of the Python that runs this. Each engine runs in a process of its own; results of earlier runs in --out
 are kept and shown with the new ones, so that several short runs make one table. Systems: base (no connector), depot,
 offload (vLLM's CPU offload), fs (its file-system tier), lmcache (multi-process mode), lmcache-depot (the same on a
 depot). Places: shm, disk, loop.
@@ -21,9 +21,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import environment
 import report
 import workload
-from systems import PLACES, SYSTEMS, LMCacheServer, Place, end_session, in_kit, lmcache_storage, transfer_config
+from systems import PLACES, SYSTEMS, LMCacheServer, Place, end_session, lmcache_storage, transfer_config
 
 HERE = Path(__file__).parent
 LINK = """
@@ -44,8 +45,7 @@ print("LINK", best, torch.cuda.get_device_name(0))
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kit", type=Path, required=True)
-    parser.add_argument("--tokendepot", type=Path, required=True)
+    environment.add_options(parser)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--systems", default="base,depot")
     parser.add_argument("--places", default="shm")
@@ -62,6 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--decode", action="store_true", help="instead: what loads of the depot cost a decoding engine")
     parser.add_argument("--json", type=Path, help="also write the summary here")
     chosen = parser.parse_args()
+    environment.check(parser, chosen)
     for option, allowed in (("systems", SYSTEMS), ("places", PLACES), ("model", workload.MODELS)):
         for name in getattr(chosen, option).split(","):
             if name not in allowed:
@@ -75,7 +76,8 @@ class Run:
         self.ends = time.monotonic() + options.deadline
         options.out.mkdir(parents=True, exist_ok=True)
         self.model = workload.write_model(options.out / "model", options.model)
-        self.environment = dict(os.environ, VLLM_ALLOW_INSECURE_SERIALIZATION="1")
+        # vLLM's own hashes of blocks survive a restart under one seed only.
+        self.environment = {"PYTHONHASHSEED": "0", **os.environ, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
         if options.v1_runner:
             self.environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
 
@@ -83,10 +85,10 @@ class Run:
         return self.ends - time.monotonic()
 
     def start(self, command: list[str], log: Path) -> subprocess.Popen:
-        """With the kit's environment, in a session of its own, the package before the kit."""
+        """In a session of its own."""
         with open(log, "wb") as out:
             return subprocess.Popen(
-                in_kit(self.options.kit, self.options.tokendepot, command),
+                environment.inside(self.options, command),
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=self.environment,

@@ -1,6 +1,6 @@
 """Time to first token as a client sees it: `tokendepot bench ttft` on vLLM's OpenAI server, with a depot or without.
 
-usage: served.py --kit KIT --tokendepot SITE --out DIR [--root ROOT] [--model SHAPE] [-- OPTION of bench ttft...]
+usage: served.py --out DIR [--kit KIT] [--tokendepot SITE] [--root ROOT] [--model SHAPE] [-- OPTION of bench ttft...]
 
 KIT and SITE are those of run.py. The server has the shape of a Llama with random weights, and a vocabulary in which every
 token is text. It is killed (-9) and started again before each later turn. With --root it keeps KV there; without, nothing
@@ -24,8 +24,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import environment
 import workload
-from systems import end_session, in_kit, transfer_config
+from systems import end_session, transfer_config
 
 START_LIMIT_S = 300.0
 CLIENT = "from tokendepot.cli import main; main()"
@@ -33,8 +34,7 @@ CLIENT = "from tokendepot.cli import main; main()"
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kit", type=Path, required=True)
-    parser.add_argument("--tokendepot", type=Path, required=True)
+    environment.add_options(parser)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--root", type=Path, help="empty or missing folder of the depot; it is removed at the end")
     parser.add_argument("--model", default="llama-3.1-8b", choices=workload.MODELS, help="shape")
@@ -42,7 +42,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--utilization", type=float, default=0.9, help="share of the GPU's memory that vLLM takes")
     parser.add_argument("--compiled", action="store_true", help="with CUDA graphs; about a minute more for each start")
     parser.add_argument("client", nargs="*", metavar="OPTION", help="of bench ttft, after --")
-    return parser.parse_args()
+    chosen = parser.parse_args()
+    environment.check(parser, chosen)
+    return chosen
 
 
 class Server:
@@ -65,7 +67,7 @@ class Server:
         if options.root:
             transfer = transfer_config("depot", str(options.root), options.capacity, "24GiB")
             command += ["--kv-transfer-config", json.dumps(transfer)]
-        self._command = in_kit(options.kit, options.tokendepot, command)
+        self._command = environment.inside(options, command)
         self._stopping = False
         self._process = self._start()
         self._keeper = threading.Thread(target=self._keep_running, daemon=True)
@@ -117,14 +119,15 @@ def main() -> None:
         raise SystemExit(f"--root is {str(options.root)!r}, expected an empty or missing folder")
     if options.root:
         options.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    sys.path.insert(0, str(options.tokendepot))  # the words of its prompts are this vocabulary's
+    if options.tokendepot:
+        sys.path.insert(0, str(options.tokendepot))  # the words of its prompts are this vocabulary's
     server = Server(options, name)
     try:
         server.wait_ready()
         command = [sys.executable, "-c", CLIENT, "bench", "ttft", "--url", server.url, "--cold-gpu"]
         command += ["--out", str(options.out / f"{name}.json"), *options.client]
         command += ["--between", f"kill -9 -$(cat {shlex.quote(str(server.pid_file))})"]
-        path = os.pathsep.join(filter(None, (str(options.tokendepot), os.environ.get("PYTHONPATH"))))
+        path = os.pathsep.join(filter(None, (options.tokendepot and str(options.tokendepot), os.environ.get("PYTHONPATH"))))
         ended = subprocess.run(command, env=dict(os.environ, PYTHONPATH=path), check=False)
     finally:
         server.stop()

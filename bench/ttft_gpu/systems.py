@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import socket
 import subprocess
@@ -137,12 +136,6 @@ class LMCacheServer:
 
     def stop(self) -> None:
         end_session(self.process)
-
-
-def in_kit(kit: Path, site: Path, command: list[str]) -> list[str]:
-    """`command` with the kit's environment, the package before the kit."""
-    environment = f". {shlex.quote(str(kit / 'vllm_env.sh'))} && export PYTHONPATH={shlex.quote(str(site))}:$PYTHONPATH"
-    return ["bash", "-c", f"{environment} && exec {shlex.join(command)}"]
 
 
 def end_session(process: subprocess.Popen) -> None:

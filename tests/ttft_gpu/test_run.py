@@ -96,3 +96,19 @@ def test_what_does_not_fit_the_deadline_is_said_and_not_begun(tmp_path: Path) ->
     done = run(tmp_path, "--systems", "base", "--deadline", "30")
     assert done.returncode == 0 and "base cold not started" in done.stdout
     assert not (tmp_path / "out" / "base.json").exists()
+
+
+def test_a_folder_that_is_no_kit_is_refused_by_name(tmp_path: Path) -> None:
+    done = run(tmp_path, "--kit", str(tmp_path))
+    assert done.returncode == 2 and f"--kit '{tmp_path}' has no vllm_env.sh" in done.stderr
+
+
+def test_without_a_kit_vllm_is_this_pythons(tmp_path: Path) -> None:
+    (tmp_path / "vllm.py").write_text(STAND_IN)
+    (tmp_path / "link.json").write_text(json.dumps({"GB_per_s": 50.0, "card": "none"}))
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, str(BENCH / "run.py"), "--out", str(tmp_path), "--systems", "base", "--contexts", "50"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=dict(os.environ, PYTHONPATH=path), check=False
+    )
+    assert done.returncode == 0 and "| 50 |" in done.stdout, done.stdout + done.stderr

@@ -44,12 +44,15 @@ def served(tmp_path: Path):
     paths = [f"{tmp_path}/kit/site", str(ROOT / "tests" / "bench")]
     (tmp_path / "kit" / "vllm_env.sh").write_text(f"export PYTHONPATH={':'.join(paths)}:$PYTHONPATH\n")
 
-    def run(*options: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    def run(*options: str, kit: bool = True) -> tuple[subprocess.CompletedProcess, list[str]]:
         starts = tmp_path / "starts"
         starts.unlink(missing_ok=True)
-        command = [sys.executable, str(SERVED), "--kit", str(tmp_path / "kit"), "--tokendepot", str(tmp_path)]
+        command = [sys.executable, str(SERVED)]
+        command += ["--kit", str(tmp_path / "kit"), "--tokendepot", str(tmp_path)] if kit else []
         command += ["--out", str(tmp_path / "out"), *options, "--", "--contexts", "50,200", "--repeats", "1"]
         environment = {**os.environ, "STARTS": str(starts)}
+        if not kit:
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, (*paths, os.environ.get("PYTHONPATH"))))
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
         return done, starts.read_text().splitlines() if starts.exists() else []
 
@@ -70,6 +73,13 @@ def test_a_server_is_killed_before_turn_two_with_a_depot_and_without(served, tmp
         assert result["server"]["model"] == "llama-3.1-8b"
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / "out" / f"{name}.pid").read_text()), 0)
+
+
+def test_without_a_kit_vllm_and_the_package_are_this_pythons(served, tmp_path: Path) -> None:
+    done, starts = served(kit=False)
+    assert "Turn 2" in done.stdout, done.stdout + done.stderr
+    assert starts == ["none eager", "none eager"]
+    assert json.loads((tmp_path / "out" / "off.json").read_text())["complete"]
 
 
 def test_every_token_of_the_vocabulary_is_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,8 +176,9 @@ class GpuPath {
     const double per_gib = registration_s_per_gib(options_.memory, options_.toy ? 32ull << 20 : 1ull << 30);
     report_.add("gpu_registered_" + tail, median(registered), "s", median(mapped_gib) * per_gib);
     std::vector<double> limits, loaded;
-    for (int round = 0; round < rounds_; ++round) {
+    for (int round = 0; round < rounds_; ++round)  // before anything is being registered
       limits.push_back(unwrap(link_->copy_large(Link::Way::to_device, options_.seconds / rounds_)).gb_per_s);
+    for (int round = 0; round < rounds_; ++round) {
       rig.open();
       loaded.push_back(rig.load(kFlight).gb_per_s);
     }

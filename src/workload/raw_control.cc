@@ -126,7 +126,7 @@ Result<RawControl::Moved> RawControl::move(size_t depth, Traffic traffic, Pages 
     ::posix_fadvise(file_.fd(), 0, 0, POSIX_FADV_DONTNEED);
     seconds = 0;
   }
-  const std::vector<size_t> order = shuffled();
+  if (order_.empty()) order_ = shuffled();
   std::atomic<size_t> next = 0;
   std::atomic<uint64_t> done = 0;
   std::atomic<int> error = 0;
@@ -134,7 +134,7 @@ Result<RawControl::Moved> RawControl::move(size_t depth, Traffic traffic, Pages 
   auto work = [&](double begin) {
     std::byte* const buffer = buffers[next_buffer++]->data();
     for (size_t i = next++; error == 0 && (i < least || steady_s() - begin < seconds); i = next++) {
-      const auto at = static_cast<off_t>(order[i % pieces_] * piece_);
+      const auto at = static_cast<off_t>(order_[(first_ + i) % pieces_] * piece_);
       const ssize_t moved = is_write(traffic, i) ? ::pwrite(file_.fd(), buffer, piece_, at)
                                                  : ::pread(file_.fd(), buffer, piece_, at);
       if (moved != static_cast<ssize_t>(piece_)) error = moved < 0 ? errno : EIO;
@@ -144,6 +144,7 @@ Result<RawControl::Moved> RawControl::move(size_t depth, Traffic traffic, Pages 
   const auto took = seconds_on_threads(depth, work);
   if (!took) return std::unexpected(took.error());
   if (error != 0) return fail_errno(error, "the raw control of {} bytes a piece failed", piece_);
+  first_ = (first_ + done) % pieces_;
   return Moved{done, *took};
 }
 

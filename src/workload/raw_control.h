@@ -43,9 +43,9 @@ class RawControl {
   static Result<std::unique_ptr<RawControl>> make(const std::string& directory, uint64_t piece,
                                                   size_t pieces);
 
-  /// GB/s of `depth` threads that touch pieces in random order, all before any again, until `seconds` are
-  /// over. Each piece once where `seconds` is 0; without O_DIRECT each is read once and written at least
-  /// once.
+  /// GB/s of `depth` threads that touch pieces in random order, all before any again and from where the call
+  /// before ended, until `seconds` are over; each piece once where `seconds` is 0. Without O_DIRECT each is
+  /// touched once whatever `seconds` says, or written until then.
   Result<double> run(size_t depth, Traffic traffic, Pages pages, double seconds = 0);
   /// Seconds of `depth` threads that read `pieces` pieces.
   Result<double> seconds_of(size_t depth, size_t pieces);
@@ -68,6 +68,8 @@ class RawControl {
   bool direct_;
   uint64_t piece_;
   size_t pieces_;
+  std::vector<size_t> order_;
+  size_t first_ = 0;  // of order_, which the next call begins with
   std::vector<std::unique_ptr<ControlBuffer>> plain_;
   std::vector<std::unique_ptr<ControlBuffer>> huge_;
   std::mt19937 random_{5};

@@ -85,7 +85,8 @@ def ttft(
         show.closing(result, refused)
     if plot_file and any(cell["ttft_s"] for cell in result["summary"]):  # after the tables: it may fail
         try:
-            plot.draw(result, base, ("this run", "base"), plot_file)
+            names = ("ON (this run)", "OFF (base)") if base else ("this run", "")
+            plot.draw(result, base, names, plot_file)
             written.append(plot_file)
         except OSError as error:
             terminal.complain(f"--plot is {str(plot_file)!r}, which cannot be written ({error.strerror or error})")

@@ -136,6 +136,38 @@ def test_the_table_for_programs_has_bytes_by_path_and_cells_in_which_everything_
     assert second == row
 
 
+def test_each_root_of_a_command_is_measured_with_extents_of_the_models_shape(disk, tmp_path):
+    table = tmp_path / "o.csv"
+    with tempfile.TemporaryDirectory(prefix="tokendepot-test-", dir="/dev/shm") as memory:
+        shape = ("--model", "llama-3.1-70b", "--tp", "8", "--volume", "20MiB", "--in-flight", "1")
+        found = cells(memory, disk, *TOY, *shape, "--op", "read", "--csv", table)
+        assert os.listdir(memory) == []
+    assert [(cell["root"], cell["source"]) for cell in found] == [(memory, "memory"), (str(disk), "device")]
+    layers, planes, heads, elements, of_two_bytes, tokens = 80, 2, 8 // 8, 128, 2, 256
+    extent = layers * planes * heads * elements * of_two_bytes * tokens
+    for cell in found:
+        assert cell["extent_bytes"] == [extent]
+        assert [counted["bytes"] for counted in cell["latency"]] == [extent]
+        assert cell["bytes"] == extent * cell["latency"][0]["count"] > 0
+        assert cell["verified"]["bytes"] == extent * cell["verified"]["extents"] >= 2 * extent  # the volume
+        assert cell["failed"] == 0 and cell["verified"]["wrong"] == 0
+    with open(table, newline="") as file:
+        assert [(row["root"], row["latency_bytes"]) for row in csv.DictReader(file)] == [
+            (memory, str(extent)), (str(disk), str(extent)),
+        ]
+
+
+def test_more_keys_of_the_configuration_reach_the_depot(disk):
+    (cell,) = cells(disk, *TOY, "--op", "write")
+    assert cell["bytes"] > 0 and cell["dropped"] == 0
+    # Room for one store of the four in flight: only the depot can drop the others.
+    result = run(disk, *TOY, "--op", "write", "--engine", '{"store_queue": "300KiB"}', "--json")
+    (cell,) = json.loads(result.stdout)["cells"]
+    assert cell["bytes"] > 0 and cell["dropped"] > 0 and "the depot dropped" in result.stderr
+    result = run(disk, *TOY, "--op", "write", "--engine", '{"slab": "64KiB"}', code=2)
+    assert "slab=65536 is smaller than one extent" in result.stderr.splitlines()[-1]
+
+
 def test_sizes_come_from_a_models_shape():
     assert plan.sizes_of("", "llama-3.1-70b", "8,1", 256, "bf16") == [(10 * MIB,), (80 * MIB,)]
 

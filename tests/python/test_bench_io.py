@@ -212,14 +212,22 @@ def test_what_is_written_can_be_neither_deduplicated_nor_compressed(disk, tmp_pa
     assert written / len(compressed) <= 1.01
 
 
-def test_direct_reads_come_from_the_device(disk):
-    (cell,) = cells(f"{disk}?transport=direct", *TOY, "--op", "read")
+LARGER = ("--volume", "64MiB", "--size", "1MiB")
+
+
+@pytest.mark.parametrize("keys", ["", "?transport=direct"])
+def test_direct_reads_come_from_the_device_also_by_default(disk, keys):
+    document = json.loads(run(f"{disk}{keys}", *TOY, *LARGER, "--op", "read", "--json").stdout)
+    (cell,) = document["cells"]
     assert cell["source"] == "device" and cell["device_read_share"] >= 0.99
+    assert cell["transport"].startswith("direct") and cell["bytes_by_path"]["loaded"].keys() == {"direct"}
+    assert cell["verified"]["bytes"] >= 64 * MIB
+    assert not [line for line in document["warnings"] if "page cache" in line or "memory file system" in line]
 
 
 def test_buffered_reads_come_from_the_device_because_the_cache_is_dropped(disk):
     for _ in range(3):  # on a busy machine the kernel keeps pages that it was asked to drop, which the cell then says
-        (cell,) = cells(f"{disk}?transport=buffered", *TOY, "--op", "read")
+        (cell,) = cells(f"{disk}?transport=buffered", *TOY, *LARGER, "--op", "read")
         if cell["source"] == "device":
             break
     assert cell["source"] == "device" and cell["device_read_share"] >= 0.99
@@ -232,11 +240,16 @@ def test_reads_from_the_page_cache_are_labelled_and_warned_about(disk):
     assert "fastest (cached)" in result.stdout and "fastest (device)" not in result.stdout
 
 
-def test_reads_from_a_memory_file_system_are_labelled_and_warned_about():
+@pytest.mark.parametrize("keys", ["", "?transport=buffered"])
+def test_reads_from_a_memory_file_system_are_labelled_and_warned_about(keys, tmp_path):
+    table = tmp_path / "o.csv"
     with tempfile.TemporaryDirectory(prefix="tokendepot-test-", dir="/dev/shm") as directory:
-        result = run(directory, *TOY, "--op", "read")
+        result = run(f"{directory}{keys}", *TOY, *LARGER, "--op", "read", "--csv", table)
     assert "is a memory file system (tmpfs)" in result.stderr
     assert "fastest (memory)" in result.stdout and "fastest (device)" not in result.stdout
+    with open(table, newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["source"] == "memory" and row["transport"].startswith("buffered" if keys else "mapped")
 
 
 def test_latency_is_told_by_size_class_with_unit_and_span(place):

@@ -40,6 +40,14 @@ def cells(*arguments, **more):
     return json.loads(run(*arguments, "--json", **more).stdout)["cells"]
 
 
+def toy_plan(root, *, sizes, in_flight):
+    """Reads, to be measured in this process."""
+    return plan.plan_of(
+        [str(root)], device="host", operation="read", sizes=sizes, in_flight=in_flight, request_extents=1,
+        processes="1", volume="8MiB", seconds=0.05, rounds=1, verify="off", keep_cache=False, engine="{}",
+    )
+
+
 @pytest.fixture(params=["memory", "disk"])
 def place(request):
     """An empty directory on tmpfs and on a disk, which must be empty again at the end."""
@@ -253,17 +261,34 @@ def test_reads_from_a_memory_file_system_are_labelled_and_warned_about(keys, tmp
 
 
 def test_latency_is_told_by_size_class_with_unit_and_span(place):
-    document = json.loads(
-        run(place, *TOY, "--size", "64KiB+2MiB+8MiB", "--volume", "32MiB", "--in-flight", "1,16", "--op", "read", "--json").stdout
-    )
+    mixed = ("--size", "64KiB+2MiB+64MiB", "--volume", "140MiB", "--in-flight", "1,64", "--verify", "off")
+    document = json.loads(run(place, *TOY, *mixed, "--seconds", "0.05", "--rounds", "1", "--op", "read", "--json").stdout)
     assert "queue" in document["about"]["latency_spans"] and document["about"]["latency_relative_error"] < 0.01
-    assert [cell["in_flight"] for cell in document["cells"]] == [1, 16]
+    assert [cell["in_flight"] for cell in document["cells"]] == [1, 64]
     for cell in document["cells"]:
         # Classes that were mixed up would tell of other bytes than were moved.
         assert sum(counted["count"] * counted["bytes"] for counted in cell["latency"]) == cell["bytes"]
         assert {counted["operation"] for counted in cell["latency"]} == {"read"}
-    # 16 loads are sent before the first one ends, and the volume is three extents of each size.
-    assert [counted["bytes"] for counted in document["cells"][1]["latency"]] == [64 << 10, 2 * MIB, 8 * MIB]
+    # 64 loads are sent before the first one ends, and the volume is two extents of each size.
+    by_size = document["cells"][1]["latency"]
+    assert [counted["bytes"] for counted in by_size] == [64 << 10, 2 * MIB, 64 * MIB]
+    for counted in by_size:
+        assert counted["count"] >= 2
+        assert 0 < counted["p50_ms"] <= counted["p99_ms"] <= counted["p99.9_ms"] <= counted["max_ms"]
+
+
+def test_the_client_is_the_limit_only_where_no_cpu_is_left(disk, monkeypatch, capsys):
+    # One load at a time: the client waits for the disk. What else the machine does counts, too, and is nobody's to
+    # foresee, so that the ticks of all CPUs are told here.
+    asked = toy_plan(disk, sizes=[(MIB,)], in_flight="1")
+    for busy, limit in ((50, False), (95, True)):
+        ticks = iter([(0, 0), (busy, 100)])
+        monkeypatch.setattr(measure, "_cpu_ticks", lambda ticks=ticks: next(ticks))
+        assert io_run.run(asked, True, "", "") == 0
+        output = capsys.readouterr()
+        (cell,) = json.loads(output.out)["cells"]
+        assert cell["cpus"] == len(os.sched_getaffinity(0)) and cell["client_thread_busy_share"] < 0.9
+        assert cell["client_is_limit"] == limit and ("CPU is the limit" in output.err) == limit
 
 
 def test_a_client_without_cpu_to_spare_says_so():
@@ -347,10 +372,7 @@ def test_output_that_nobody_reads_ends_it_and_leaves_nothing_behind(place):
 
 
 def test_a_cell_that_cannot_be_measured_leaves_the_others_results(place, monkeypatch, capsys):
-    asked = plan.plan_of(
-        [str(place)], device="host", operation="read", sizes=[(256 << 10,)], in_flight="1,2", request_extents=1,
-        processes="1", volume="8MiB", seconds=0.05, rounds=1, verify="off", keep_cache=False, engine="{}",
-    )
+    asked = toy_plan(place, sizes=[(256 << 10,)], in_flight="1,2")
     real = io_run.measure.measure
     known = []
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import pty
 import re
 import shutil
 import signal
@@ -346,6 +347,47 @@ def test_fio_takes_turns_with_ours(disk):
         done = subprocess.run([sys.executable, script, "--least", least, disk], capture_output=True, text=True, timeout=120)
         assert done.returncode == 2
         assert f"'{least}': expected a ratio above 0" in done.stderr
+
+
+# --- how far it is ---
+
+TWO_CELLS = ("--volume", "8MiB", "--seconds", "0.5", "--rounds", "5", "--in-flight", "1,2", "--size", "256KiB", "--op", "read")
+
+
+def test_on_a_terminal_a_bar_tells_the_share_that_is_done_and_the_time_left(disk):
+    host, terminal = pty.openpty()
+    # Wide, because what does not fit a line is cut.
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
+    child = subprocess.Popen(
+        [*COMMAND, str(disk), *TWO_CELLS, "--json"], stdin=terminal, stdout=subprocess.PIPE, stderr=terminal, env=environment
+    )
+    os.close(terminal)
+    drawn = b""
+    while True:
+        try:
+            piece = os.read(host, 65536)
+        except OSError:  # the last end of the terminal is closed
+            break
+        if not piece:
+            break
+        drawn += piece
+    os.close(host)
+    out, _ = child.communicate(timeout=60)
+    assert child.returncode == 0 and len(json.loads(out)["cells"]) == 2
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.decode())
+    bars = re.findall(r"(\d) of 2: \S+ host read 256KiB x \d x 1 .{20} +(\d+)% (\d+:\d\d:\d\d|-:--:--)", text)
+    shares = [int(share) for _, share, _ in bars]
+    assert shares == sorted(shares)
+    assert [number for number, _, _ in bars] == sorted(number for number, _, _ in bars)
+    assert {number for number, _, _ in bars} == {"1", "2"}
+    assert [left for _, share, left in bars if 0 < int(share) < 100 and left != "-:--:--"]
+
+
+def test_elsewhere_a_line_tells_which_cell_begins(disk):
+    lines = run(disk, *TWO_CELLS, "--json").stderr.splitlines()
+    told = [f"{number} of 2: {disk} host read 256KiB x {number} x 1" for number in (1, 2)]
+    assert lines[:2] == told
+    assert all(line.startswith("warning: ") for line in lines[2:])  # of a busy machine; no bar
 
 
 # --- how it ends ---

@@ -253,7 +253,7 @@ def test_buffered_reads_come_from_the_device_because_the_cache_is_dropped(disk):
 
 
 def test_reads_from_the_page_cache_are_labelled_and_warned_about(disk):
-    result = run(f"{disk}?transport=buffered", *TOY, "--op", "read", "--keep-cache")
+    result = run(f"{disk}?transport=buffered", *TOY, *LARGER, "--op", "read", "--keep-cache")
     assert "through the page cache" in result.stderr
     assert "fastest (cached)" in result.stdout and "fastest (device)" not in result.stdout
 

@@ -53,21 +53,21 @@ def limit_s(number: int) -> float:
     return 0.001 + 0.01 * first_token_s(number)
 
 
-def run(streams: int, rounds: int) -> tuple[list[tuple[int, float, float]], dict[int, float]]:
-    """What measure() found, and when the server had sent each first token."""
+def run(streams: int, rounds: int) -> tuple[list[tuple[int, float, float]], dict[int, tuple[float, float]]]:
+    """What measure() found, and the server's stamps of each request: when it was there, when the first token was sent."""
     with running(Scripted()) as server:
         gc.disable()  # as while a cell of the benchmark runs
         found = asyncio.run(measure(server.url, streams, rounds))
         gc.enable()
-        return found, {int(entry["prompt"]): entry["sent"][1] for entry in server.log()}
+        return found, {int(entry["prompt"]): (entry["there"], entry["sent"][1]) for entry in server.log()}
 
 
 def main(toy: bool) -> None:
     for streams, rounds in ((1, 2 if toy else 32), (64, 1 if toy else 16)):
-        found, sent = run(streams, rounds)
+        found, stamps = run(streams, rounds)
         late = [(ttft - first_token_s(number)) * 1e3 for number, ttft, _ in found]
         share = [abs(ttft - first_token_s(number)) / limit_s(number) for number, ttft, _ in found]
-        way = [(at - sent[number]) * 1e3 for number, _, at in found]
+        way = [(at - stamps[number][1]) * 1e3 for number, _, at in found]
         for name, values in (("reported - scripted", late), ("server's stamp to client's", way)):
             spread = f"median {percentile(values, 0.5):.3f}, p99 {percentile(values, 0.99):.3f}, most {max(values):.3f}"
             print(f"# {streams} streams, {len(found)} requests, {name}, ms: {spread}")

@@ -87,6 +87,10 @@ class ScriptedServer:
     def status(self, body: dict[str, Any], number: int) -> tuple[int, str]:
         return 200, "text/event-stream"
 
+    def refusal_headers(self, body: dict[str, Any], number: int) -> dict[str, str]:
+        """What a completion whose status is not 200 gets besides."""
+        return {}
+
     # --- pieces ---
 
     def piece(self, body: dict[str, Any], text: str) -> bytes:
@@ -140,10 +144,13 @@ class ScriptedServer:
             return 200, self.metrics
         return 404, {"detail": "Not Found"}
 
-    def _plain(self, writer: asyncio.StreamWriter, status: int, content: Any, kind: str = "application/json") -> None:
+    def _plain(
+        self, writer: asyncio.StreamWriter, status: int, content: Any, kind: str = "application/json", **more: str
+    ) -> None:
         data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
-        head = f"HTTP/1.1 {status} -\r\nContent-Type: {kind}\r\nContent-Length: {len(data)}\r\n\r\n"
-        writer.write(head.encode() + data)
+        headers = {"Content-Type": kind, "Content-Length": len(data), **more}
+        head = f"HTTP/1.1 {status} -\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        writer.write(f"{head}\r\n".encode() + data)
 
     async def _complete(self, body: dict[str, Any], there: float, writer: asyncio.StreamWriter) -> None:
         number, self.started = self.started, self.started + 1
@@ -154,7 +161,8 @@ class ScriptedServer:
         status, kind = self.status(body, number)
         script = self.script(body, number)
         if status != 200:
-            return self._plain(writer, status, b"".join(p for _, p in script if isinstance(p, bytes)).decode(), kind)
+            text = b"".join(p for _, p in script if isinstance(p, bytes)).decode()
+            return self._plain(writer, status, text, kind, **self.refusal_headers(body, number))
         head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
         for at, piece in script:
             await asyncio.sleep(max(0.0, there + at - time.perf_counter()))

@@ -54,8 +54,13 @@ class RefusesAfter(ScriptedServer):
         return super().script(body, number) if number < PROBES + 3 else [(0, self.refusal[1])]
 
 
+class AsksToRetry(RefusesAfter):
+    def refusal_headers(self, body, number):
+        return {"Retry-After": "0"}  # at once: a client that obeys does so while the run goes on
+
+
 def test_a_request_that_should_be_retried_later_is_a_failure_and_not_sent_again(serve, bench):
-    server = serve(RefusesAfter(429))
+    server = serve(AsksToRetry(429))
     code, _, result = bench("--url", server.url, "--contexts", "50", "--turns", "1", "--repeats", "8")
     assert code == 1 and only(result)["errors"] == {"http_429": 5}
     assert len(server.log()) == PROBES + 8

@@ -1,7 +1,7 @@
 """Failures are counted and never averaged in; lateness of a schedule, of the server and of the client are told apart."""
 
 import pytest
-from scripted_server import CLOSE, DONE, ScriptedServer, text_event
+from scripted_server import CLOSE, DONE, HANG, RESET, ScriptedServer, event, text_event
 
 PROBES = 2  # requests that find out how the server counts and whether it takes ids, before anything is measured
 
@@ -118,6 +118,51 @@ def test_a_stream_that_breaks_off_is_not_an_answer(serve, bench):
 
     code, _, result = bench("--url", serve(BreaksOff()).url, "--contexts", "50", "--turns", "1")
     assert code == 1 and only(result)["errors"] == {"truncated": 2} and only(result)["complete"] == 1
+
+
+# --- answers that are none, beside those that are (T5) ---
+
+FINISH = event({"choices": [{"text": "", "finish_reason": "stop"}]})
+BROKEN = {
+    "error_event": [(0, text_event("a") + event({"error": {"message": "engine is dead"}}) + DONE)],
+    "truncated": [(0, text_event("a") * 3)],  # a whole body, as HTTP sees it
+    "reset": [(0, text_event("a")), (0.01, b'data: {"choi'), (0.02, RESET)],
+    "not_a_stream": [(0, b"<html>log in first</html>")],
+    "stalled": [(0, text_event("a")), (0.01, HANG)],
+    "empty": [(0, text_event("") + FINISH + DONE)],
+}
+
+
+class HalfBroken(ScriptedServer):
+    """Every other answer is none; what there is of it comes at once, long before the first token of a whole one."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def broken(self, number):
+        return number >= PROBES and number % 2 == 1
+
+    def status(self, body, number):
+        return 200, "text/html" if self.broken(number) and self.kind == "not_a_stream" else "text/event-stream"
+
+    def script(self, body, number):
+        return BROKEN[self.kind] if self.broken(number) else [(0.2, text_event("a") + FINISH + DONE)]
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_answers_are_counted_by_kind_and_leave_the_times_of_the_others_alone(serve, bench, kind):
+    server = serve(HalfBroken(kind))
+    options = ("--contexts", "50", "--turns", "1", "--repeats", "20", "--concurrency", "10")
+    code, output, result = bench("--url", server.url, *options, "--timeout", "1.5" if kind == "stalled" else "30")
+    assert code == 1
+    cell = only(result)
+    assert cell["errors"] == {kind: 10} and (cell["requests"], cell["complete"]) == (20, 10)
+    assert cell["ttft_s"]["min"] >= 0.2
+    assert [("error" in record) for record in records(result)].count(True) == 10
+    assert not any("error" in record and "ttft_s" in record for record in records(result))
+    assert "10 of 20" in output and kind in output
+    assert len(server.log()) == PROBES + 20
 
 
 # --- how many at once ---

@@ -1,13 +1,15 @@
 """A server that sends scripted bytes at scripted times, on raw sockets, in a process of its own.
 
 A test derives from ScriptedServer and overrides what it scripts; `running(server)` forks a process for it. What the
-server saw and when it sent what is at GET /log; its clock is time.perf_counter, which all processes share.
+server saw and when it sent what is at GET /log, and what it was asked besides completions at GET /others; its clock is
+time.perf_counter, which all processes share.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import re
@@ -59,6 +61,7 @@ class ScriptedServer:
 
     def __init__(self) -> None:
         self.log: list[dict[str, Any]] = []
+        self.others: list[dict[str, Any]] = []
         self.started = 0
 
     # --- what tests override ---
@@ -119,6 +122,7 @@ class ScriptedServer:
                     await writer.drain()
                     writer.close()
                 else:
+                    self.others.append({"path": path, "there": there})
                     self._plain(writer, *self.answer(path, json.loads(content) if content else {}))
                     await writer.drain()
         except (ConnectionError, asyncio.IncompleteReadError):
@@ -132,6 +136,8 @@ class ScriptedServer:
         """Status and content of everything that is no completion."""
         if path == "/log":
             return 200, self.log
+        if path == "/others":
+            return 200, self.others
         if path == "/v1/models":
             entry = {"id": self.model, **({"max_model_len": self.limit} if self.limit else {})}
             return 200, {"data": [entry]}
@@ -187,7 +193,13 @@ class Running:
         self.url = url
 
     def log(self) -> list[dict[str, Any]]:
-        with urllib.request.urlopen(self.url + "/log") as answer:
+        return self._seen("/log")
+
+    def others(self) -> list[dict[str, Any]]:
+        return self._seen("/others")
+
+    def _seen(self, path: str) -> list[dict[str, Any]]:
+        with urllib.request.urlopen(self.url + path) as answer:
             return json.load(answer)
 
 
@@ -198,6 +210,7 @@ def running(server: ScriptedServer) -> Iterator[Running]:
     if child == 0:
         try:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            gc.disable()  # a walk through all that it logged takes 10 ms
             loop = asyncio.SelectorEventLoop(selectors.SelectSelector())  # epoll's timeouts are whole milliseconds
             loop.run_until_complete(server.serve(listener))
         finally:

@@ -1,7 +1,12 @@
 """Failures are counted and never averaged in; lateness of a schedule, of the server and of the client are told apart."""
 
+import hashlib
+import json
+
 import pytest
 from scripted_server import CLOSE, DONE, HANG, RESET, ScriptedServer, event, text_event
+
+from tokendepot.bench.ttft.results import percentile
 
 PROBES = 2  # requests that find out how the server counts and whether it takes ids, before anything is measured
 
@@ -220,21 +225,55 @@ class TwentyMilliseconds(ScriptedServer):
         return [(first, text_event("word " * 8)), (first + 0.001, self.end(body) + DONE)]
 
 
-def test_long_histories_at_a_high_rate_are_measured_right_or_the_client_says_that_it_was_late(serve, bench):
-    server = serve(TwentyMilliseconds())
-    code, output, result = bench(
-        *("--url", server.url, "--contexts", "11000", "--turns", "5", "--repeats", "64"),
-        *("--rate", "200", "--concurrency", "64"),
-    )
-    assert code == 0
-    assert len(records(result)) == 320
-    late = sorted(record["ttft_s"] for record in records(result))[int(0.99 * 320)]
-    assert late <= 0.030 or result["client"]["saturated"] or stub_was_late(server)
+def of_each_request(server, result):
+    """(its record, what the server logged of it) of each request that was measured."""
+    log = {hashlib.sha256(json.dumps(entry["prompt"]).encode()).hexdigest(): entry for entry in server.log()}
+    return [(record, log[record["prompt_sha256"]]) for record in records(result)]
 
 
-def stub_was_late(server):
-    """The scripted server shares the two cores: its own stamps say when it was the late one."""
-    return any(entry["sent"] and entry["sent"][0] - entry["there"] > 0.025 for entry in server.log())
+@pytest.fixture
+def long_histories(serve, bench):
+    """long_histories(tokens, how many) -> at 200 requests/s, the result, of_each_request() of it, and the server."""
+
+    def run(tokens, conversations):
+        server = serve(TwentyMilliseconds())
+        code, output, result = bench(
+            *("--url", server.url, "--contexts", tokens, "--turns", "5", "--repeats", conversations),
+            *("--rate", "200", "--concurrency", conversations),
+        )
+        assert code == 0, output
+        assert len(records(result)) == 5 * conversations
+        return result, of_each_request(server, result), server
+
+    return run
+
+
+def test_long_histories_at_a_high_rate_are_measured_right_or_the_client_says_that_it_was_late(long_histories):
+    """20 ms by the script, 30 ms at most of 99 % of requests. The scripted server shares the two cores: by how much its own
+    stamps say that it was late itself is taken off. The best of five, because others use this machine; where none is good,
+    the client has to say in most of them that it was late."""
+    attempts = []
+    for _ in range(5):
+        result, requests, _ = long_histories(11000, 64)  # 100 KB each
+        stub_late = [max(0.0, entry["sent"][0] - entry["there"] - 0.020) for _, entry in requests]
+        late = percentile([record["ttft_s"] - stub for (record, _), stub in zip(requests, stub_late, strict=True)], 0.99)
+        attempts.append((late, result["client"]["saturated"]))
+        if late <= 0.030:
+            return
+    said = sum(saturated for _, saturated in attempts)
+    assert said > len(attempts) / 2, f"99th percentile, and whether the client says that it was late: {attempts}"
+
+
+def test_nothing_else_is_asked_of_the_server_while_requests_are_in_flight(long_histories):
+    """Least of all to tokenize, which is done between the turns: answers and questions become ids there."""
+    _, requests, server = long_histories(2000, 16)
+    others, ended = server.others(), 0.0
+    for turn in range(1, 6):
+        entries = [entry for record, entry in requests if record["turn"] == turn]
+        first, last = min(entry["there"] for entry in entries), max(entry["sent"][-1] for entry in entries)
+        assert [other["path"] for other in others if first <= other["there"] <= last] == []
+        assert any(other["path"] == "/tokenize" and ended < other["there"] < first for other in others)
+        ended = last
 
 
 def test_a_client_that_is_held_up_says_so(serve, bench, monkeypatch):

@@ -9,7 +9,7 @@ from scripted_server import CLOSE, DONE, HANG, RESET, ScriptedServer, delta_even
 from tokendepot.bench.ttft.answer import RequestFailed
 from tokendepot.bench.ttft.stream import Inbox, Target, ask
 
-LATE_S = 0.05  # what a busy machine may add
+LATE_S = 0.005  # from the server's stamp to the client's
 TEXT = b"".join(text_event(f" word{i}") for i in range(64))
 FINISH = event({"choices": [{"text": "", "finish_reason": "stop"}]})
 
@@ -38,8 +38,20 @@ def failure(server, prompt, **more):
     return failed.value
 
 
-def shortly_after(value, least):
-    return least <= value < least + LATE_S
+def asked_in_time(server, prompt, times):
+    """An answer whose `times` ({place in the script: reported seconds}) are those of the script as it really ran, by the
+    server's stamps of the request and of what it sent: never shorter, and longer by LATE_S at most. The best of six, because
+    a machine that stands still is no error of the client."""
+    attempts = []
+    for _ in range(6):
+        answer = asked(server, prompt)
+        entry = server.log()[-1]
+        longer = {place: at - (entry["sent"][place] - entry["there"]) for place, at in times(answer).items()}
+        assert min(longer.values()) >= 0, f"reported before it was sent: {longer}"
+        attempts.append(max(longer.values()))
+        if attempts[-1] <= LATE_S:
+            return answer
+    raise AssertionError(f"late by {attempts}, expected {LATE_S} at most")
 
 
 # --- tokens and their times (T1, T2) ---
@@ -55,13 +67,8 @@ ROLE_FIRST = {
 @pytest.mark.parametrize("name", ROLE_FIRST)
 def test_the_first_token_is_the_first_event_that_bears_one_and_the_first_byte_is_reported_apart(serve, name):
     server = serve(Scripts(**ROLE_FIRST))
-    answer = asked(server, name)
-    (entry,) = server.log()
-    assert shortly_after(answer.first_byte_s, 0.005)
-    assert shortly_after(answer.ttft_s, 0.214)
-    arrived = [answer.sent_at + at for at in answer.token_s]
-    for at, sent in zip(arrived, entry["sent"][2:], strict=False):
-        assert shortly_after(at, sent)
+    answer = asked_in_time(server, name, lambda answer: {0: answer.first_byte_s, **dict(zip(range(2, 8), answer.token_s))})
+    assert answer.first_byte_s >= 0.005 and answer.ttft_s >= 0.214
     assert answer.text == "Hel" + 5 * "lo" and len(answer.token_s) == 6
     assert answer.first_content_s == answer.ttft_s
 
@@ -69,8 +76,9 @@ def test_the_first_token_is_the_first_event_that_bears_one_and_the_first_byte_is
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
 def test_reasoning_is_the_first_token_and_content_is_timed_apart(serve, name):
     script = [(0.1, delta_event(**{name: "hm"})), (0.5, delta_event(content="so")), (0.51, FINISH + usage_event(9, 2) + DONE)]
-    answer = asked(serve(Scripts(x=script)), "x")
-    assert shortly_after(answer.ttft_s, 0.1) and shortly_after(answer.first_content_s, 0.5)
+    server = serve(Scripts(x=script))
+    answer = asked_in_time(server, "x", lambda answer: {0: answer.ttft_s, 1: answer.first_content_s})
+    assert answer.ttft_s >= 0.1 and answer.first_content_s >= 0.5
     assert (answer.text, answer.reasoning, answer.output_tokens, answer.estimated) == ("so", "hm", 2, False)
 
 
@@ -134,12 +142,16 @@ def test_text_counts_and_order_do_not_depend_on_how_the_stream_is_written_or_cut
     assert answer.token_s == sorted(answer.token_s) and answer.token_s[0] > 0
 
 
-@pytest.mark.parametrize("variant", ["lf", "crlf", "done_without_newline"])
-@pytest.mark.parametrize("size", [7, 1 << 20])
+@pytest.mark.parametrize(
+    ("variant", "size"),
+    [(variant, size) for variant in ("lf", "crlf", "done_without_newline") for size in (7, 1 << 20)]
+    + [("crlf", size) for size in (1, 2, 3)],
+)
 def test_a_connection_left_open_after_done_is_not_waited_for(serve, variant, size):
     server = serve(Scripts(x=[*pieces(VARIANTS[variant], size), (0.1, HANG)]))
     answer = asked(server, "x", timeout_s=30.0)
     assert len(answer.token_s) == 64 and 0 < answer.ttft_s <= answer.end_s < 20
+    assert answer.text == "".join(f" word{i}" for i in range(64)) and answer.token_s == sorted(answer.token_s)
 
 
 # --- answers that are none (T5) ---

@@ -200,20 +200,30 @@ class HalfASecond(ScriptedServer):
 
 
 def test_waiting_for_a_free_slot_is_in_the_latency_from_the_schedule_and_not_in_the_service(serve, bench):
-    """Due at 0.1 k s, served one by one in 0.5 s each: 0.5 + 0.4 k s since they were due."""
-    server = serve(HalfASecond())
-    code, output, result = bench(
-        *("--url", server.url, "--contexts", "50", "--turns", "1", "--repeats", "8", "--rate", "10", "--concurrency", "1")
-    )
-    assert code == 0
-    service = [record["end_s"] for record in records(result)]
-    since_due = [record["end_from_schedule_s"] for record in records(result)]
-    assert min(service) >= 0.5
-    for k, (alone, value) in enumerate(zip(service, since_due, strict=True)):
-        assert value >= 0.5 + 0.4 * k - 0.01
-        assert value - alone >= 0.4 * k - 0.01  # the waiting
-    assert only(result)["requests_per_s"] <= 2.0
-    assert "of 10" in output
+    """Due at 0.1 k s, served one by one in 0.5 s each: 0.5 + 0.4 k s since they were due. Never less, and no more than 30 %
+    above in the best of three, because others use this machine."""
+    attempts = []
+    for _ in range(3):
+        server = serve(HalfASecond())
+        code, output, result = bench(
+            *("--url", server.url, "--contexts", "50", "--turns", "1", "--repeats", "8", "--rate", "10", "--concurrency", "1")
+        )
+        assert code == 0
+        service = [record["end_s"] for record in records(result)]
+        since_due = [record["end_from_schedule_s"] for record in records(result)]
+        assert len(service) == 8 and min(service) >= 0.5
+        for k, (alone, value) in enumerate(zip(service, since_due, strict=True)):
+            assert value >= 0.5 + 0.4 * k - 0.01
+            assert value - alone >= 0.4 * k - 0.01  # the waiting
+        cell = only(result)
+        assert cell["requests_per_s"] <= 2.0
+        assert cell["service_s"]["max"] == max(service) and cell["latency_from_schedule_s"]["max"] == max(since_due)
+        assert "of 10" in output
+        of_expected = [value / 0.5 for value in service] + [value / (0.5 + 0.4 * k) for k, value in enumerate(since_due)]
+        attempts.append(max(*of_expected, 2.0 / cell["requests_per_s"]))
+        if attempts[-1] <= 1.3:
+            return
+    raise AssertionError(f"at worst {attempts} of what was expected")
 
 
 # --- the client's own lateness (T8) ---

@@ -40,10 +40,10 @@ def failure(server, prompt, **more):
 
 def asked_in_time(server, prompt, times):
     """An answer whose `times` ({place in the script: reported seconds}) are those of the script as it really ran, by the
-    server's stamps of the request and of what it sent: never shorter, and longer by LATE_S at most. The best of six, because
+    server's stamps of the request and of what it sent: never shorter, and longer by LATE_S at most. The best of twelve, because
     a machine that stands still is no error of the client."""
     attempts = []
-    for _ in range(6):
+    for _ in range(12):
         answer = asked(server, prompt)
         entry = server.log()[-1]
         longer = {place: at - (entry["sent"][place] - entry["there"]) for place, at in times(answer).items()}

@@ -35,7 +35,29 @@ class RecordingDevice final : public Device {
   void submit(ScatterWork* work) override {
     note(scatter_marks_, work->after);
     if (broken_) return work->done(work, ScatterOutcome::failed);
+    {
+      const std::lock_guard lock(mutex_);
+      if (holds_) return held_.push_back(work);
+    }
     host_->submit(work);
+  }
+  /// What is to be scattered waits until it is let go, in its order.
+  void hold_scatters() {
+    const std::lock_guard lock(mutex_);
+    holds_ = true;
+  }
+  size_t held_scatters() const {
+    const std::lock_guard lock(mutex_);
+    return held_.size();
+  }
+  void let_scatters_go() {
+    std::vector<ScatterWork*> held;
+    {
+      const std::lock_guard lock(mutex_);
+      holds_ = false;
+      held.swap(held_);
+    }
+    for (ScatterWork* const work : held) host_->submit(work);
   }
   void submit(GatherWork* work) override {
     note(gather_marks_, work->after);
@@ -123,6 +145,8 @@ class RecordingDevice final : public Device {
   mutable std::mutex mutex_;
   std::map<std::byte*, Adopted> adopted_;
   std::vector<uint64_t> heats_;
+  bool holds_ = false;
+  std::vector<ScatterWork*> held_;
   size_t released_ = 0;
   uint64_t last_mark_ = 0;
   std::vector<uint64_t> scatter_marks_;

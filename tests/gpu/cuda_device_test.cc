@@ -103,7 +103,15 @@ CacheForm random_form(std::mt19937_64& random) {
     shape.planes = static_cast<uint16_t>(1 + random() % 2);
     shape.row_bytes = static_cast<uint32_t>(odd ? 2 * (1 + random() % 100) : 16 * (1 + random() % 20));
   }
-  form.heads_first = random() % 2 == 0;
+  // As engines have it (NHD, HND), or in any order: K and V outermost or row by row, layers inside blocks;
+  // with gaps.
+  using enum CacheForm::Dimension;
+  if (random() % 2 == 0) form.nesting = {layer, block, plane, head, token};
+  if (random() % 2 == 0) {
+    std::ranges::shuffle(form.nesting, random);
+    for (uint32_t& gap : form.gaps)
+      gap = random() % 2 == 0 ? 0 : static_cast<uint32_t>((odd ? 2 : 16) * (1 + random() % 9));
+  }
   if (opaque) form.split_layers = static_cast<uint32_t>(random() % 3 == 0 ? 0x1F : random() % 0x20);
   form.blocks = shape.blocks() * 2 + static_cast<uint32_t>(random() % 20);
   return form;

@@ -4,6 +4,8 @@
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
 #include <cstring>
 #include <random>
 #include <vector>
@@ -61,47 +63,61 @@ inline std::vector<uint8_t> random_bytes(uint64_t bytes, uint64_t seed) {
   return out;
 }
 
-/// How a random cache lies in memory.
+/// How a cache lies in memory.
 struct CacheForm {
+  enum Dimension : uint8_t { layer, block, plane, token, head };
+
   GroupShape shape;
   uint32_t blocks = 0;
-  bool heads_first = false;   // HND instead of NHD
-  uint32_t split_layers = 0;  // opaque: a bit for each layer whose pages are in two runs
+  /// Outermost first, rows inside the last: this is NHD, one tensor a layer. Opaque pages know layers and
+  /// blocks only.
+  std::array<Dimension, 5> nesting{layer, block, plane, token, head};
+  std::array<uint32_t, 5> gaps{};  // bytes behind each entry of a dimension
+  uint32_t split_layers = 0;       // opaque: a bit for each layer whose pages are in two runs
 
-  uint64_t page_bytes() const {
-    return shape.kind == LayoutKind::opaque
-               ? shape.page_bytes
-               : uint64_t{shape.planes} * shape.block_tokens * shape.part.heads() * shape.row_bytes;
-  }
-  uint64_t bytes() const { return page_bytes() * blocks * shape.part.layers(); }
+  uint64_t bytes() const { return strides().whole; }
+  /// Of one block in one layer, where the form is the default one.
+  uint64_t page_bytes() const { return strides().of[block]; }
 
   PagedCache at(std::byte* base) const {
     PagedCache cache;
     cache.shape = shape;
     cache.block_count = blocks;
-    const auto page = static_cast<int64_t>(page_bytes());
-    for (uint32_t layer = 0; layer < shape.part.layers(); ++layer) {
+    const Strides strides = this->strides();
+    const auto of = [&](Dimension dimension) { return static_cast<int64_t>(strides.of[dimension]); };
+    for (uint32_t l = 0; l < shape.part.layers(); ++l) {
       auto& planes = cache.layers.emplace_back();
-      std::byte* const first = base + layer * page_bytes() * blocks;
+      std::byte* const first = base + l * of(layer);
       if (shape.kind == LayoutKind::opaque) {
-        const bool two_pieces = layer < 32 && (split_layers >> layer & 1u) != 0;
+        const bool two_pieces = l < 32 && (split_layers >> l & 1u) != 0;
         const uint32_t half = two_pieces ? std::max(16u, shape.page_bytes / 32 * 16) : shape.page_bytes;
-        if (!two_pieces || half >= shape.page_bytes) {
-          planes.push_back({first, page, 0, 0, shape.page_bytes});
-        } else {
-          planes.push_back({first, page, 0, 0, half});
-          planes.push_back({first + half, page, 0, 0, shape.page_bytes - half});
-        }
+        planes.push_back({first, of(block), 0, 0, std::min(half, shape.page_bytes)});
+        if (half < shape.page_bytes)
+          planes.push_back({first + half, of(block), 0, 0, shape.page_bytes - half});
         continue;
       }
-      const uint64_t plane = uint64_t{shape.block_tokens} * shape.part.heads() * shape.row_bytes;
-      const int64_t row = shape.row_bytes;
-      for (uint32_t p = 0; p < shape.planes; ++p) {
-        planes.push_back({first + p * plane, page, heads_first ? row * shape.block_tokens : row,
-                          heads_first ? row : row * static_cast<int64_t>(shape.part.heads()), 0});
-      }
+      for (uint32_t p = 0; p < shape.planes; ++p)
+        planes.push_back({first + p * of(plane), of(block), of(head), of(token), 0});
     }
     return cache;
+  }
+
+ private:
+  struct Strides {
+    std::array<uint64_t, 5> of{};
+    uint64_t whole = 0;
+  };
+  Strides strides() const {
+    const bool opaque = shape.kind == LayoutKind::opaque;
+    const std::array<uint64_t, 5> entries{shape.part.layers(), blocks, opaque ? 1u : shape.planes,
+                                          opaque ? 1u : shape.block_tokens, opaque ? 1u : shape.part.heads()};
+    Strides found;
+    found.whole = opaque ? shape.page_bytes : shape.row_bytes;
+    for (auto dimension = nesting.rbegin(); dimension != nesting.rend(); ++dimension) {
+      found.of[*dimension] = found.whole + gaps[*dimension];
+      found.whole = found.of[*dimension] * entries[*dimension];
+    }
+    return found;
   }
 };
 

@@ -5,8 +5,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <mutex>
 #include <thread>
 
+#include "base/log.h"
 #include "cuda_depot_fixture.h"
 
 namespace tokendepot::testing {
@@ -70,6 +72,35 @@ TEST_F(CudaDepotInMemory, ObjectsAreRefusedInWords) {
     EXPECT_NE(refused.error().message.find("device=cuda:0"), std::string::npos) << refused.error().message;
   }
   EXPECT_TRUE(depot->poll().empty());
+}
+
+TEST_F(CudaDepotInMemory, WhatItTakesOfGpuAndHostIsToldWhenItIsOpenedAndFollowsTheOptions) {
+  std::mutex mutex;
+  std::vector<std::string> lines;
+  set_log_sink([&](LogLevel, std::string_view line) {
+    const std::lock_guard lock(mutex);
+    lines.emplace_back(line);
+  });
+  std::vector<DeviceUse> taken;
+  for (const uint32_t threads : {1u, 4u}) {
+    Options with = options();
+    with.device_threads = threads;
+    if (const auto depot = open(with)) taken.push_back(depot->stats().device);
+  }
+  set_log_sink(nullptr);
+  ASSERT_EQ(taken.size(), 2u);
+  for (const DeviceUse& use : taken) {
+    EXPECT_EQ(use.slab_bytes, options().device_slab_bytes);
+    EXPECT_GE(use.pinned_bytes, options().slab_bytes);
+    const std::string told =
+        fmt::format("device cuda:0: slab of 64 MiB there, {} MiB of host memory pinned, {} threads",
+                    use.pinned_bytes >> 20, use.threads);
+    EXPECT_EQ(std::ranges::count_if(lines, [&](const std::string& line) { return line.contains(told); }), 1)
+        << told;
+  }
+  EXPECT_EQ(taken[1].threads, taken[0].threads + 3);
+  EXPECT_GT(taken[1].pinned_bytes, taken[0].pinned_bytes) << "each thread has memory to copy through";
+  EXPECT_LE(taken[1].pinned_bytes, options().slab_bytes + (64ull << 20));
 }
 
 class CudaDepotOn : public CudaDepot, public ::testing::WithParamInterface<std::string> {

@@ -469,6 +469,8 @@ def test_a_cell_that_cannot_be_measured_leaves_the_others_results(place, monkeyp
         ([".?transport=fast"], "fast"),
         ([".?capacity=1MiB"], "capacity"),
         ([".?read_only=true"], "read_only"),
+        ([".?transport=gds&require_gds=true"], "says require_gds=true; expected GPUs in --device, not host"),
+        ([".?transport=gds&require_gds=true", "--device", "cuda:0+host", "--processes", "2"], "not host"),
         ([".", "."], "named twice"),
     ],
 )

@@ -281,6 +281,8 @@ def plan_of(
     for place, where, what, mix, flight, count in itertools.product(places, devices, operations, sizes, flights, counts):
         if len(where) > count:
             refuse(f"--device {'+'.join(where)} needs as many processes; expected --processes {len(where)} or more, not {count}")
+        if place.keys.get("require_gds") and "host" in where:
+            refuse(f'root "{place.path}" says require_gds=true; expected GPUs in --device, not host, which cuFile does not reach')
         if what == "burst" and len(mix) > 1:
             refuse(f"--op burst takes one size a cell, not {'+'.join(map(size_text, mix))}")
         held = _volume(volume, what, mix, flight, request_extents)

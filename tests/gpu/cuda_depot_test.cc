@@ -134,6 +134,25 @@ TEST_P(CudaDepotOn, CellsOfAGpuSurviveARestart) {
   }
 }
 
+// A thread that calls the driver without having been bound to its device would make a context of half a
+// gigabyte.
+TEST_P(CudaDepotOn, ManyThreadsThatHaveMovedBytesTakeNoMemoryOfTheGpu) {
+  Options with = options();
+  with.io_depth = 64;
+  with.device_threads = 16;
+  with.roots[0].io = IoChoice::threads;
+  size_t before = 0, after = 0, total = 0;
+  must(cudaMemGetInfo(&before, &total));
+  const auto depot = open(with);
+  ASSERT_NE(depot, nullptr);
+  store(*depot);
+  clear();
+  EXPECT_EQ(load(*depot, 0, kChunks).items_ok, kChunks);
+  expect_loaded(0, kChunks);
+  must(cudaMemGetInfo(&after, &total));
+  EXPECT_LT(before - std::min(before, after), with.device_slab_bytes + (50ull << 20));
+}
+
 TEST_P(CudaDepotOn, LoadsAreRightBeforeDuringAndAfterRegistration) {
   {
     const auto depot = open(options());

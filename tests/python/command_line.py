@@ -28,6 +28,18 @@ def run_json(*arguments, code=0):
     return json.loads(result.stdout)
 
 
+def rest_of_terminal(host):
+    """What is drawn until the last other end of the pseudo-terminal is closed; closes it."""
+    drawn = b""
+    with open(host, "rb", buffering=0) as terminal:
+        try:
+            while piece := terminal.read(65536):
+                drawn += piece
+        except OSError:  # the last end is closed
+            pass
+    return drawn
+
+
 def flip_byte(path, offset):
     with open(path, "r+b") as file:
         file.seek(offset)

@@ -15,6 +15,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from command_line import rest_of_terminal
 from paged import filled_root
 
 import tokendepot
@@ -362,16 +363,7 @@ def test_on_a_terminal_a_bar_tells_the_share_that_is_done_and_the_time_left(disk
         [*COMMAND, str(disk), *TWO_CELLS, "--json"], stdin=terminal, stdout=subprocess.PIPE, stderr=terminal, env=environment
     )
     os.close(terminal)
-    drawn = b""
-    while True:
-        try:
-            piece = os.read(host, 65536)
-        except OSError:  # the last end of the terminal is closed
-            break
-        if not piece:
-            break
-        drawn += piece
-    os.close(host)
+    drawn = rest_of_terminal(host)
     out, _ = child.communicate(timeout=60)
     assert child.returncode == 0 and len(json.loads(out)["cells"]) == 2
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.decode())

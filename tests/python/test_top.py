@@ -13,6 +13,7 @@ import threading
 import time
 
 import pytest
+from command_line import rest_of_terminal
 from paged import MANIFEST, Cache, config, filled_root, keys_of, store
 
 import tokendepot
@@ -34,15 +35,7 @@ def test_in_a_terminal_it_draws_anew_until_it_is_interrupted_and_gives_the_scree
             drawn += os.read(host, 65536)
     assert drawn.count(ROOT_COLUMN) >= 3 and OTHER_SCREEN in drawn
     child.send_signal(signal.SIGINT)
-    while True:
-        try:
-            piece = os.read(host, 65536)
-        except OSError:  # the last end of the terminal is closed
-            break
-        if not piece:
-            break
-        drawn += piece
-    os.close(host)
+    drawn += rest_of_terminal(host)
     assert child.wait(timeout=60) == 130
     assert drawn.rindex(OWN_SCREEN) > drawn.rindex(OTHER_SCREEN) and b"Traceback" not in drawn
 

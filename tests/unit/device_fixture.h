@@ -67,6 +67,16 @@ class TransfersOnDevice : public ::testing::Test {
                           iota_blocks(40, kBlocksPerChunk)});
     return plan;
   }
+  /// One extent as often as that.
+  LoadPlan plan_many(uint32_t count, size_t chunk = 0) {
+    LoadPlan many = plan(chunk);
+    for (uint32_t i = 1; i < count; ++i) {
+      LoadItem item = many.items[0];
+      item.chunk = i;
+      many.items.push_back(std::move(item));
+    }
+    return many;
+  }
   Completion completion_of(uint64_t job) {
     for (int i = 0; i < 10'000; ++i, usleep(1000)) {
       for (const Completion& done : transfers_->poll()) {

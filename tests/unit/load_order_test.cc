@@ -15,14 +15,8 @@ class LoadOrderTest : public TransfersOnDevice {};
 
 TEST_F(LoadOrderTest, TheEarliestDeadlineComesFirstWhoeverAskedFirst) {
   store(0, 1);
-  LoadPlan filler = plan(0);
-  for (uint32_t i = 1; i < kMostInMotion; ++i) {
-    LoadItem item = filler.items[0];
-    item.chunk = i;
-    filler.items.push_back(std::move(item));
-  }
   device_.hold_scatters();
-  ASSERT_TRUE(transfers_->submit_load(100, filler));
+  ASSERT_TRUE(transfers_->submit_load(100, plan_many(kMostInMotion)));
   for (int i = 0; i < 10'000 && device_.held_scatters() < kMostInMotion; ++i) usleep(1000);
   ASSERT_EQ(device_.held_scatters(), kMostInMotion);
 

@@ -23,17 +23,6 @@ RootOptions staged() {
 class ReadAheadTest : public TransfersOnDevice {
  protected:
   ReadAheadTest() : TransfersOnDevice(with_depth(), staged()) {}
-
-  /// One extent as often as that.
-  LoadPlan plan_many(uint32_t count, size_t chunk = 0) {
-    LoadPlan many = plan(chunk);
-    for (uint32_t i = 1; i < count; ++i) {
-      LoadItem item = many.items[0];
-      item.chunk = i;
-      many.items.push_back(std::move(item));
-    }
-    return many;
-  }
 };
 
 TEST_F(ReadAheadTest, StagingHoldsWhatIsReadSoonAndNotAllThatWaits) {

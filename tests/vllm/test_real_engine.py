@@ -1,6 +1,7 @@
 """The connector in a real vLLM engine: tokens equal those of an engine without a depot, whatever happens.
 
-On the CPU, or with TOKENDEPOT_ENGINE_DEVICE=cuda on a GPU, where every test runs in each of its MODES.
+On the CPU, or with TOKENDEPOT_ENGINE_DEVICE=cuda on a GPU, where every test runs in each of its MODES, and the first one
+with other CELLS as well.
 """
 
 from __future__ import annotations
@@ -41,13 +42,15 @@ class Mode:
     environment: dict = field(default_factory=dict)
     ranked: int = 0  # candidates that are known of each token; 0: texts are to be equal to the last token
     gpus: int = 0
+    checkpoint: str = "llama"  # of the tests with one group
+    told: str = ""  # by the log of its engines: a mode that vLLM did not take shows nothing
 
     @property
     def ranks(self) -> int:
         return self.llm.get("tensor_parallel_size", 1)
 
 
-def on_gpus(gpus: int = 1, **llm) -> Mode:
+def on_gpus(gpus: int = 1, *, environment: dict | None = None, checkpoint: str = "llama", told: str = "", **llm) -> Mode:
     """Types and kernels of production. They read a row of KV in the same order however it got there and whatever else is
     computed with it, if vLLM is told so; else the last bits of a hit differ from those of a prefill."""
     # With the size of the cache given, vLLM asks for no memory that others leave alone meanwhile: modes may run side by side.
@@ -59,7 +62,8 @@ def on_gpus(gpus: int = 1, **llm) -> Mode:
         tensor_parallel_size=gpus,
         **llm,
     )
-    return Mode(arguments, {"VLLM_BATCH_INVARIANT": os.environ.get("VLLM_BATCH_INVARIANT", "1")}, ranked=5, gpus=gpus)
+    environment = {"VLLM_BATCH_INVARIANT": os.environ.get("VLLM_BATCH_INVARIANT", "1"), **(environment or {})}
+    return Mode(arguments, environment, ranked=5, gpus=gpus, checkpoint=checkpoint, told=told)
 
 
 GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4]}}
@@ -72,6 +76,17 @@ MODES = {
         "graphs, two GPUs": on_gpus(gpus=2, **GRAPHS),
     },
 }
+# Where the cells of the KV cache are others or lie otherwise. Groups, pools and graphs see nothing of that: one test is enough.
+CELLS = {
+    "cpu": {},
+    "cuda": {
+        "fp8 KV": on_gpus(kv_cache_dtype="fp8", told="Using fp8 data type to store kv cache"),
+        "HND": on_gpus(environment={"VLLM_KV_CACHE_LAYOUT": "HND"}, told="Setting KV cache layout to HND"),
+        # Up to 512 tokens at once vLLM computes from the latents in the cache, as after a hit; more of them from what it
+        # expands them to, which rounds differently whatever it is told.
+        "MLA": on_gpus(max_num_batched_tokens=512, checkpoint="deepseek2", told="Using FLASH_ATTN_MLA attention backend"),
+    },
+}
 DEVICE = os.environ.get("TOKENDEPOT_ENGINE_DEVICE", "cpu")
 if DEVICE not in MODES:
     raise pytest.UsageError(f"TOKENDEPOT_ENGINE_DEVICE is {DEVICE!r} but must be {' or '.join(MODES)}")
@@ -81,7 +96,7 @@ NEAR = 0.12
 
 @pytest.fixture(scope="module", params=MODES[DEVICE])
 def mode(request) -> Mode:
-    chosen = MODES[DEVICE][request.param]
+    chosen = {**MODES[DEVICE], **CELLS[DEVICE]}[request.param]
     if chosen.gpus:
         import torch
 
@@ -186,21 +201,22 @@ def scratch():
 
 
 @pytest.fixture(scope="module")
-def llama(scratch) -> str:
-    return write_checkpoint(scratch / "llama", "llama")
+def model(mode, scratch) -> str:
+    return write_checkpoint(scratch / mode.checkpoint, mode.checkpoint)
 
 
 def without_depot(model: str, mode: Mode) -> dict:
     """What an engine without a depot writes; a comparison with it notices one other block in any of the prompts."""
     length = 200 if mode.ranked else ROUND["length"]
     expected, wrong = run(model, None, [{"length": length}, {**ROUND, "prompts": ONE_BLOCK_WRONG}], mode, PLENTY)
+    assert mode.told in expected["log"]
     assert not any(same_text(wrong, expected, number) for number in range(len(PROMPTS)))
     return expected
 
 
 @pytest.fixture(scope="module")
-def expected(llama, mode) -> dict:
-    return without_depot(llama, mode)
+def expected(model, mode) -> dict:
+    return without_depot(model, mode)
 
 
 def fresh(root: Path) -> Path:
@@ -237,15 +253,16 @@ def told_corrupt(before: dict, result: dict) -> bool:
 
 
 @pytest.mark.xdist_group("the engine without a depot that they are compared with")
-def test_one_group_cold_warm_killed_restarted_corrupted(llama, expected, mode, scratch) -> None:
-    root = fresh(scratch / "llama-root")
-    cold, warm = run(llama, options(root), [{**ROUND, "settle": 2}, ROUND], mode, PLENTY, kill=True)
+@pytest.mark.parametrize("mode", [*MODES[DEVICE], *CELLS[DEVICE]], indirect=True)
+def test_one_group_cold_warm_killed_restarted_corrupted(model, expected, mode, scratch) -> None:
+    root = fresh(scratch / "root")
+    cold, warm = run(model, options(root), [{**ROUND, "settle": 2}, ROUND], mode, PLENTY, kill=True)
     assert same_texts(cold, expected) and cached(cold, 0)
     assert same_texts(warm, expected) and cached(warm, 512)
     assert metric(warm, "load_bytes") > 0 and metric(warm, "store_bytes") > 0
     # The first engine was killed (-9). Now: restart, corrupt everything on disk, and again.
     restarted, corrupted, healed = run(
-        llama, options(root), [ROUND, {**ROUND, "damage": True, "settle": 2}, ROUND], mode, PLENTY
+        model, options(root), [ROUND, {**ROUND, "damage": True, "settle": 2}, ROUND], mode, PLENTY
     )
     assert same_texts(restarted, expected) and cached(restarted, 512)
     assert corrupted["damaged"] > 0 and same_texts(corrupted, expected)
@@ -257,10 +274,10 @@ def test_one_group_cold_warm_killed_restarted_corrupted(llama, expected, mode, s
 
 
 @pytest.mark.xdist_group("the engine without a depot that they are compared with")
-def test_one_group_with_a_pool_too_small_for_its_requests(llama, expected, mode, scratch) -> None:
+def test_one_group_with_a_pool_too_small_for_its_requests(model, expected, mode, scratch) -> None:
     root = fresh(scratch / "short-root")
     rounds = [{"length": 200, "settle": 2}, {"length": 200, "damage": True}]
-    cold, warm = run(llama, options(root), rounds, mode, SHORT)
+    cold, warm = run(model, options(root), rounds, mode, SHORT)
     assert cold["metrics"]["vllm:num_preemptions_total"] > 0
     assert same_texts(cold, expected)
     assert same_texts(warm, cold) and told_corrupt(cold, warm)

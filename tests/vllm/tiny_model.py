@@ -1,6 +1,6 @@
 """Tiny models for tests, made on the spot: nothing is downloaded.
 
-usage: tiny_model.py DIRECTORY llama|gemma3
+usage: tiny_model.py DIRECTORY llama|gemma3|deepseek2
 
 The weights are random, wide enough (standard deviation 0.08, untied head) that greedy text depends on the whole prefix;
 vLLM's own dummy weights repeat two tokens whatever the KV cache holds.
@@ -46,28 +46,38 @@ def write_configuration(directory: str | Path) -> str:
 
 
 def write_checkpoint(directory: str | Path, kind: str) -> str:
-    """A checkpoint that vLLM can run: "llama" has one KV-cache group, "gemma3" full and sliding-window groups."""
+    """A checkpoint that vLLM can run: "llama" has one KV-cache group, "gemma3" full and sliding-window groups, "deepseek2"
+    one group of MLA."""
     import torch
-    from transformers import (
-        Gemma3ForCausalLM,
-        Gemma3TextConfig,
-        LlamaConfig,
-        LlamaForCausalLM,
-    )
+    import transformers
 
     torch.manual_seed(1)
     common = dict(initializer_range=0.08, **SIZES)
     if kind == "llama":
-        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **common))
-    else:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=4, **common))
+    elif kind == "gemma3":
         layers = ["full_attention" if layer % 3 == 2 else "sliding_attention" for layer in range(6)]
-        model = Gemma3ForCausalLM(
-            Gemma3TextConfig(
+        model = transformers.Gemma3ForCausalLM(
+            transformers.Gemma3TextConfig(
                 num_hidden_layers=6,
                 sliding_window=128,
                 query_pre_attn_scalar=64,
                 layer_types=layers,
                 **common,
+            )
+        )
+    else:
+        # Kernels of MLA take the sizes of DeepSeek's heads and no others. All layers come before those with experts.
+        model = transformers.DeepseekV2ForCausalLM(
+            transformers.DeepseekV2Config(
+                num_hidden_layers=4,
+                first_k_dense_replace=4,
+                q_lora_rank=None,
+                kv_lora_rank=512,
+                qk_nope_head_dim=128,
+                qk_rope_head_dim=64,
+                v_head_dim=128,
+                **{**common, "num_key_value_heads": SIZES["num_attention_heads"]},
             )
         )
     model.float().save_pretrained(directory)

@@ -31,8 +31,8 @@ class Decoding:
         self._names = 0
         self._random = random.Random(5)
         self._tokens: dict[str, int] = {}  # of the decoding requests
-        self._visitor = ""
-        self._visitor_cached = 0
+        self.visitor = ""  # while it is there
+        self.visitor_cached = 0  # of its tokens, or of the one before
 
     def start(self) -> None:
         for which in range(DECODERS):
@@ -40,48 +40,61 @@ class Decoding:
             name = self._add(ids, DECODER_TOKENS)
             self._tokens[name] = 0
         while min(self._tokens.values()) < 32:
-            self._step()
+            self.step()
+
+    def visit(self, context: list[int], **params: Any) -> None:
+        tail = self._random.choices(range(1000, 127_000), k=workload.TAIL)
+        self.visitor = self._add(context + tail, 1, **params)
+
+    def decoded(self) -> int:
+        return sum(self._tokens.values())
+
+    def longest(self) -> int:
+        return max(self._tokens.values())
+
+    def clear(self, steps: int) -> bool:
+        """Whether no decoding request fills a chunk in that many steps."""
+        return all((DECODER_PROMPT + tokens) % workload.CHUNK + steps < workload.CHUNK for tokens in self._tokens.values())
 
     def measure(self, next_context: Callable[[], int] | None, interval_s: float) -> dict[str, Any]:
         """Decodes for ROUND_S; a visitor comes `interval_s` after the one before and never before that has gone."""
         served: list[float] = []
         cached = 0
-        tokens = sum(self._tokens.values())
+        tokens = self.decoded()
         began = now = time.perf_counter()
         came = began - interval_s
         while now - began < ROUND_S:
-            if not self._visitor and next_context is not None and now - came >= interval_s:
+            if not self.visitor and next_context is not None and now - came >= interval_s:
                 came = now
-                tail = self._random.choices(range(1000, 127_000), k=workload.TAIL)
-                self._visitor = self._add(workload.prompt(CONTEXT, next_context()) + tail, 1)
-            visitor = self._visitor
-            self._step()
+                self.visit(workload.prompt(CONTEXT, next_context()))
+            visitor = self.visitor
+            self.step()
             now = time.perf_counter()
-            if visitor and not self._visitor:
+            if visitor and not self.visitor:
                 served.append(now - came)
-                cached += self._visitor_cached
-        gap = (now - began) * DECODERS / (sum(self._tokens.values()) - tokens)
-        while self._visitor:
-            self._step()
+                cached += self.visitor_cached
+        gap = (now - began) * DECODERS / (self.decoded() - tokens)
+        while self.visitor:
+            self.step()
         return {"gap": gap, "served": served, "cached": cached, "s": now - began}
 
-    def _add(self, ids: list[int], tokens: int) -> str:
+    def _add(self, ids: list[int], tokens: int, **params: Any) -> str:
         self._names += 1
         name = f"request-{self._names}"
-        params = self._params(max_tokens=tokens, temperature=0, detokenize=False, ignore_eos=True)
-        self._engine.add_request(name, {"prompt_token_ids": ids}, params)
+        sampling = self._params(max_tokens=tokens, temperature=0, detokenize=False, ignore_eos=True, **params)
+        self._engine.add_request(name, {"prompt_token_ids": ids}, sampling)
         return name
 
-    def _step(self) -> None:
+    def step(self) -> None:
         for output in self._engine.step():
             if output.request_id in self._tokens:
                 self._tokens[output.request_id] = len(output.outputs[0].token_ids)
-            elif output.request_id == self._visitor and output.finished:
-                self._visitor, self._visitor_cached = "", int(output.num_cached_tokens or 0)
+            elif output.request_id == self.visitor and output.finished:
+                self.visitor, self.visitor_cached = "", int(output.num_cached_tokens or 0)
 
 
-def run(engine: Any, order: dict[str, Any], sampling_params: Callable[..., Any], keep: Callable[[int], None]) -> None:
-    """`engine` as in engine.py; `keep(tokens)` waits until the depot has kept that many more."""
+def run(engine: Any, order: dict[str, Any], sampling_params: Callable[..., Any], keep: Callable[[int], None]) -> Decoding:
+    """`engine` as in engine.py; `keep(tokens)` waits until the depot has kept that many more. Its requests go on decoding."""
     for which in range(CONTEXTS):
         engine.ask(workload.prompt(CONTEXT, which))
         keep(CONTEXT)
@@ -105,6 +118,11 @@ def run(engine: Any, order: dict[str, Any], sampling_params: Callable[..., Any],
         rounds.append({"alone": decoding.measure(None, 0.0), "hits": hits, "loads": loads})
     Path(order["out"]).write_text(json.dumps({**order, "rounds": rounds}))
     show(rounds, order["token_bytes"])
+    return decoding
+
+
+def say(name: str, value: float, unit: str, limit: float) -> None:
+    print(f"RESULT {name} {value:.4g} {unit} limit {limit:.4g} ratio {value / limit:.3g}", flush=True)
 
 
 def show(rounds: list[dict[str, Any]], token_bytes: int) -> None:
@@ -113,9 +131,6 @@ def show(rounds: list[dict[str, Any]], token_bytes: int) -> None:
 
     def gap(what: str) -> float:
         return median(entry[what]["gap"] for entry in rounds) * 1e3
-
-    def say(name: str, value: float, unit: str, limit: float) -> None:
-        print(f"RESULT {name} {value:.4g} {unit} limit {limit:.4g} ratio {value / limit:.3g}", flush=True)
 
     seconds = sum(entry["loads"]["s"] for entry in rounds)
     served = [s for entry in rounds for s in entry["loads"]["served"]]

@@ -3,8 +3,8 @@
 A row is one prompt: "cold" (nothing known), "hit" (the prompt and a new tail, from the system), "gpu" (the prompt and
 another tail, from the GPU's own prefix cache, the floor). In the phase "restart" there is no "cold"; short contexts
 have "fresh" instead, another prompt of that length, computed by the same engine in the same state. The phase "decode"
-has no rows, see decoding.py. The engine without a connector has "whole" instead of "hit": a GPU hit of whole chunks;
-started again it has nothing but "fresh". An answer depends on how many tokens were computed
+has no rows, see decoding.py and storing.py. The engine without a connector has "whole" instead of "hit": a GPU hit of
+whole chunks; started again it has nothing but "fresh". An answer depends on how many tokens were computed
 together, so an answer is compared with that of a GPU hit of as many tokens, "gpu" or "whole".
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import decoding
+import storing
 import workload
 
 WARM_UP_LONG, WARM_UP_SHORT = 16_384, 2_500
@@ -146,7 +147,9 @@ def decode(engine: Engine, order: dict[str, Any]) -> NoReturn:
         nonlocal seen
         seen = wait_until_kept(order, tokens, seen)
 
-    decoding.run(engine, order, SamplingParams, keep)
+    decoder = decoding.run(engine, order, SamplingParams, keep)
+    if order["system"] == "depot":
+        storing.run(decoder, order, lambda: kept(order))
     leave()
 
 

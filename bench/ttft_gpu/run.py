@@ -7,7 +7,7 @@ package was installed (bench/ttft_gpu/install); without them both are those of t
 are kept and shown with the new ones, so that several short runs make one table. Systems: base (no connector), depot,
 offload (vLLM's CPU offload), fs (its file-system tier), lmcache (multi-process mode), lmcache-depot (the same on a
 depot). Places: shm, disk, loop.
---decode --systems depot measures what loads cost requests that decode meanwhile.
+--decode --systems depot measures what loads and stores cost requests that decode meanwhile.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--utilization", type=float, default=0.9)
     parser.add_argument("--compiled", action="store_true", help="with CUDA graphs; about 30 s more for each engine")
     parser.add_argument("--v1-runner", action="store_true")
-    parser.add_argument("--decode", action="store_true", help="instead: what loads of the depot cost a decoding engine")
+    parser.add_argument("--decode", action="store_true", help="instead: what loads and stores cost a decoding engine")
     parser.add_argument("--json", type=Path, help="also write the summary here")
     chosen = parser.parse_args()
     environment.check(parser, chosen)

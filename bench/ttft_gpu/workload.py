@@ -68,7 +68,7 @@ def repetitions(context: int) -> int:
     return 3 if context <= 16_000 else 1
 
 
-def prompt(context: int, repetition: int) -> list[int]:
+def prompt(context: int, repetition: int | str) -> list[int]:
     return random.Random(f"prompt {context} {repetition}").choices(range(1000, 127_000), k=context)
 
 

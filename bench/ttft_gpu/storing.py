@@ -1,0 +1,182 @@
+"""What stores cost an engine that decodes: the time between two tokens beside stores, and after as much computing without.
+
+Visitors come into the engine of decoding.py one at a time, and all compute their whole prompt, whatever is cached. In turn
+the depot has a visitor's context, so that nothing of it is stored, or nobody has seen it, and it is stored while the others
+go on decoding. Chunks that the decoding requests fill themselves are kept out of what is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import decoding
+import workload
+from decoding import DECODERS, Decoding, say
+
+# With its tail and the decoding requests one step of 16,384 tokens, so that no store is over before the prefill is.
+CONTEXT = decoding.CONTEXT - 4 * workload.CHUNK
+CHUNKS = CONTEXT // workload.CHUNK
+PAIRS = 12
+STEPS = 16  # at least, behind each visitor; what a whole round is made of
+PATIENCE_S = 1.0  # without another chunk, then the rest was dropped
+CLEAR_STEPS, LAST_STEPS = 64, 4  # that the decoding requests are away from the end of a chunk: before and after a turn
+QUIET_STEPS = 8
+
+
+class Follower:
+    """Sees chunks being kept more finely than the engine steps: a visitor's stores take as long as a few steps."""
+
+    def __init__(self, kept: Callable[[], int]) -> None:
+        self._kept = kept
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self.seen: list[tuple[float, int]] = []  # when there were how many for the first time
+
+    def __enter__(self) -> Follower:
+        self.look()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._ends.set()
+        self._thread.join()
+
+    def look(self) -> None:
+        count = self._kept()
+        if not self.seen or count != self.seen[-1][1]:
+            self.seen.append((time.perf_counter(), count))
+
+    def _follow(self) -> None:
+        while not self._ends.wait(0.001):
+            self.look()
+
+
+class Storing:
+    def __init__(self, decoder: Decoding, kept: Callable[[], int]) -> None:
+        self._decoder = decoder
+        self._kept = kept
+
+    def turn(self, which: int, fresh: bool, least_s: float) -> dict[str, Any]:
+        """One visitor, the steps behind it until its stores are done, and at least STEPS of them and `least_s`."""
+        context = f"fresh {which}" if fresh else which % decoding.CONTEXTS
+        prompt = workload.prompt(decoding.CONTEXT, context)[:CONTEXT]
+        decoder, before = self._decoder, self._settled()
+        with Follower(self._kept) as chunks:
+            began, tokens = time.perf_counter(), decoder.decoded()
+            decoder.visit(prompt, skip_reading_prefix_cache=True)
+            while decoder.visitor:
+                decoder.step()
+            gone, at_gone = time.perf_counter(), decoder.decoded()
+            steps = [(0.0, 0)]
+            while len(steps) <= STEPS or (
+                decoder.clear(LAST_STEPS)
+                and (steps[-1][0] < least_s or (fresh and self._storing(chunks, before + CHUNKS, gone)))
+            ):
+                decoder.step()
+                steps.append((time.perf_counter() - gone, decoder.decoded() - at_gone))
+        ended, count = chunks.seen[-1]
+        early = max(then for at, then in chunks.seen if at <= gone)
+        return {
+            "prefill_s": gone - began,
+            "prefill_tokens": at_gone - tokens,  # that were decoded meanwhile
+            "cached": decoder.visitor_cached,
+            "steps": steps,
+            "kept": count - before,
+            "late": count - early,
+            "late_s": max(0.0, ended - gone),
+        }
+
+    def spent(self) -> bool:
+        """Whether the decoding requests would end in another pair."""
+        return self._decoder.longest() > decoding.DECODER_TOKENS - 3 * workload.CHUNK
+
+    def _settled(self) -> int:
+        """Chunks that are kept, when no store is under way and none of a decoding request is near."""
+        count, quiet = self._kept(), 0
+        while quiet < QUIET_STEPS:
+            self._decoder.step()
+            now, clear = self._kept(), self._decoder.clear(CLEAR_STEPS)
+            count, quiet = now, quiet + 1 if now == count and clear else 0
+        return count
+
+    def _storing(self, chunks: Follower, wanted: int, gone: float) -> bool:
+        changed, count = chunks.seen[-1]
+        return count < wanted and time.perf_counter() - max(changed, gone) < PATIENCE_S
+
+
+def run(decoder: Decoding, order: dict[str, Any], kept: Callable[[], int]) -> None:
+    """`decoder` as decoding.run() leaves it, with its contexts in the depot; `kept` says how many chunks there are."""
+    storing = Storing(decoder, kept)
+    # One of each is left out, for whatever the first prompt of this length is slower by.
+    longest = max(storing.turn(PAIRS, fresh, 0.0)["late_s"] for fresh in (True, False))
+    pairs: list[dict[str, Any]] = []
+    while len(pairs) < PAIRS and not storing.spent():
+        pair = {}
+        for fresh in (True, False) if len(pairs) % 2 else (False, True):
+            pair["stores" if fresh else "control"] = turn = storing.turn(len(pairs), fresh, longest)
+            longest = max(longest, turn["late_s"])
+        pairs.append(pair)
+    if not pairs:
+        print("# stores were not measured: the decoding requests had come to their end", flush=True)
+        return
+    out = Path(order["out"])
+    out.write_text(json.dumps({**json.loads(out.read_text()), "pairs": pairs}))
+    show(pairs, order["token_bytes"])
+
+
+def within(turn: dict[str, Any], seconds: float) -> float:
+    """Tokens decoded in the first `seconds` behind the visitor, of a step that ends later its share."""
+    for (began, before), (ended, after) in pairwise(turn["steps"]):
+        if ended >= seconds:
+            return before + (after - before) * (seconds - began) / (ended - began)
+    return turn["steps"][-1][1]
+
+
+def show(pairs: list[dict[str, Any]], token_bytes: int) -> None:
+    chunk_bytes = workload.CHUNK * token_bytes
+    stores, controls = [pair["stores"] for pair in pairs], [pair["control"] for pair in pairs]
+    spans = [min(pair["stores"]["late_s"], pair["control"]["steps"][-1][0]) for pair in pairs]
+
+    def beside(turns: list[dict[str, Any]]) -> float:
+        return sum(spans) * DECODERS / sum(map(within, turns, spans)) * 1e3
+
+    def whole(turns: list[dict[str, Any]]) -> float:
+        seconds = sum(turn["prefill_s"] + turn["steps"][STEPS][0] for turn in turns)
+        return seconds * DECODERS / sum(turn["prefill_tokens"] + turn["steps"][STEPS][1] for turn in turns) * 1e3
+
+    missing = CHUNKS * len(pairs) - sum(turn["kept"] for turn in stores)
+    late, late_s = sum(turn["late"] for turn in stores), sum(turn["late_s"] for turn in stores)
+    print(f"# {len(pairs)} visitors of {CONTEXT} fresh tokens were stored, and as many were not", flush=True)
+    if missing > 0:
+        print(f"# DROPPED: {missing} of {CHUNKS * len(pairs)} chunks were not kept, or too late: fewer stores than meant", flush=True)
+    changed = sum(abs(turn["kept"]) for turn in controls)
+    if changed:
+        print(f"# NO CONTROL: {changed} chunks came or went beside what is not stored; is the root too small?", flush=True)
+    cached = sum(turn["cached"] > 0 for turn in stores + controls)
+    if cached:
+        print(f"# NOT COMPUTED: {cached} visitors found tokens in a cache", flush=True)
+    if sum(spans) > 0:
+        single = [
+            (within(pair["control"], span) / within(pair["stores"], span) - 1) * 100
+            for pair, span in zip(pairs, spans, strict=True)
+            if span > 0
+        ]
+        print(
+            f"# {late} of their chunks were stored at {late * chunk_bytes / late_s / 1e9:.1f} GB/s when the prefill was over, "
+            f"in {late_s / len(pairs) * 1e3:.0f} ms a visitor; beside single ones decoding was {min(single):.1f} to "
+            f"{max(single):.1f} % slower",
+            flush=True,
+        )
+        say("decode_token_beside_stores", beside(stores), "ms", beside(controls))
+        say("decode_slowdown_of_stores", (beside(stores) / beside(controls) - 1) * 100, "%", 5)
+    else:
+        print("# no store was left when a prefill was over: nothing to tell of decoding beside stores", flush=True)
+    say("decode_token_of_storing_rounds", whole(stores), "ms", whole(controls))
+    say("decode_slowdown_of_storing_rounds", (whole(stores) / whole(controls) - 1) * 100, "%", 5)

@@ -19,6 +19,8 @@ constexpr uint64_t kWriteStepBytes = 4ull << 20;
 constexpr uint64_t kWriteBudgetNs = 80'000'000;
 constexpr uint64_t kBudgetNs = 300'000'000;
 constexpr size_t kRounds = 3;
+constexpr uint64_t kReadsBudgetNs = 100'000'000;
+constexpr uint32_t kFewestReads = 4;
 
 class ProbeMemory {
  public:
@@ -51,12 +53,46 @@ double median(std::vector<double> values) {
 }
 
 EngineChoice threads_because(std::unique_ptr<IoEngine> threads, std::string reason) {
-  return {std::move(threads), std::move(reason), 0};
+  const uint32_t depth = threads->depth();
+  return {std::move(threads), std::move(reason), 0, depth};
+}
+
+/// How fast [0, bytes) of a file comes with a quarter, half and all of the engine's slots, at the best of a
+/// few rounds each; empty where a read fails or two rounds would take too long.
+std::vector<ReadRate> rates_of_reads(IoEngine& engine, int fd, std::byte* memory, uint64_t bytes,
+                                     uint64_t expected_ns) {
+  std::vector<ReadRate> measured;
+  for (uint32_t reads = engine.depth(); measured.size() < 3 && reads >= kFewestReads; reads /= 2)
+    measured.push_back({reads, 0});
+  const uint64_t round_ns = expected_ns * measured.size();
+  const size_t rounds = std::min<uint64_t>(kRounds, kReadsBudgetNs / std::max<uint64_t>(round_ns, 1));
+  if (rounds < 2 || measured.size() < 2) return {};
+  const Clock& clock = system_clock();
+  for (size_t round = 0; round < rounds; ++round) {
+    for (ReadRate& each : measured) {
+      const uint64_t before = clock.steady_ns();
+      if (move_and_wait(engine, {.fd = fd}, memory, 0, bytes, each.reads) != 0) return {};
+      const uint64_t took = std::max<uint64_t>(clock.steady_ns() - before, 1);
+      each.rate = std::max(each.rate, static_cast<double>(bytes) / static_cast<double>(took));
+    }
+  }
+  return measured;
 }
 
 }  // namespace
 
-Result<EngineChoice> choose_engine(const std::string& directory, bool direct, uint32_t depth) {
+uint32_t enough_reads(std::span<const ReadRate> measured) {
+  constexpr double kNearEnough = 0.95;
+  const double fastest = std::ranges::max(measured, {}, &ReadRate::rate).rate;
+  uint32_t fewest = std::ranges::max(measured, {}, &ReadRate::reads).reads;
+  for (const auto& [reads, rate] : measured) {
+    if (rate >= kNearEnough * fastest) fewest = std::min(fewest, reads);
+  }
+  return fewest;
+}
+
+Result<EngineChoice> choose_engine(const std::string& directory, bool direct, uint32_t depth,
+                                   bool count_reads) {
   Result<std::unique_ptr<IoEngine>> made = make_thread_engine(depth);
   if (!made) return std::unexpected(made.error());
   std::unique_ptr<IoEngine> threads = std::move(*made);
@@ -106,8 +142,17 @@ Result<EngineChoice> choose_engine(const std::string& directory, bool direct, ui
   const double with_uring = median(rates[1]);
   std::string reason = fmt::format("threads {:.1f} GB/s, uring {:.1f} GB/s", with_threads, with_uring);
   const bool take_uring = with_uring > 1.1 * with_threads;
-  return EngineChoice{take_uring ? std::move(*uring) : std::move(threads), std::move(reason),
-                      static_cast<uint64_t>((take_uring ? with_uring : with_threads) * 1e9)};
+  const double rate = take_uring ? with_uring : with_threads;
+  EngineChoice choice{take_uring ? std::move(*uring) : std::move(threads), std::move(reason),
+                      static_cast<uint64_t>(rate * 1e9), 0};
+  choice.enough_reads = choice.engine->depth();
+  if (!count_reads) return choice;
+  const auto measured = rates_of_reads(*choice.engine, file->fd(), memory.data(), bytes,
+                                       static_cast<uint64_t>(static_cast<double>(bytes) / rate));
+  if (measured.empty()) return choice;
+  choice.enough_reads = enough_reads(measured);
+  choice.reason += fmt::format(", {} reads at once are enough", choice.enough_reads);
+  return choice;
 }
 
 }  // namespace tokendepot

@@ -164,9 +164,10 @@ Status Root::choose_transport(const FileSystemInfo& system, uint32_t io_depth) {
     engine_ = std::move(*engine);
     reason_ += writable_ ? "io=threads asked for" : "read-only";
   } else {
-    auto choice = choose_engine(segments_dir(), direct_, io_depth);
+    auto choice = choose_engine(segments_dir(), direct_, io_depth, direct_ && !network_);
     if (!choice) return fail(choice.error().kind, "root \"{}\": {}", path(), choice.error().message);
     engine_ = std::move(choice->engine);
+    enough_reads_ = choice->enough_reads;
     reason_ += choice->reason;
     read_bytes_per_second_ = choice->read_bytes_per_second;
   }

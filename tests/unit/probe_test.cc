@@ -1,4 +1,5 @@
 #include <fcntl.h>
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/mount.h>
 #include <sys/resource.h>
@@ -7,7 +8,10 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
+#include <condition_variable>
 #include <cstdlib>
+#include <mutex>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -123,7 +127,7 @@ TEST(ChooseEngine, MeasuresBothAndLeavesNothingBehind) {
   for (const char* parent : {"/tmp", "/dev/shm"}) {
     for (const bool direct : {false, true}) {
       const TemporaryDirectory directory(parent);
-      const EngineChoice choice = choose_engine(directory.path(), direct, 8).value();
+      const EngineChoice choice = choose_engine(directory.path(), direct, 8, false).value();
       ASSERT_NE(choice.engine, nullptr);
       EXPECT_EQ(directory.entries(), 0u);
       const bool measured = choice.reason.starts_with("threads ");
@@ -134,14 +138,68 @@ TEST(ChooseEngine, MeasuresBothAndLeavesNothingBehind) {
   }
 }
 
+TEST(ChooseEngine, TellsHowFewReadsAreEnoughWhereItMeasuredThat) {
+  constexpr uint32_t kDepth = 16;
+  const TemporaryDirectory directory;
+  const EngineChoice choice = choose_engine(directory.path(), true, kDepth, true).value();
+  const bool measured = choice.reason.ends_with(" reads at once are enough");
+  const std::vector<uint32_t> possible =
+      measured ? std::vector<uint32_t>{kDepth / 4, kDepth / 2, kDepth} : std::vector<uint32_t>{kDepth};
+  EXPECT_THAT(possible, ::testing::Contains(choice.enough_reads)) << choice.reason;
+  EXPECT_EQ(directory.entries(), 0u);
+
+  const EngineChoice uncounted = choose_engine(directory.path(), true, kDepth, false).value();
+  EXPECT_EQ(uncounted.enough_reads, kDepth);
+  EXPECT_EQ(uncounted.reason.find("enough"), std::string::npos) << uncounted.reason;
+}
+
+TEST(EnoughReads, AreTheFewestThatComeNearTheFastest) {
+  const auto enough = [](std::vector<ReadRate> rates) { return enough_reads(rates); };
+  EXPECT_EQ(enough({{16, 5.0}, {8, 4.9}, {4, 4.8}}), 4u);
+  EXPECT_EQ(enough({{16, 5.0}, {8, 4.9}, {4, 4.7}}), 8u);
+  EXPECT_EQ(enough({{16, 5.0}, {8, 4.7}, {4, 4.0}}), 16u);
+  EXPECT_EQ(enough({{16, 4.0}, {8, 5.0}, {4, 4.9}}), 4u);
+  EXPECT_EQ(enough({{16, 4.8}, {8, 5.0}, {4, 4.0}}), 8u);
+}
+
+/// Keeps reads inside until a few of them are there, and counts how many ever were.
+struct Inside {
+  std::mutex mutex;
+  std::condition_variable changed;
+  size_t wanted = 0;
+  size_t now = 0;
+  size_t most = 0;
+
+  static int64_t move(void* context, const IoOperation& operation, uint32_t) {
+    auto& inside = *static_cast<Inside*>(context);
+    std::unique_lock lock(inside.mutex);
+    inside.most = std::max(inside.most, ++inside.now);
+    inside.changed.notify_all();
+    inside.changed.wait_for(lock, std::chrono::seconds(10), [&] { return inside.most >= inside.wanted; });
+    --inside.now;
+    return operation.bytes;
+  }
+};
+
+TEST(MoveAndWait, HasAsManyUnderWayAsAskedForAndNoMore) {
+  constexpr uint64_t kBytes = 24 << 20;
+  for (const size_t at_once : {1u, 3u, 24u, 100u}) {
+    Inside inside;
+    inside.wanted = std::min<size_t>(at_once, 24);
+    const auto engine = make_thread_engine(32, {.move = Inside::move, .context = &inside}).value();
+    EXPECT_EQ(move_and_wait(*engine, {}, nullptr, 0, kBytes, at_once), 0);
+    EXPECT_EQ(inside.most, inside.wanted) << at_once;
+  }
+}
+
 TEST(ChooseEngine, TakesThreadsWithTheReasonWhenTheProbeCannotBeWritten) {
-  const EngineChoice missing = choose_engine("/nowhere/at/all", false, 2).value();
+  const EngineChoice missing = choose_engine("/nowhere/at/all", false, 2, false).value();
   EXPECT_STREQ(missing.engine->name(), "threads");
   EXPECT_FALSE(missing.reason.empty());
 
   TemporaryDirectory directory;
   if (!directory.mount_tmpfs("size=1m")) GTEST_SKIP() << "cannot mount";
-  const EngineChoice full = choose_engine(directory.path(), false, 2).value();
+  const EngineChoice full = choose_engine(directory.path(), false, 2, false).value();
   EXPECT_STREQ(full.engine->name(), "threads");
   if (!full.reason.starts_with("io_uring: ")) {
     EXPECT_NE(full.reason.find("No space left"), std::string::npos) << full.reason;
@@ -157,7 +215,7 @@ TEST(ChooseEngine, StartsWithoutMemoryToLock) {
               const rlimit none{};
               if (::setrlimit(RLIMIT_MEMLOCK, &none) != 0) return 1;
               if (::getuid() == 0 && ::setuid(65534) != 0) return 2;
-              const EngineChoice choice = choose_engine(directory.path(), false, 128).value();
+              const EngineChoice choice = choose_engine(directory.path(), false, 128, false).value();
               return choice.engine != nullptr && !choice.reason.empty() ? 0 : 3;
             }),
             0);
@@ -169,7 +227,7 @@ TEST(ChooseEngine, StartsOnThreadsWhereIoUringIsBlocked) {
     EXPECT_EQ(exit_code_of_child([&] {
                 if (!forbid_calls({SYS_io_uring_setup, SYS_io_uring_enter, SYS_io_uring_register}, refusal))
                   return 1;
-                const EngineChoice choice = choose_engine(directory.path(), false, 4).value();
+                const EngineChoice choice = choose_engine(directory.path(), false, 4, false).value();
                 if (std::string_view(choice.engine->name()) != "threads") return 2;
                 return choice.reason.starts_with("io_uring: ") ? 0 : 3;
               }),

@@ -1,15 +1,17 @@
 // How far reads run ahead of the engine that carries them out.
 #include "device_fixture.h"
+#include "io/file.h"
 
 namespace tokendepot::testing {
 namespace {
 
 constexpr uint32_t kDepth = 2;
 constexpr uint32_t kMostReads = kDepth + 4;
+constexpr uint32_t kManySlots = 32;
 
-Options with_depth() {
+Options with_depth(uint32_t depth) {
   Options options;
-  options.io_depth = kDepth;
+  options.io_depth = depth;
   return options;
 }
 
@@ -22,7 +24,7 @@ RootOptions staged() {
 
 class ReadAheadTest : public TransfersOnDevice {
  protected:
-  ReadAheadTest() : TransfersOnDevice(with_depth(), staged()) {}
+  ReadAheadTest() : TransfersOnDevice(with_depth(kDepth), staged()) {}
 };
 
 TEST_F(ReadAheadTest, StagingHoldsWhatIsReadSoonAndNotAllThatWaits) {
@@ -36,6 +38,34 @@ TEST_F(ReadAheadTest, StagingHoldsWhatIsReadSoonAndNotAllThatWaits) {
   EXPECT_GE(device_.most_staged(), 2 * extent);
   // And those that a thread has read and not given back.
   EXPECT_LE(device_.most_staged(), (kMostReads + kDepth) * extent);
+}
+
+// A fast medium, where there is time to measure it.
+RootOptions direct_in_memory() {
+  RootOptions root;
+  if (const TemporaryDirectory trial("/dev/shm"); probe_direct_alignment(trial.path()))
+    root.transport = TransportChoice::direct;
+  return root;
+}
+
+class MeasuredReadAheadTest : public TransfersOnDevice {
+ protected:
+  MeasuredReadAheadTest() : TransfersOnDevice(with_depth(kManySlots), direct_in_memory()) {}
+};
+
+// Where the root's opening found that fewer reads than slots are enough.
+TEST_F(MeasuredReadAheadTest, NoMoreIsReadAtOnceThanTheMediumNeeds) {
+  if (root_->mapped()) GTEST_SKIP() << "this kernel has no direct I/O on tmpfs";
+  const uint32_t most = root_->enough_reads() + std::max(4u, root_->enough_reads() / 2);
+  store(0, 1);
+  const LoadPlan many = plan_many(60);
+  device_.forget_most_staged();
+  device_.break_down(true);
+  for (uint64_t job = 100; job < 120; ++job) {
+    ASSERT_TRUE(transfers_->submit_load(job, many));
+    EXPECT_EQ(completion_of(job).failures.size(), 60u);
+  }
+  EXPECT_LE(device_.most_staged(), (most + kManySlots) * many.items[0].where.bytes);
 }
 
 TEST_F(ReadAheadTest, AllThatWaitsIsReadInTheEndAlsoBehindReadsThatFail) {

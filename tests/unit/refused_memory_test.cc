@@ -42,7 +42,7 @@ TEST_F(RefusedMemory, EnginesAreNotMeasuredAndThreadsAreTaken) {
   EXPECT_EQ(
       exit_code_of_child([&] {
         if (!limit_memory(8 * kMiB)) return 1;
-        const auto choice = choose_engine(directory_.path(), false, 2);
+        const auto choice = choose_engine(directory_.path(), false, 2, false);
         if (!choice) return 2;
         if (std::string(choice->engine->name()) != "threads") return 3;
         if (uring && !tells(choice->reason, "not measured: the system refused 33554432 bytes of memory"))

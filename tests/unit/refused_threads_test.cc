@@ -65,7 +65,7 @@ TEST(RefusedThreads, AnEngineWithoutAnyIsAnError) {
     return tells(engine.error(), "io_uring's thread") ? 0 : 2;
   });
   EXPECT_WELL(0, [] {
-    const auto choice = choose_engine("/tmp", false, 4);
+    const auto choice = choose_engine("/tmp", false, 4, false);
     if (choice) return 1;
     return tells(choice.error(), "the I/O threads") ? 0 : 2;
   });

@@ -280,6 +280,16 @@ def refusals_name_key_value_and_what_is_allowed(lab: Lab) -> None:
 
 
 @case
+def latents_on_a_cpu_are_not_kept(lab: Lab) -> None:
+    engine = lab.engine(latent=True)
+    said = lines.having("not used, the engine runs without it: the model has MLA", "ERROR")
+    assert len(said) == 2 and said[0] == said[1], lines.all  # one line in each of the two processes
+    for _ in range(2):
+        same(engine.run(PROMPTS, LENGTH), lab.expected())
+    assert engine.external == 0 and not lab.root.exists()
+
+
+@case
 def the_start_names_every_option_and_where_its_value_is_from(lab: Lab) -> None:
     lab.engine(extra={"load_timeout": 7.0})
     (line,) = lines.having("options given", "INFO")  # the scheduler alone says it

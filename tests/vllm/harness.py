@@ -34,6 +34,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheTensor,
+    MLAAttentionSpec,
     SlidingWindowSpec,
 )
 from vllm.v1.outputs import DraftTokenIds, KVConnectorOutput, ModelRunnerOutput
@@ -55,6 +56,7 @@ class Options:
     layout: str = "canonical"
     family: str = DEFAULT_FAMILY
     hybrid: bool = False
+    latent: bool = False  # says that the cells are MLA's
     tp: int = 1
     pp: int = 1
     policy: str = "recompute"
@@ -265,6 +267,11 @@ class Engine:
             )
             half = len(names) // 2
             groups = [KVCacheGroupSpec(names[:half], full), KVCacheGroupSpec(names[half:], window)]
+        elif o.latent:
+            latent = MLAAttentionSpec(
+                block_size=o.block_size, num_kv_heads=1, head_size=2 * heads * DIM, dtype=o.cells[0]
+            )
+            groups = [KVCacheGroupSpec(names, latent)]
         else:
             groups = [KVCacheGroupSpec(names, full)]
         page = full.page_size_bytes

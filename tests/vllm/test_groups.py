@@ -73,6 +73,16 @@ def test_a_latent_that_does_not_divide_into_tokens_is_carried_as_pages() -> None
     assert found.kind == OPAQUE
 
 
+LATENT = dict(num_kv_heads=1, head_size=576, page_size_bytes=TOKENS * 576 * 2)
+
+
+def test_latents_on_a_cpu_are_not_kept(monkeypatch) -> None:
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: True)
+    with pytest.raises(RefusedError, match="has MLA and runs on a CPU.*: nothing is kept"):
+        described("MLAAttentionSpec", **LATENT)
+    assert described().kind == OPAQUE, "only latents are refused"
+
+
 def test_pages_can_be_asked_for() -> None:
     assert described(layout="opaque").kind == OPAQUE
 

@@ -34,6 +34,7 @@ from tokendepot.engines.vllm.repeats import PROOF, REMEMBERED, Repeats
 from tokendepot.engines.vllm.scheduler import SchedulerHalf
 from tokendepot.engines.vllm.settings import RefusedError, read_settings
 from tokendepot.engines.vllm.stats import DepotPromMetrics, DepotStats, EngineCounters
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     MambaSpec,
@@ -93,7 +94,8 @@ def test_pipeline_ranks_tile_all_layers_once() -> None:
     assert group.want().part == (0, 8, 0, 8)
 
 
-def test_latent_attention_is_stored_by_one_rank() -> None:
+def test_latent_attention_is_stored_by_one_rank(monkeypatch) -> None:
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     spec = MLAAttentionSpec(block_size=64, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
     for layout in ("canonical", "opaque"):
         group = groups_of(configuration(4), spec, layout=layout)[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import shlex
+import signal
+import sys
 from pathlib import Path
 
 
@@ -18,6 +20,12 @@ def check(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> None:
         parser.error("this Python has no vLLM; expected one (pip install vllm==0.26.0) or --kit")
     if chosen.kit is not None and not (chosen.kit / "vllm_env.sh").is_file():
         parser.error(f"--kit {str(chosen.kit)!r} has no vllm_env.sh; expected a folder with one, which sets its environment")
+
+
+def end_in_order() -> None:
+    """Where this is terminated (`timeout`), what it started ends with it: engines have sessions of their own and would keep
+    the GPU's memory."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def inside(chosen: argparse.Namespace, command: list[str]) -> list[str]:

@@ -140,7 +140,8 @@ class Run:
             ended: int | str = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
             ended = "nothing: stopped at the deadline"
-        end_session(process)
+        finally:
+            end_session(process)
         said = log.read_text(errors="replace").splitlines()
         wanted = [line for line in said if line.startswith(("ROW ", "RESULT ", "# ")) or "tokendepot" in line or "Error" in line]
         print("\n".join(line[:240] for line in wanted[-60:]), flush=True)
@@ -191,6 +192,7 @@ class Run:
 
 def main() -> None:
     options = arguments()
+    environment.end_in_order()
     run = Run(options)
     link = run.link()
     results = run.all()

@@ -113,6 +113,7 @@ class Server:
 
 def main() -> None:
     options = arguments()
+    environment.end_in_order()
     options.out.mkdir(parents=True, exist_ok=True)
     name = "on" if options.root else "off"
     if options.root and options.root.exists() and any(options.root.iterdir()):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,24 @@ def test_without_a_kit_vllm_is_this_pythons(tmp_path: Path) -> None:
         command, capture_output=True, text=True, timeout=300, env=dict(os.environ, PYTHONPATH=path), check=False
     )
     assert done.returncode == 0 and "| 50 |" in done.stdout, done.stdout + done.stderr
+
+
+def test_an_engine_ends_with_a_run_that_is_terminated(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    (tmp_path / "vllm.py").write_text(
+        f"import os, time\nopen({str(started)!r}, 'w').write(str(os.getpid()) + ' ')\ntime.sleep(200)\n"
+    )
+    (tmp_path / "link.json").write_text(json.dumps({"GB_per_s": 50.0, "card": "none"}))
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    process = subprocess.Popen(
+        [sys.executable, str(BENCH / "run.py"), "--out", str(tmp_path), "--systems", "base", "--contexts", "50"],
+        stdout=subprocess.DEVNULL,
+        env=dict(os.environ, PYTHONPATH=path),
+    )
+    ends = time.monotonic() + 60
+    while not (started.exists() and started.read_text().endswith(" ")) and time.monotonic() < ends:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)

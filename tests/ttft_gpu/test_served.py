@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,7 +46,9 @@ def served(tmp_path: Path):
     paths = [f"{tmp_path}/kit/site", str(ROOT / "tests" / "bench")]
     (tmp_path / "kit" / "vllm_env.sh").write_text(f"export PYTHONPATH={':'.join(paths)}:$PYTHONPATH\n")
 
-    def run(*options: str, kit: bool = True) -> tuple[subprocess.CompletedProcess, list[str]]:
+    def run(
+        *options: str, kit: bool = True, terminated: bool = False
+    ) -> tuple[subprocess.CompletedProcess, list[str]]:
         starts = tmp_path / "starts"
         starts.unlink(missing_ok=True)
         command = [sys.executable, str(SERVED)]
@@ -53,7 +57,16 @@ def served(tmp_path: Path):
         environment = {**os.environ, "STARTS": str(starts)}
         if not kit:
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, (*paths, os.environ.get("PYTHONPATH"))))
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        if terminated:
+            ends = time.monotonic() + 60
+            while not (starts.exists() and starts.read_text()) and time.monotonic() < ends:
+                time.sleep(0.05)
+            process.terminate()
+        stdout, stderr = process.communicate(timeout=300)
+        done = subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
         return done, starts.read_text().splitlines() if starts.exists() else []
 
     return run
@@ -73,6 +86,16 @@ def test_a_server_is_killed_before_turn_two_with_a_depot_and_without(served, tmp
         assert result["server"]["model"] == "llama-3.1-8b"
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / "out" / f"{name}.pid").read_text()), 0)
+
+
+def test_the_server_ends_with_a_run_that_is_terminated(served, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    done, starts = served("--root", str(root), terminated=True)
+    assert starts == ["depot eager"]
+    assert done.returncode == 128 + signal.SIGTERM, done.stdout + done.stderr
+    assert not root.exists()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(int((tmp_path / "out" / "on.pid").read_text()), 0)
 
 
 def test_without_a_kit_vllm_and_the_package_are_this_pythons(served, tmp_path: Path) -> None:

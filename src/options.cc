@@ -34,6 +34,8 @@ constexpr uint32_t kCudaDeviceThreads = 12;
 constexpr uint32_t kMostRewritePercent = 10;
 constexpr uint32_t kMostGraceMs = 60'000;
 constexpr uint32_t kMostOpenWaitMs = 600'000;
+constexpr uint64_t kLeastReadsAtOnceBytes = 1ull << 20;
+constexpr uint64_t kMostReadsAtOnceBytes = 64ull << 30;
 constexpr uint64_t kLeastSegmentBytes = 1 << 20;
 constexpr uint64_t kMaxSize = std::numeric_limits<int64_t>::max();
 
@@ -46,9 +48,9 @@ constexpr std::array<std::string_view, 13> kTopKeys{
     "device_threads", "io_depth",        "store_queue", "free_space_reserve",
     "poll_ms",        "rewrite_percent", "scrub_rate",  "eviction_grace_ms",
     "open_wait_ms"};
-constexpr std::array<std::string_view, 9> kRootKeys{
-    "path",      "capacity",    "segment",       "transport",   "io",
-    "read_only", "require_gds", "write_through", "demotion_lag"};
+constexpr std::array<std::string_view, 10> kRootKeys{
+    "path",      "capacity",    "segment",       "transport",    "io",
+    "read_only", "require_gds", "write_through", "demotion_lag", "reads_at_once"};
 
 constexpr std::array<std::pair<std::string_view, TransportChoice>, 5> kTransports{
     {{"auto", TransportChoice::automatic},
@@ -248,7 +250,7 @@ Result<Json> root_object(std::string_view key, const Json& value) {
     if (equals == 0 || equals == std::string_view::npos) {
       return refuse(key, value,
                     "\"/path?key=value&key=value\" with the keys capacity, segment, transport, io, "
-                    "read_only, require_gds, write_through, demotion_lag");
+                    "read_only, require_gds, write_through, demotion_lag, reads_at_once");
     }
     const std::string name(pair.substr(0, equals));
     if (object.contains(name))
@@ -336,6 +338,14 @@ Result<RootOptions> root_of(const std::string& key, const Json& value) {
                       least, root.capacity_bytes));
     }
     root.demotion_lag_bytes = *lag;
+  }
+  if (object.contains("reads_at_once") && object["reads_at_once"] != "auto") {
+    const std::string name = key + ".reads_at_once";
+    auto bytes = size_of(name, object["reads_at_once"]);
+    if (!bytes) return std::unexpected(bytes.error());
+    if (*bytes < kLeastReadsAtOnceBytes || *bytes > kMostReadsAtOnceBytes)
+      return refuse(name, object["reads_at_once"], "\"auto\" or a size from 1MiB to 64GiB");
+    root.reads_at_once_bytes = *bytes;
   }
   return root;
 }
@@ -517,7 +527,8 @@ std::string to_json(const Options& options) {
          {"read_only", root.read_only},
          {"require_gds", root.require_gds},
          {"write_through", root.write_through},
-         {"demotion_lag", root.demotion_lag_bytes == 0 ? Json("auto") : Json(root.demotion_lag_bytes)}});
+         {"demotion_lag", root.demotion_lag_bytes == 0 ? Json("auto") : Json(root.demotion_lag_bytes)},
+         {"reads_at_once", root.reads_at_once_bytes == 0 ? Json("auto") : Json(root.reads_at_once_bytes)}});
   }
   const Json config{{"roots", roots},
                     {"device", options.device},

@@ -100,7 +100,10 @@ class Run:
         if not known.exists():
             log = self.options.out / "link.log"
             process = self.start([sys.executable, "-c", LINK], log)
-            process.wait(timeout=120)
+            try:
+                process.wait(timeout=120)
+            finally:
+                end_session(process)
             line = next((line for line in log.read_text().splitlines() if line.startswith("LINK ")), "")
             if not line:
                 raise SystemExit(f"the link was not measured, see {log}")

@@ -69,6 +69,7 @@ class Server:
             command += ["--kv-transfer-config", json.dumps(transfer)]
         self._command = environment.inside(options, command)
         self._stopping = False
+        self._lock = threading.Lock()  # nothing is started once it is stopping
         self._process = self._start()
         self._keeper = threading.Thread(target=self._keep_running, daemon=True)
         self._keeper.start()
@@ -89,9 +90,10 @@ class Server:
         while True:
             self._process.wait()
             end_session(self._process)
-            if self._stopping:
-                return
-            self._process = self._start()
+            with self._lock:
+                if self._stopping:
+                    return
+                self._process = self._start()
             time.sleep(1)
 
     def wait_ready(self) -> None:
@@ -106,7 +108,8 @@ class Server:
         raise SystemExit(f"the server does not answer after {START_LIMIT_S:.0f} s, see {self.log}")
 
     def stop(self) -> None:
-        self._stopping = True
+        with self._lock:
+            self._stopping = True
         end_session(self._process)
         self._keeper.join()
 

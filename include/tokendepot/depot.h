@@ -40,6 +40,9 @@ struct RootOptions {
   // Of the root that takes stores: no more of them wait here for their copy in the next root. 0 = as many as
   // fit.
   uint64_t demotion_lag_bytes = 0;
+  // Where not mapped: the next load begins while its reads under way are fewer bytes than this. 0 = measured
+  // at open where that is possible, else bounded by io_depth only.
+  uint64_t reads_at_once_bytes = 0;
 };
 
 struct Options {

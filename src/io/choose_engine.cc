@@ -21,6 +21,7 @@ constexpr uint64_t kBudgetNs = 300'000'000;
 constexpr size_t kRounds = 3;
 constexpr uint64_t kReadsBudgetNs = 100'000'000;
 constexpr uint32_t kFewestReads = 4;
+constexpr uint64_t kReadBytes = 1ull << 20;  // of move_and_wait()
 
 class ProbeMemory {
  public:
@@ -53,35 +54,37 @@ double median(std::vector<double> values) {
 }
 
 EngineChoice threads_because(std::unique_ptr<IoEngine> threads, std::string reason) {
-  const uint32_t depth = threads->depth();
-  return {std::move(threads), std::move(reason), 0, depth};
+  return {std::move(threads), std::move(reason), 0, 0};
 }
 
-/// How fast [0, bytes) of a file comes with a quarter, half and all of the engine's slots, at the best of a
-/// few rounds each; empty where a read fails or two rounds would take too long.
+/// How fast [0, bytes) of a file comes with all, half and a quarter of the engine's slots, at the best of two
+/// or three rounds each; empty where that is not to be known in time. `expected_ns`: of one reading.
 std::vector<ReadRate> rates_of_reads(IoEngine& engine, int fd, std::byte* memory, uint64_t bytes,
                                      uint64_t expected_ns) {
   std::vector<ReadRate> measured;
   for (uint32_t reads = engine.depth(); measured.size() < 3 && reads >= kFewestReads; reads /= 2)
     measured.push_back({reads, 0});
-  const uint64_t round_ns = expected_ns * measured.size();
-  const size_t rounds = std::min<uint64_t>(kRounds, kReadsBudgetNs / std::max<uint64_t>(round_ns, 1));
-  if (rounds < 2 || measured.size() < 2) return {};
+  const bool slots_stay_busy = bytes >= 2 * kReadBytes * engine.depth();
+  if (measured.size() < 2 || !slots_stay_busy || 2 * expected_ns * measured.size() > kReadsBudgetNs)
+    return {};
   const Clock& clock = system_clock();
-  for (size_t round = 0; round < rounds; ++round) {
+  const uint64_t start = clock.steady_ns();
+  for (size_t round = 0; round < kRounds; ++round) {
     for (ReadRate& each : measured) {
       const uint64_t before = clock.steady_ns();
+      if (before - start > kReadsBudgetNs && round < 2) return {};
       if (move_and_wait(engine, {.fd = fd}, memory, 0, bytes, each.reads) != 0) return {};
       const uint64_t took = std::max<uint64_t>(clock.steady_ns() - before, 1);
       each.rate = std::max(each.rate, static_cast<double>(bytes) / static_cast<double>(took));
     }
+    if (clock.steady_ns() - start > kReadsBudgetNs * 2 / 3 && round >= 1) break;
   }
   return measured;
 }
 
 }  // namespace
 
-uint32_t enough_reads(std::span<const ReadRate> measured) {
+uint32_t fewest_reads(std::span<const ReadRate> measured) {
   constexpr double kNearEnough = 0.95;
   const double fastest = std::ranges::max(measured, {}, &ReadRate::rate).rate;
   uint32_t fewest = std::ranges::max(measured, {}, &ReadRate::reads).reads;
@@ -145,13 +148,12 @@ Result<EngineChoice> choose_engine(const std::string& directory, bool direct, ui
   const double rate = take_uring ? with_uring : with_threads;
   EngineChoice choice{take_uring ? std::move(*uring) : std::move(threads), std::move(reason),
                       static_cast<uint64_t>(rate * 1e9), 0};
-  choice.enough_reads = choice.engine->depth();
   if (!count_reads) return choice;
   const auto measured = rates_of_reads(*choice.engine, file->fd(), memory.data(), bytes,
                                        static_cast<uint64_t>(static_cast<double>(bytes) / rate));
   if (measured.empty()) return choice;
-  choice.enough_reads = enough_reads(measured);
-  choice.reason += fmt::format(", {} reads at once are enough", choice.enough_reads);
+  choice.enough_bytes = fewest_reads(measured) * kReadBytes;
+  choice.reason += fmt::format(", {} MiB of reads at once are enough", choice.enough_bytes / kReadBytes);
   return choice;
 }
 

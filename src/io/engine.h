@@ -60,7 +60,8 @@ Result<std::unique_ptr<IoEngine>> make_thread_engine(uint32_t depth, const IoMov
 Result<std::unique_ptr<IoEngine>> make_uring_engine(uint32_t depth);
 
 /// Moves [offset, offset + bytes) of a file in pieces of 1 MiB, at most `at_once` of them submitted and not
-/// ended, and waits for them: 0 or the first errno. `pattern` names the file; `bytes` is a multiple of 1 MiB.
+/// ended, and waits for them: 0 or the first errno, behind which none is begun. `pattern` names the file;
+/// `bytes` is a multiple of 1 MiB.
 int move_and_wait(IoEngine& engine, const IoOperation& pattern, std::byte* buffer, uint64_t offset,
                   uint64_t bytes, size_t at_once = SIZE_MAX);
 
@@ -70,24 +71,26 @@ struct ReadRate {
   double rate = 0;
 };
 /// The fewest reads that come within 5 % of the fastest.
-uint32_t enough_reads(std::span<const ReadRate> measured);
+uint32_t fewest_reads(std::span<const ReadRate> measured);
 
 struct EngineChoice {
   std::unique_ptr<IoEngine> engine;
   std::string reason;  // e.g. "threads 1.9 GB/s, uring 1.7 GB/s" or "io_uring: Operation not permitted
                        // (kernel.io_uring_disabled=2)"
   uint64_t read_bytes_per_second = 0;  // of the one that was taken; 0 = not measured
-  /// Reads under way that the medium needs for its full rate: a quarter of `depth`, half of it or all, and
-  /// all where that was not measured. More of them only spread the memory that is read into, over more than
-  /// the CPU's caches hold where the medium is fast (docs/decisions.md, 84).
-  uint32_t enough_reads = 0;
+  /// Bytes of reads under way that the medium needs for its full rate; 0 = not measured. More only spread the
+  /// memory that is read into, over more than the CPU's caches hold where the medium is fast
+  /// (docs/decisions.md, 84).
+  uint64_t enough_bytes = 0;
 };
 /// Reads a probe file of 32 MiB that it writes in `directory` (removed again, never left behind: unlinked
 /// right after creation) with both engines and keeps the faster one; a difference under 10 % goes to threads.
-/// With `count_reads` it then measures how few reads of that one are enough: of no use where the page cache
-/// or a server's memory answers for the medium. Takes at most about 0.4 s a root. What is in the way of
-/// measuring is told as the reason for threads; `busy` where the system refuses even those. `direct` = open
-/// with O_DIRECT.
+/// With `count_reads` it then measures how few reads of 1 MiB are enough for that one: a quarter of its
+/// depth, half of it or all, four at least. Not where that would take more than 0.1 s, nor where the file
+/// would not keep all slots busy. Of no use where the page cache or a server's memory answers for the medium.
+/// Takes at most about 0.4 s a root, and one more reading of the file on a medium that becomes slow
+/// meanwhile. What is in the way of measuring is told as the reason for threads; `busy` where the system
+/// refuses even those. `direct` = open with O_DIRECT.
 Result<EngineChoice> choose_engine(const std::string& directory, bool direct, uint32_t depth,
                                    bool count_reads);
 

@@ -11,14 +11,15 @@ namespace {
 
 constexpr uint32_t kPieceBytes = 1u << 20;
 
-/// Counts operations down, keeps the first error, and submits the next operation for each that ended.
+/// Counts operations down, keeps the first error, and submits the next operation for each that ended; none
+/// behind an error.
 struct Pass {
   IoEngine& engine;
   std::vector<IoOperation> operations;
   std::mutex mutex = {};
   std::condition_variable ended = {};
   size_t submitted = 0;
-  size_t left = 0;
+  size_t under_way = 0;
   int error = 0;
 
   void count(int with) {
@@ -26,10 +27,13 @@ struct Pass {
     {
       const std::lock_guard lock(mutex);
       if (error == 0) error = with;
-      if (submitted < operations.size()) following = &operations[submitted++];
-      if (--left == 0) ended.notify_one();  // under the lock: the waiter owns this object
+      if (error == 0 && submitted < operations.size()) {
+        following = &operations[submitted++];
+      } else if (--under_way == 0) {
+        ended.notify_one();  // under the lock: the waiter owns this object
+      }
     }
-    // One that has not ended keeps the waiter, and so this object.
+    // It is under way by now, and keeps the waiter and so this object.
     if (following != nullptr) engine.submit(following);
   }
 };
@@ -40,7 +44,6 @@ int move_and_wait(IoEngine& engine, const IoOperation& pattern, std::byte* buffe
                   uint64_t bytes, size_t at_once) {
   TD_CHECK(bytes % kPieceBytes == 0 && at_once > 0);
   Pass pass{engine, std::vector<IoOperation>(bytes / kPieceBytes, pattern)};
-  pass.left = pass.operations.size();
   for (size_t i = 0; i < pass.operations.size(); ++i) {
     IoOperation& operation = pass.operations[i];
     operation.buffer = buffer + i * kPieceBytes;
@@ -50,10 +53,10 @@ int move_and_wait(IoEngine& engine, const IoOperation& pattern, std::byte* buffe
     operation.owner = &pass;
   }
   const size_t first = std::min(at_once, pass.operations.size());
-  pass.submitted = first;
+  pass.submitted = pass.under_way = first;
   for (size_t i = 0; i < first; ++i) engine.submit(&pass.operations[i]);
   std::unique_lock lock(pass.mutex);
-  pass.ended.wait(lock, [&pass] { return pass.left == 0; });
+  pass.ended.wait(lock, [&pass] { return pass.under_way == 0; });
   return pass.error;
 }
 

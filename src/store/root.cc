@@ -21,6 +21,7 @@ constexpr uint64_t kSmallestSegment = 1 * kMiB;
 // Of what a control group may use, for its files in memory; the rest is for the engine itself.
 constexpr uint64_t kMemoryShare = 3;
 constexpr uint64_t kMemoryShareOf = 4;
+constexpr uint64_t kLeastReadAhead = 4 * kMiB;
 constexpr uint64_t kGdsCheckBytes = 1 * kMiB;
 constexpr uint64_t kGdsMeasureBytes = 32 * kMiB;
 // Transfers past the host spare its memory and one copy: a rate that is nearly the same is a win.
@@ -164,13 +165,17 @@ Status Root::choose_transport(const FileSystemInfo& system, uint32_t io_depth) {
     engine_ = std::move(*engine);
     reason_ += writable_ ? "io=threads asked for" : "read-only";
   } else {
-    auto choice = choose_engine(segments_dir(), direct_, io_depth, direct_ && !network_);
+    const bool count_reads = direct_ && !network_ && options_.reads_at_once_bytes == 0;
+    auto choice = choose_engine(segments_dir(), direct_, io_depth, count_reads);
     if (!choice) return fail(choice.error().kind, "root \"{}\": {}", path(), choice.error().message);
     engine_ = std::move(choice->engine);
-    enough_reads_ = choice->enough_reads;
+    // And half as many, so that the medium never waits for the next.
+    if (const uint64_t enough = choice->enough_bytes; enough > 0)
+      most_read_bytes_ = enough + std::max(kLeastReadAhead, enough / 2);
     reason_ += choice->reason;
     read_bytes_per_second_ = choice->read_bytes_per_second;
   }
+  if (options_.reads_at_once_bytes > 0) most_read_bytes_ = options_.reads_at_once_bytes;
   transport_ = fmt::format("{}-{}", direct_ ? "direct" : "buffered", engine_->name());
   return {};
 }

@@ -50,9 +50,8 @@ class Root {
   bool mapped() const { return mapped_; }
   /// Only where not mapped.
   IoEngine& engine() const { return *engine_; }
-  /// Reads under way that give the medium's full rate, as far as that was measured; else all that the engine
-  /// has slots for. Only where not mapped.
-  uint32_t enough_reads() const { return enough_reads_ > 0 ? enough_reads_ : engine_->depth(); }
+  /// The next load begins while fewer bytes than these are being read for others; UINT64_MAX = no such bound.
+  uint64_t most_read_bytes() const { return most_read_bytes_; }
   bool direct() const { return direct_; }
   /// The way between the medium and the device's own memory; null where there is none, or none any more.
   GdsLane* gds() const { return gds_ && gds_->in_use() ? gds_.get() : nullptr; }
@@ -109,7 +108,7 @@ class Root {
   std::string without_gds_;
   std::string reason_;
   uint64_t read_bytes_per_second_ = 0;
-  uint32_t enough_reads_ = 0;  // 0 = not measured
+  uint64_t most_read_bytes_ = UINT64_MAX;
   std::atomic<uint64_t> mended_manifests_ = 0;
   Device* device_ = nullptr;
   std::unique_ptr<IoEngine> engine_;

@@ -256,7 +256,7 @@ void Transfers::read_staged(LoadTask& task) {
   pattern.owner = &task;
   pattern.done = [](IoOperation* self, int error) {
     auto* load = static_cast<LoadTask*>(self->owner);
-    load->transfers->read_ended(*load->transfers->sources_[load->tier]);
+    load->transfers->read_ended(*load->transfers->sources_[load->tier], self->bytes);
     if (error != 0) {
       load->io_error.store(error, std::memory_order_relaxed);
     } else {
@@ -282,7 +282,9 @@ void Transfers::read_staged(LoadTask& task) {
   // submit.
   IoOperation* const first = task.pieces.data();
   const size_t count = task.pieces.size();
-  sources_[task.tier]->reads += static_cast<uint32_t>(count);
+  Source& source = *sources_[task.tier];
+  source.reads += static_cast<uint32_t>(count);
+  for (const IoOperation& piece : task.pieces) source.read_bytes += piece.bytes;
   for (size_t i = 0; i < count; ++i) engine.submit(first + i);
 }
 

@@ -19,16 +19,17 @@ constexpr uint64_t kLongestWaitNs = 3600ull * 1000 * 1000 * 1000;  // adding mor
 // Mapped loads have no staging that bounds them; more in motion would only defeat earliest-deadline-first.
 constexpr uint32_t kMostLoadsInMotion = 64;
 
-/// A load is begun while its root's engine has fewer reads than this: enough that the medium never waits for
-/// the next. What is queued beyond that only spreads the staging memory, and memory that has left the CPU's
-/// caches by the time it is read into costs: of plain threads on a loop device (host with one H200), each
-/// reading 1 MiB into memory of its own, 8 had 5.7 GB/s, 24 had 4.2 and 32 had 3.7; this depot had 0.76 to
-/// 0.87 of 16 of them with 24 reads, 0.98 to 1.00 with 12, 1.05 to 1.13 with 6 and 8.
+/// A load is begun while its root's engine has fewer reads than this: enough that none of its slots waits for
+/// the next. What is queued beyond that, and beyond the bytes that the root's medium needs, only spreads the
+/// staging memory, and memory that has left the CPU's caches by the time it is read into costs: of plain
+/// threads on a loop device (host with one H200), each reading 1 MiB into memory of its own, 8 had 5.7 GB/s,
+/// 24 had 4.2 and 32 had 3.7; this depot had 0.76 to 0.87 of 16 of them with 24 MiB of reads under way, 0.98
+/// to 1.00 with 12, 1.05 to 1.13 with 8 and 6.
 ///
 /// Not beside stores, whose writes go through the same queue: loads of 10 MiB that came after up to 128 of
 /// them, a few at a time, took 180 ms instead of 105.
-uint32_t most_reads(uint32_t enough) {
-  return enough + std::max(4u, enough / 2);
+uint32_t most_reads(uint32_t depth) {
+  return depth + std::max(4u, depth / 2);
 }
 
 }  // namespace
@@ -61,7 +62,10 @@ Transfers::Transfers(Device& device, std::vector<Tier> tiers, SegmentTable& segm
     Source& source = *sources_.emplace_back(std::make_unique<Source>());
     source.transfers = this;
     source.writer = tier.writer;
-    if (!tier.root->mapped()) source.most_reads = most_reads(tier.root->enough_reads());
+    if (!tier.root->mapped()) {
+      source.most_reads = most_reads(tier.root->engine().depth());
+      source.most_read_bytes = tier.root->most_read_bytes();
+    }
     // What it holds while it does not answer must leave room for the other roots that need the slab.
     if (tier.root->network() && staged_roots > 1) source.most_staged_bytes = device_.slab().size() / 4;
   }
@@ -399,7 +403,7 @@ void Transfers::run_loads(Source& source) {
 
 void Transfers::start_loads(Source& source, std::unique_lock<std::mutex>& lock) {
   while (!stop_ && !source.queued.empty() && source.in_motion < kMostLoadsInMotion &&
-         (source.reads < source.most_reads || !store_tasks_.empty())) {
+         (source.may_read() || !store_tasks_.empty())) {
     LoadTask& task = *source.queued.begin()->second;
     source.queued.erase(source.queued.begin());
     task.state = LoadTask::State::reading;
@@ -423,8 +427,12 @@ void Transfers::start_loads(Source& source, std::unique_lock<std::mutex>& lock) 
   }
 }
 
-void Transfers::read_ended(Source& source) {
-  if (source.reads.fetch_sub(1) != source.most_reads) return;
+void Transfers::read_ended(Source& source, uint64_t bytes) {
+  // Whoever makes room tells it, each bound for itself: the dispatcher looks at both.
+  const bool one_fewer = source.reads.fetch_sub(1) == source.most_reads;
+  const uint64_t before = source.read_bytes.fetch_sub(bytes);
+  const bool fewer_bytes = before >= source.most_read_bytes && before - bytes < source.most_read_bytes;
+  if (!one_fewer && !fewer_bytes) return;
   const std::lock_guard lock(mutex_);
   source.work = true;
   source.wake.notify_one();

@@ -94,22 +94,26 @@ class Transfers {
     RootWriter* writer = nullptr;  // null: not written by this process
     uint64_t most_staged_bytes = UINT64_MAX;
     uint32_t most_reads = UINT32_MAX;
+    uint64_t most_read_bytes = UINT64_MAX;
     std::multimap<uint64_t, LoadTask*> queued;  // by deadline
     std::vector<uint32_t> touched;              // slots whose use is to be journaled
     std::vector<Record> condemned;              // to be journaled, too; one a load in motion at most
     uint32_t in_motion = 0;
     std::atomic<uint64_t> staged_bytes = 0;  // of the slab; added to by the dispatcher only
     std::atomic<uint32_t> reads = 0;         // of loads that are staged, by the root's engine and not ended
+    std::atomic<uint64_t> read_bytes = 0;    // of those
     bool first = false;                      // some wait to be started, and stores for them
     bool work = false;
     std::condition_variable wake;
     std::thread dispatcher;
+
+    bool may_read() const { return reads < most_reads && read_bytes < most_read_bytes; }
   };
 
   void run_loads(Source& source);
   void start_loads(Source& source, std::unique_lock<std::mutex>& lock);
   /// Of the root's engine; its dispatcher goes on when there is room for more.
-  void read_ended(Source& source);
+  void read_ended(Source& source, uint64_t bytes);
   /// Writes what other threads have left for it: the journal may be on a file system that does not answer.
   void write_journal(Source& source, std::unique_lock<std::mutex>& lock);
   bool loads_first_locked() const;

@@ -96,8 +96,12 @@ def engine(storing: Any, monkeypatch: pytest.MonkeyPatch) -> Engine:
     engine = Engine()
 
     class Follower(storing.Follower):
-        def _follow(self) -> None:
+        def __enter__(self) -> Any:
             engine.follower = self
+            return super().__enter__()
+
+        def _follow(self) -> None:
+            pass
 
     monkeypatch.setattr(storing, "Follower", Follower)
     monkeypatch.setattr(storing.time, "perf_counter", lambda: engine.now)

@@ -73,10 +73,12 @@ TEST(ParseOptions, RequireGdsIsForRootsOnCuFile) {
 
 TEST(ParseOptions, WhatIsSaidOfTheNextRootWantsOne) {
   const auto options = parse_options(
-      R"({"roots":["/r?capacity=1GiB&read_only=true","/a?capacity=1GiB&write_through=true&demotion_lag=64MiB","/b?capacity=1GiB"]})");
+      R"({"roots":["/r?capacity=1GiB&read_only=true","/a?capacity=1GiB&write_through=true&demotion_lag=64MiB&reads_at_once=8MiB","/b?capacity=1GiB&reads_at_once=auto"]})");
   ASSERT_TRUE(options) << options.error().message;
   EXPECT_TRUE(options->roots[1].write_through);
   EXPECT_EQ(options->roots[1].demotion_lag_bytes, 64ull << 20);
+  EXPECT_EQ(options->roots[1].reads_at_once_bytes, 8ull << 20);
+  EXPECT_EQ(options->roots[2].reads_at_once_bytes, 0u);
   EXPECT_EQ(to_json(*parse_options(to_json(*options))), to_json(*options));
   const auto refused = [](const char* roots) {
     return refusal_of(std::string(R"({"roots":)") + roots + "}");
@@ -93,6 +95,9 @@ TEST(ParseOptions, WhatIsSaidOfTheNextRootWantsOne) {
   EXPECT_THAT(refusal_of_root(R"("/a?capacity=1GiB&write_through=1")"), HasSubstr("true or false"));
   EXPECT_THAT(refusal_of_root(R"("/a?capacity=1GiB&demotion_lag=1MiB")"), HasSubstr("from three segments"));
   EXPECT_THAT(refusal_of_root(R"("/a?capacity=1GiB&demotion_lag=2GiB")"), HasSubstr("to the capacity"));
+  for (const char* const size : {"1023KiB", "65GiB"})
+    EXPECT_THAT(refusal_of_root(R"("/a?capacity=1GiB&reads_at_once=)" + std::string(size) + "\""),
+                HasSubstr("from 1MiB to 64GiB"));
 }
 
 TEST(ParseOptions, EveryKeyReachesItsOption) {

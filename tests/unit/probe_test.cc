@@ -1,5 +1,4 @@
 #include <fcntl.h>
-#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/mount.h>
 #include <sys/resource.h>
@@ -11,9 +10,11 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
+#include <deque>
 #include <mutex>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <vector>
 
 #include "forked_child.h"
@@ -139,57 +140,100 @@ TEST(ChooseEngine, MeasuresBothAndLeavesNothingBehind) {
 }
 
 TEST(ChooseEngine, TellsHowFewReadsAreEnoughWhereItMeasuredThat) {
-  constexpr uint32_t kDepth = 16;
+  constexpr uint64_t kMiB = 1 << 20;
+  for (const uint32_t depth : {16u, 8u, 4u, 32u}) {
+    const TemporaryDirectory directory;
+    const EngineChoice choice = choose_engine(directory.path(), true, depth, true).value();
+    const bool measured = choice.reason.ends_with(" MiB of reads at once are enough");
+    if (depth == 4 || depth == 32) {
+      EXPECT_FALSE(measured) << "there is nothing below 4, and 32 MiB do not keep 32 slots busy";
+    }
+    if (measured) {
+      const uint64_t reads = choice.enough_bytes / kMiB;
+      EXPECT_TRUE(reads == depth || reads == depth / 2 || (depth == 16 && reads == 4)) << choice.reason;
+    } else {
+      EXPECT_EQ(choice.enough_bytes, 0u) << choice.reason;
+    }
+    EXPECT_EQ(directory.entries(), 0u);
+  }
   const TemporaryDirectory directory;
-  const EngineChoice choice = choose_engine(directory.path(), true, kDepth, true).value();
-  const bool measured = choice.reason.ends_with(" reads at once are enough");
-  const std::vector<uint32_t> possible =
-      measured ? std::vector<uint32_t>{kDepth / 4, kDepth / 2, kDepth} : std::vector<uint32_t>{kDepth};
-  EXPECT_THAT(possible, ::testing::Contains(choice.enough_reads)) << choice.reason;
-  EXPECT_EQ(directory.entries(), 0u);
-
-  const EngineChoice uncounted = choose_engine(directory.path(), true, kDepth, false).value();
-  EXPECT_EQ(uncounted.enough_reads, kDepth);
+  const EngineChoice uncounted = choose_engine(directory.path(), true, 16, false).value();
+  EXPECT_EQ(uncounted.enough_bytes, 0u);
   EXPECT_EQ(uncounted.reason.find("enough"), std::string::npos) << uncounted.reason;
 }
 
-TEST(EnoughReads, AreTheFewestThatComeNearTheFastest) {
-  const auto enough = [](std::vector<ReadRate> rates) { return enough_reads(rates); };
-  EXPECT_EQ(enough({{16, 5.0}, {8, 4.9}, {4, 4.8}}), 4u);
-  EXPECT_EQ(enough({{16, 5.0}, {8, 4.9}, {4, 4.7}}), 8u);
-  EXPECT_EQ(enough({{16, 5.0}, {8, 4.7}, {4, 4.0}}), 16u);
-  EXPECT_EQ(enough({{16, 4.0}, {8, 5.0}, {4, 4.9}}), 4u);
-  EXPECT_EQ(enough({{16, 4.8}, {8, 5.0}, {4, 4.0}}), 8u);
+TEST(FewestReads, AreThoseThatComeNearTheFastest) {
+  const auto fewest = [](std::vector<ReadRate> rates) { return fewest_reads(rates); };
+  EXPECT_EQ(fewest({{16, 5.0}, {8, 4.9}, {4, 4.8}}), 4u);
+  EXPECT_EQ(fewest({{16, 5.0}, {8, 4.9}, {4, 4.7}}), 8u);
+  EXPECT_EQ(fewest({{16, 5.0}, {8, 4.7}, {4, 4.0}}), 16u);
+  EXPECT_EQ(fewest({{16, 4.0}, {8, 5.0}, {4, 4.9}}), 4u);
+  EXPECT_EQ(fewest({{16, 4.8}, {8, 5.0}, {4, 4.0}}), 8u);
 }
 
-/// Keeps reads inside until a few of them are there, and counts how many ever were.
-struct Inside {
-  std::mutex mutex;
-  std::condition_variable changed;
-  size_t wanted = 0;
-  size_t now = 0;
-  size_t most = 0;
-
-  static int64_t move(void* context, const IoOperation& operation, uint32_t) {
-    auto& inside = *static_cast<Inside*>(context);
-    std::unique_lock lock(inside.mutex);
-    inside.most = std::max(inside.most, ++inside.now);
-    inside.changed.notify_all();
-    inside.changed.wait_for(lock, std::chrono::seconds(10), [&] { return inside.most >= inside.wanted; });
-    --inside.now;
-    return operation.bytes;
+/// Ends operations in threads of its own, the oldest first, and only when as many wait as it was told; counts
+/// how many ever waited.
+class WaitingEngine final : public IoEngine {
+ public:
+  WaitingEngine(size_t wanted, size_t total, size_t failing)
+      : wanted_(wanted), left_(total), failing_(failing) {
+    thread_ = std::thread([this] { run(); });
   }
+  ~WaitingEngine() override { thread_.join(); }
+  void submit(IoOperation* operation) override {
+    const std::lock_guard lock(mutex_);
+    waiting_.push_back(operation);
+    most_ = std::max(most_, waiting_.size());
+    changed_.notify_all();
+  }
+  const char* name() const override { return "waiting"; }
+  uint32_t depth() const override { return 128; }
+  bool completes_in_parallel() const override { return false; }
+  size_t most() const { return most_; }
+  size_t ended() const { return ended_; }
+
+ private:
+  void run() {
+    std::unique_lock lock(mutex_);
+    while (left_ > 0) {
+      const size_t wanted = std::min(wanted_, left_);
+      // Nobody submits more, or this is where it shows.
+      if (!changed_.wait_for(lock, std::chrono::seconds(20), [&] { return waiting_.size() >= wanted; }))
+        return;
+      IoOperation* const oldest = waiting_.front();
+      waiting_.pop_front();
+      left_ = ended_ + 1 == failing_ ? waiting_.size() : left_ - 1;
+      const int error = ++ended_ == failing_ ? EIO : 0;
+      lock.unlock();
+      oldest->done(oldest, error);
+      lock.lock();
+    }
+  }
+
+  const size_t wanted_;
+  size_t left_;
+  const size_t failing_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<IoOperation*> waiting_;
+  size_t most_ = 0;
+  size_t ended_ = 0;
+  std::thread thread_;
 };
 
 TEST(MoveAndWait, HasAsManyUnderWayAsAskedForAndNoMore) {
-  constexpr uint64_t kBytes = 24 << 20;
   for (const size_t at_once : {1u, 3u, 24u, 100u}) {
-    Inside inside;
-    inside.wanted = std::min<size_t>(at_once, 24);
-    const auto engine = make_thread_engine(32, {.move = Inside::move, .context = &inside}).value();
-    EXPECT_EQ(move_and_wait(*engine, {}, nullptr, 0, kBytes, at_once), 0);
-    EXPECT_EQ(inside.most, inside.wanted) << at_once;
+    WaitingEngine engine(at_once, 24, 0);
+    EXPECT_EQ(move_and_wait(engine, {}, nullptr, 0, 24 << 20, at_once), 0);
+    EXPECT_EQ(engine.most(), std::min<size_t>(at_once, 24));
+    EXPECT_EQ(engine.ended(), 24u);
   }
+}
+
+TEST(MoveAndWait, BeginsNothingBehindAnError) {
+  WaitingEngine engine(4, 24, 7);
+  EXPECT_EQ(move_and_wait(engine, {}, nullptr, 0, 24 << 20, 4), EIO);
+  EXPECT_EQ(engine.ended(), 7u + 3u) << "those that were under way";
 }
 
 TEST(ChooseEngine, TakesThreadsWithTheReasonWhenTheProbeCannotBeWritten) {

@@ -1,13 +1,11 @@
 // How far reads run ahead of the engine that carries them out.
 #include "device_fixture.h"
-#include "io/file.h"
 
 namespace tokendepot::testing {
 namespace {
 
 constexpr uint32_t kDepth = 2;
 constexpr uint32_t kMostReads = kDepth + 4;
-constexpr uint32_t kManySlots = 32;
 
 Options with_depth(uint32_t depth) {
   Options options;
@@ -40,32 +38,40 @@ TEST_F(ReadAheadTest, StagingHoldsWhatIsReadSoonAndNotAllThatWaits) {
   EXPECT_LE(device_.most_staged(), (kMostReads + kDepth) * extent);
 }
 
-// A fast medium, where there is time to measure it.
-RootOptions direct_in_memory() {
-  RootOptions root;
-  if (const TemporaryDirectory trial("/dev/shm"); probe_direct_alignment(trial.path()))
-    root.transport = TransportChoice::direct;
+constexpr uint64_t kExtentBytes = 68 << 10;
+constexpr uint32_t kSlots = 4;
+
+RootOptions one_extent_at_once() {
+  RootOptions root = staged();
+  root.reads_at_once_bytes = kExtentBytes;
   return root;
 }
 
-class MeasuredReadAheadTest : public TransfersOnDevice {
+class BoundedReadAheadTest : public TransfersOnDevice {
  protected:
-  MeasuredReadAheadTest() : TransfersOnDevice(with_depth(kManySlots), direct_in_memory()) {}
+  BoundedReadAheadTest() : TransfersOnDevice(with_depth(kSlots), one_extent_at_once()) {}
 };
 
-// Where the root's opening found that fewer reads than slots are enough.
-TEST_F(MeasuredReadAheadTest, NoMoreIsReadAtOnceThanTheMediumNeeds) {
-  if (root_->mapped()) GTEST_SKIP() << "this kernel has no direct I/O on tmpfs";
-  const uint32_t most = root_->enough_reads() + std::max(4u, root_->enough_reads() / 2);
+TEST_F(BoundedReadAheadTest, NoLoadIsBegunWhileAsManyBytesAreBeingReadAsAreEnough) {
   store(0, 1);
   const LoadPlan many = plan_many(60);
+  ASSERT_EQ(many.items[0].where.bytes, kExtentBytes);
   device_.forget_most_staged();
-  device_.break_down(true);
+  device_.break_down(true);  // what was read is given back by the thread that read it
   for (uint64_t job = 100; job < 120; ++job) {
     ASSERT_TRUE(transfers_->submit_load(job, many));
     EXPECT_EQ(completion_of(job).failures.size(), 60u);
   }
-  EXPECT_LE(device_.most_staged(), (most + kManySlots) * many.items[0].where.bytes);
+  // And those that a thread has read and not given back.
+  EXPECT_LE(device_.most_staged(), (1 + kSlots) * kExtentBytes);
+}
+
+TEST_F(BoundedReadAheadTest, AllThatWaitsIsReadInTheEnd) {
+  store(0, 2);
+  for (uint64_t job = 100; job < 120; ++job) {
+    ASSERT_TRUE(transfers_->submit_load(job, plan_many(60, job % 2)));
+    EXPECT_EQ(ended(job), 60u);
+  }
 }
 
 TEST_F(ReadAheadTest, AllThatWaitsIsReadInTheEndAlsoBehindReadsThatFail) {

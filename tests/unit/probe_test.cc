@@ -222,17 +222,19 @@ class WaitingEngine final : public IoEngine {
 };
 
 TEST(MoveAndWait, HasAsManyUnderWayAsAskedForAndNoMore) {
+  std::vector<std::byte> memory(24 << 20);
   for (const size_t at_once : {1u, 3u, 24u, 100u}) {
     WaitingEngine engine(at_once, 24, 0);
-    EXPECT_EQ(move_and_wait(engine, {}, nullptr, 0, 24 << 20, at_once), 0);
+    EXPECT_EQ(move_and_wait(engine, {}, memory.data(), 0, memory.size(), at_once), 0);
     EXPECT_EQ(engine.most(), std::min<size_t>(at_once, 24));
     EXPECT_EQ(engine.ended(), 24u);
   }
 }
 
 TEST(MoveAndWait, BeginsNothingBehindAnError) {
+  std::vector<std::byte> memory(24 << 20);
   WaitingEngine engine(4, 24, 7);
-  EXPECT_EQ(move_and_wait(engine, {}, nullptr, 0, 24 << 20, 4), EIO);
+  EXPECT_EQ(move_and_wait(engine, {}, memory.data(), 0, memory.size(), 4), EIO);
   EXPECT_EQ(engine.ended(), 7u + 3u) << "those that were under way";
 }
 

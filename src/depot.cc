@@ -554,18 +554,21 @@ DepotStats OpenDepot::stats() const {
     root.capacity_bytes = tier.root->capacity();
     root.writable = tier.root->writable();
     stats.device.mapped_bytes += tier.root->files().mapped_bytes();
-    // Files go round while they are counted: ready, filled, leaving, ready. In this order, and with those
-    // that leave being the ones that two looks find, one that moves on is rather missed than counted twice.
+    // Files go round while they are counted: ready, filled, leaving, ready. In this order, with the one that
+    // was ready not counted again, and with those that leave being the ones that two looks find, one that
+    // moves on is rather missed than counted twice.
     const auto leaving = tier.writer ? tier.writer->leaving_files() : std::map<SegmentId, uint64_t>();
+    const RootWriter::Spare spare = tier.writer ? tier.writer->spare() : RootWriter::Spare();
+    root.used_bytes += spare.bytes;
     for (const auto& [slot, segment] : segments_->present_segments(tier.root->index())) {
-      root.used_bytes += segment.roots[tier.root->index()].file_bytes;
+      if (spare.bytes == 0 || segment.id != spare.id)
+        root.used_bytes += segment.roots[tier.root->index()].file_bytes;
       ++root.segments;
     }
     if (tier.writer) {
       root.evicted_segments = tier.writer->evicted_segments();
       root.written_bytes = tier.writer->written_bytes();
       root.suspended = tier.writer->failing();
-      root.used_bytes += tier.writer->spare_bytes();
       for (const auto& [id, bytes] : tier.writer->leaving_files())
         if (leaving.contains(id)) root.leaving_bytes += bytes;
       root.used_bytes += root.leaving_bytes;

@@ -46,7 +46,7 @@ std::optional<Promotion::Candidate> Promotion::next() {
 
 bool Promotion::pays(const Candidate& candidate) const {
   const Root& root = *tiers_[top_].root;
-  uint64_t used = tiers_[top_].writer->spare_bytes();
+  uint64_t used = tiers_[top_].writer->spare().bytes;
   std::optional<uint64_t> coldest;
   uint32_t sealed = 0;
   for (const auto& [slot, segment] : segments_.present_segments(root.index())) {

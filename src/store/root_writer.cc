@@ -163,7 +163,10 @@ Result<RootWriter::Place> RootWriter::reserve(uint64_t bytes) {
     if (current_) records[count++] = seal_of(*current_);
     records[count].type = RecordType::open_segment;
     records[count++].where = {spare_->id, 0, spare_->bytes};
-    known_spare_bytes_ = 0;  // counted as a segment from here on
+    {
+      const std::lock_guard known(known_mutex_);
+      known_spare_ = {};  // counted as a segment from here on
+    }
     for (size_t i = 0; i < count; ++i) records[i].time_ns = clock_.wall_ns();
     if (auto written = append_locked(std::span(records, count)); !written)
       return std::unexpected(written.error());
@@ -275,10 +278,11 @@ void RootWriter::use_journal(JournalWriter journal) {
   writer_id_ = journal_.writer();
 }
 
-uint64_t RootWriter::spare_bytes() const {
+RootWriter::Spare RootWriter::spare() const {
   const std::unique_lock lock(mutex_, std::try_to_lock);
-  if (lock) known_spare_bytes_ = spare_ ? spare_->bytes : 0;
-  return known_spare_bytes_;
+  const std::lock_guard known(known_mutex_);
+  if (lock) known_spare_ = spare_ ? Spare{spare_->id, spare_->bytes} : Spare{};
+  return known_spare_;
 }
 
 bool RootWriter::wants_spare() const {

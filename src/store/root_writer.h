@@ -124,9 +124,13 @@ class RootWriter {
   /// It failed because everything that could be evicted is pinned.
   bool space_is_pinned() const { return no_space_ && pinned_; }
   uint64_t writer_id() const { return writer_id_; }
-  /// Of the segment that is ready and not begun: no journal speaks of it. Like all of these it never waits
-  /// for a journal to be written: it may be a moment old.
-  uint64_t spare_bytes() const;
+  /// A segment that is ready and not begun: no journal speaks of it. No bytes: there is none.
+  struct Spare {
+    SegmentId id;
+    uint64_t bytes = 0;
+  };
+  /// Like all of these it never waits for a journal to be written: it may be a moment old.
+  Spare spare() const;
   /// Of condemned segments whose files are still there.
   uint64_t leaving_bytes() const { return condemned_files_.bytes(); }
   std::map<SegmentId, uint64_t> leaving_files() const { return condemned_files_.files(); }
@@ -224,7 +228,8 @@ class RootWriter {
   std::optional<std::set<std::string>>
       unfinished_;  // found by the first remove_unfinished(); the slow keeper's only
   std::atomic<uint64_t> writer_id_ = 0;
-  mutable std::atomic<uint64_t> known_spare_bytes_ = 0;
+  mutable std::mutex known_mutex_;  // held for a moment, after mutex_
+  mutable Spare known_spare_;
   std::atomic<uint64_t> stored_bytes_ = 0;
   std::atomic<uint64_t> evicted_ = 0;
   std::atomic<uint64_t> written_bytes_ = 0;

@@ -1,4 +1,8 @@
 // The automatic size of segments, and segments of other sizes in one root.
+#include <algorithm>
+#include <atomic>
+#include <thread>
+
 #include "depot_fixture.h"
 #include "store/root.h"
 
@@ -92,6 +96,23 @@ TEST_F(SegmentSize, SegmentsOfEarlierSizesAreServedRecoveredAndReplaced) {
     ASSERT_EQ(depot->longest_prefix(more, std::vector{want}), 16u) << prompt;
     ASSERT_LE(depot->stats().roots[0].used_bytes, 16 * kMiB);
   }
+}
+
+TEST_F(SegmentSize, NoFileIsCountedTwiceWhileSegmentsGoRound) {
+  auto depot = open_depot(1 * kMiB);
+  cache_.fill(1);
+  std::atomic<bool> ends = false;
+  std::atomic<uint64_t> most = 0;
+  std::thread watcher([&] {
+    while (!ends) most = std::max(most.load(), depot->stats().roots[0].used_bytes);
+  });
+  uint64_t job = 1;
+  for (uint32_t prompt = 2; prompt < 400; ++prompt)
+    store_until_all_are(*depot, job, ns_, prompt_keys(ns_, prompt, 16), 0, 16);
+  ends = true;
+  watcher.join();
+  EXPECT_LE(most, 16 * kMiB);
+  EXPECT_GE(most, 14 * kMiB);
 }
 
 }  // namespace

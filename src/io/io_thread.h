@@ -9,10 +9,10 @@
 
 namespace tokendepot {
 
-/// Starts body(context) on a thread of that name that takes none of the process's signals, so that the
-/// engine's handlers never run on it. Faults of the thread itself stay open: SIGBUS must reach the guard of a
-/// mapping. Not joinable when the system refuses another thread.
-std::thread start_io_thread(void (*body)(void*), void* context, const char* name = "td-io");
+/// Starts body(context) on a thread of that name, at most 15 characters, that takes none of the process's
+/// signals, so that the engine's handlers never run on it. Faults of the thread itself stay open: SIGBUS must
+/// reach the guard of a mapping. Not joinable when the system refuses another thread.
+std::thread start_io_thread(void (*body)(void*), void* context, const char* name);
 
 /// What to return then: `busy`, with the limits that there are. `whose` as in "the CUDA device's threads".
 std::unexpected<Error> thread_refused(std::string_view whose);

@@ -33,7 +33,7 @@ class ThreadEngine final : public IoEngine {
     threads_.reserve(depth);
     for (uint32_t i = 0; i < depth; ++i) {
       std::thread thread =
-          start_io_thread([](void* self) { static_cast<ThreadEngine*>(self)->work(); }, this);
+          start_io_thread([](void* self) { static_cast<ThreadEngine*>(self)->work(); }, this, "td-io");
       if (!thread.joinable()) {
         log(LogLevel::warning, "only {} of {} I/O threads could be started", i, depth);
         break;

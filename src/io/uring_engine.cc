@@ -49,7 +49,7 @@ class UringEngine final : public IoEngine {
   int start() {
     event_ = ::eventfd(0, EFD_CLOEXEC);
     if (event_ < 0) return errno;
-    thread_ = start_io_thread([](void* self) { static_cast<UringEngine*>(self)->run(); }, this);
+    thread_ = start_io_thread([](void* self) { static_cast<UringEngine*>(self)->run(); }, this, "td-io");
     if (!thread_.joinable()) return EAGAIN;
     started_.acquire();
     return start_error_;

@@ -9,7 +9,7 @@ namespace tokendepot {
 
 FirstReplay::FirstReplay(std::vector<Replay*> replays, Catalog* catalog, const Clock& clock)
     : replays_(std::move(replays)), catalog_(catalog), clock_(clock) {
-  thread_ = start_io_thread([](void* self) { static_cast<FirstReplay*>(self)->run(); }, this);
+  thread_ = start_io_thread([](void* self) { static_cast<FirstReplay*>(self)->run(); }, this, "td-replay");
   if (!thread_.joinable()) run();  // the system refuses a thread: the caller reads
 }
 

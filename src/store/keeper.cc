@@ -59,7 +59,7 @@ Keeper::Keeper(std::vector<Tier> tiers, SegmentTable& segments, Catalog* catalog
           mine->keeper->run_tail(*mine->tier);
           mine->keeper->end_thread();
         },
-        &tail);
+        &tail, "td-journal");
   }
   space_ = start_io_thread(
       [](void* self) {
@@ -67,14 +67,14 @@ Keeper::Keeper(std::vector<Tier> tiers, SegmentTable& segments, Catalog* catalog
         keeper->run_space();
         keeper->end_thread();
       },
-      this);
+      this, "td-space");
   slow_ = start_io_thread(
       [](void* self) {
         auto* const keeper = static_cast<Keeper*>(self);
         keeper->run_slow();
         keeper->end_thread();
       },
-      this);
+      this, "td-slow");
   std::lock_guard lock(mutex_);
   for (const auto& tail : tails_) at_work_ += tail->thread.joinable();
   at_work_ += space_.joinable();

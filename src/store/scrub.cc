@@ -82,7 +82,7 @@ Scrubber::Scrubber(const std::vector<RootWriter*>& writers, SegmentTable& segmen
         scrubber->run();
         scrubber->end_thread();
       },
-      this);
+      this, "td-scrub");
   at_work_ = thread_.joinable();
 }
 

@@ -26,7 +26,7 @@ WriteThrough::WriteThrough(Root& from, RootWriter& to, SegmentTable& segments, c
       clock_(clock),
       before_eviction_(std::move(before_eviction)),
       piece_(static_cast<std::byte*>(std::aligned_alloc(kPageBytes, kPiece)), &std::free) {
-  thread_ = start_io_thread([](void* self) { static_cast<WriteThrough*>(self)->run(); }, this);
+  thread_ = start_io_thread([](void* self) { static_cast<WriteThrough*>(self)->run(); }, this, "td-through");
   has_ended_ = !thread_.joinable();
 }
 

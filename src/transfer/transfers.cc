@@ -70,7 +70,8 @@ Transfers::Transfers(Device& device, std::vector<Tier> tiers, SegmentTable& segm
     if (tier.root->network() && staged_roots > 1) source.most_staged_bytes = device_.slab().size() / 4;
   }
   dispatching_ = static_cast<uint32_t>(sources_.size()) + 1;
-  store_dispatcher_ = start_io_thread([](void* self) { static_cast<Transfers*>(self)->run_stores(); }, this);
+  store_dispatcher_ =
+      start_io_thread([](void* self) { static_cast<Transfers*>(self)->run_stores(); }, this, "td-store");
   if (!store_dispatcher_.joinable()) --dispatching_;
   for (const auto& source : sources_) {
     source->dispatcher = start_io_thread(
@@ -78,7 +79,7 @@ Transfers::Transfers(Device& device, std::vector<Tier> tiers, SegmentTable& segm
           auto& mine = *static_cast<Source*>(context);
           mine.transfers->run_loads(mine);
         },
-        source.get());
+        source.get(), "td-load");
     if (!source->dispatcher.joinable()) --dispatching_;
   }
 }

@@ -51,7 +51,7 @@ Result<double> seconds_on_threads(size_t count, Body& body) {
           for (double last = all.end; last < now && !all.end.compare_exchange_weak(last, now);) {
           }
         },
-        &shared);
+        &shared, "td-control");
     if (!threads[started].joinable()) break;
   }
   shared.begin = steady_s();

@@ -59,7 +59,7 @@ inline bool limit_threads(rlim_t more) {
   ::prctl(PR_SET_DUMPABLE, 1, 0, 0, 0);  // else /proc/self is root's
   rlimit limit{now, now + more};
   if (::setrlimit(RLIMIT_NPROC, &limit) != 0) return false;
-  std::thread thread = start_io_thread([](void*) {}, nullptr);
+  std::thread thread = start_io_thread([](void*) {}, nullptr, "td-test");
   if (thread.joinable()) {
     thread.join();
     return false;  // this kernel does not count

@@ -15,7 +15,8 @@ Status Copiers::start(uint32_t threads) {
     if (auto s = bounces_.back()->start(); !s) return s;
   }
   for (uint32_t i = 0; i < threads; ++i) {
-    threads_.push_back(start_io_thread([](void* self) { static_cast<Copiers*>(self)->serve(); }, this));
+    threads_.push_back(
+        start_io_thread([](void* self) { static_cast<Copiers*>(self)->serve(); }, this, "td-copy"));
     if (!threads_.back().joinable()) {
       threads_.pop_back();
       return thread_refused("the CUDA device's threads");

@@ -83,7 +83,7 @@ class CudaDevice final : public Device, public cuda::CopierReports {
 
   /// Starts the device's own thread and returns what became of everything that it makes first.
   Status start() {
-    thread_ = start_io_thread([](void* self) { static_cast<CudaDevice*>(self)->run(); }, this);
+    thread_ = start_io_thread([](void* self) { static_cast<CudaDevice*>(self)->run(); }, this, "td-dev");
     if (!thread_.joinable()) return thread_refused("the CUDA device's thread");
     std::unique_lock lock(mutex_);
     wake_.wait(lock, [this] { return made_.has_value(); });

@@ -58,8 +58,9 @@ void bring_pages(std::span<const std::byte> chunk) {
   }
   std::array<std::thread, kTouchers> threads;
   for (uint64_t i = 1; i < kTouchers; ++i) {
-    threads[i] = start_io_thread(
-        [](void* part) { touch_pages(*static_cast<std::span<const std::byte>*>(part)); }, &parts[i]);
+    threads[i] =
+        start_io_thread([](void* part) { touch_pages(*static_cast<std::span<const std::byte>*>(part)); },
+                        &parts[i], "td-pages");
     if (!threads[i].joinable()) touch_pages(parts[i]);
   }
   touch_pages(parts[0]);
@@ -71,7 +72,7 @@ void bring_pages(std::span<const std::byte> chunk) {
 }  // namespace
 
 Registry::Registry(int ordinal, const Busy& busy) : ordinal_(ordinal), busy_(busy) {
-  thread_ = start_io_thread([](void* self) { static_cast<Registry*>(self)->serve(); }, this);
+  thread_ = start_io_thread([](void* self) { static_cast<Registry*>(self)->serve(); }, this, "td-register");
 }
 
 Registry::~Registry() {
@@ -171,8 +172,8 @@ std::span<std::byte> Registry::next_chunk_locked() const {
 
 void Registry::bring_ahead(std::span<std::byte> chunk) {
   ahead_ = chunk;
-  bringer_ =
-      start_io_thread([](void* span) { bring_pages(*static_cast<std::span<std::byte>*>(span)); }, &ahead_);
+  bringer_ = start_io_thread([](void* span) { bring_pages(*static_cast<std::span<std::byte>*>(span)); },
+                             &ahead_, "td-pages");
   if (!bringer_.joinable()) ahead_ = {};
 }
 

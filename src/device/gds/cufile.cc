@@ -158,7 +158,7 @@ bool on_own_thread(Device& device, Body& body) {
         with.device.enter_thread();
         with.body();
       },
-      &errand);
+      &errand, "td-cufile");
   if (!thread.joinable()) return false;
   thread.join();
   return true;

@@ -1,4 +1,4 @@
-// Which mapping is registered next.
+// Which mapping is registered next, and what that waits for.
 #include "device/cuda/registry.h"
 
 #include <gtest/gtest.h>
@@ -70,6 +70,30 @@ TEST(RegistryTest, OfMappingsThatWaitTheHottestIsRegisteredFirst) {
   // The first may have been taken before the others were there.
   const auto hotter = [](size_t a, size_t b) { return kHeats[a] > kHeats[b]; };
   EXPECT_TRUE(std::is_sorted(order.begin() + 1, order.end(), hotter)) << ::testing::PrintToString(order);
+}
+
+TEST(RegistryTest, RegisteringWaitsForLoadsAndStepsButNotForever) {
+  const TemporaryDirectory directory("/dev/shm");
+  using Began = void (*)(cuda::Busy&);
+  struct Kind {
+    Began begin;
+    std::chrono::milliseconds longest_wait;
+  };
+  constexpr std::array<Kind, 2> kKinds{
+      Kind{[](cuda::Busy& busy) { busy.loads = 1; }, std::chrono::milliseconds(50)},
+      Kind{[](cuda::Busy& busy) { busy.step = true; }, std::chrono::milliseconds(16)}};
+  for (size_t kind = 0; kind < kKinds.size(); ++kind) {
+    SCOPED_TRACE(kind);
+    Mapping mapping = map_file(directory.path() + "/" + std::to_string(kind));
+    cuda::Busy busy;
+    kKinds[kind].begin(busy);
+    cuda::Registry registry(0, busy);
+    const auto began = std::chrono::steady_clock::now();
+    registry.adopt({mapping.data(), kBytes}, true, 0);
+    while (registry.registered_bytes() == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    EXPECT_GE(std::chrono::steady_clock::now() - began, kKinds[kind].longest_wait);
+    registry.release(std::move(mapping));
+  }
 }
 
 }  // namespace

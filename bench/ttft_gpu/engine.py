@@ -98,9 +98,7 @@ def wait_until_kept(order: dict[str, Any], tokens: int, seen: int) -> int:
 def kept(order: dict[str, Any]) -> int:
     folder = order["folder"]
     if order["system"] in ("depot", "lmcache-depot"):  # files of a depot have their size before they are filled
-        from tokendepot import _core
-
-        return int(_core.inspect_root(folder)["extents"])
+        return extents(folder)
     total = 0
     for path, _, files in os.walk(folder):
         for name in files:
@@ -109,6 +107,23 @@ def kept(order: dict[str, Any]) -> int:
             except OSError:
                 continue
     return total
+
+
+seen: dict[str, tuple[list[tuple[str, int, int]], int]] = {}  # of each root its journals, and the extents they tell of
+
+
+def extents(folder: str) -> int:
+    """Reads the root only when a journal has changed: whoever asks all the time takes a core from the engine otherwise."""
+    from tokendepot import _core
+
+    try:
+        with os.scandir(os.path.join(folder, "journals")) as entries:
+            journals = sorted((entry.name, (now := entry.stat()).st_size, now.st_mtime_ns) for entry in entries)
+    except FileNotFoundError:  # one was rewritten under another name just now
+        return int(_core.inspect_root(folder)["extents"])
+    if folder not in seen or seen[folder][0] != journals:
+        seen[folder] = journals, int(_core.inspect_root(folder)["extents"])
+    return seen[folder][1]
 
 
 def main() -> None:

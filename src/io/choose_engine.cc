@@ -21,7 +21,6 @@ constexpr uint64_t kBudgetNs = 300'000'000;
 constexpr size_t kRounds = 3;
 constexpr uint64_t kReadsBudgetNs = 100'000'000;
 constexpr uint32_t kFewestReads = 4;
-constexpr uint64_t kReadBytes = 1ull << 20;  // of move_and_wait()
 
 class ProbeMemory {
  public:
@@ -64,7 +63,7 @@ std::vector<ReadRate> rates_of_reads(IoEngine& engine, int fd, std::byte* memory
   std::vector<ReadRate> measured;
   for (uint32_t reads = engine.depth(); measured.size() < 3 && reads >= kFewestReads; reads /= 2)
     measured.push_back({reads, 0});
-  const bool slots_stay_busy = bytes >= 2 * kReadBytes * engine.depth();
+  const bool slots_stay_busy = bytes >= 2 * kMoveBytes * engine.depth();
   if (measured.size() < 2 || !slots_stay_busy || 2 * expected_ns * measured.size() > kReadsBudgetNs)
     return {};
   const Clock& clock = system_clock();
@@ -152,8 +151,8 @@ Result<EngineChoice> choose_engine(const std::string& directory, bool direct, ui
   const auto measured = rates_of_reads(*choice.engine, file->fd(), memory.data(), bytes,
                                        static_cast<uint64_t>(static_cast<double>(bytes) / rate));
   if (measured.empty()) return choice;
-  choice.enough_bytes = fewest_reads(measured) * kReadBytes;
-  choice.reason += fmt::format(", {} MiB of reads at once are enough", choice.enough_bytes / kReadBytes);
+  choice.enough_bytes = fewest_reads(measured) * kMoveBytes;
+  choice.reason += fmt::format(", {} MiB of reads at once are enough", choice.enough_bytes / kMoveBytes);
   return choice;
 }
 

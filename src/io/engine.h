@@ -59,9 +59,10 @@ Result<std::unique_ptr<IoEngine>> make_thread_engine(uint32_t depth, const IoMov
 /// `busy` where the system refuses the thread.
 Result<std::unique_ptr<IoEngine>> make_uring_engine(uint32_t depth);
 
-/// Moves [offset, offset + bytes) of a file in pieces of 1 MiB, at most `at_once` of them submitted and not
-/// ended, and waits for them: 0 or the first errno, behind which none is begun. `pattern` names the file;
-/// `bytes` is a multiple of 1 MiB.
+constexpr uint32_t kMoveBytes = 1u << 20;
+/// Moves [offset, offset + bytes) of a file in pieces of kMoveBytes, at most `at_once` of them submitted and
+/// not ended, and waits for them: 0 or the first errno, behind which none is begun. `pattern` names the file;
+/// `bytes` is a multiple of them.
 int move_and_wait(IoEngine& engine, const IoOperation& pattern, std::byte* buffer, uint64_t offset,
                   uint64_t bytes, size_t at_once = SIZE_MAX);
 

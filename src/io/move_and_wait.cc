@@ -9,8 +9,6 @@
 namespace tokendepot {
 namespace {
 
-constexpr uint32_t kPieceBytes = 1u << 20;
-
 /// Counts operations down, keeps the first error, and submits the next operation for each that ended; none
 /// behind an error.
 struct Pass {
@@ -42,13 +40,13 @@ struct Pass {
 
 int move_and_wait(IoEngine& engine, const IoOperation& pattern, std::byte* buffer, uint64_t offset,
                   uint64_t bytes, size_t at_once) {
-  TD_CHECK(bytes % kPieceBytes == 0 && at_once > 0);
-  Pass pass{engine, std::vector<IoOperation>(bytes / kPieceBytes, pattern)};
+  TD_CHECK(bytes % kMoveBytes == 0 && at_once > 0);
+  Pass pass{engine, std::vector<IoOperation>(bytes / kMoveBytes, pattern)};
   for (size_t i = 0; i < pass.operations.size(); ++i) {
     IoOperation& operation = pass.operations[i];
-    operation.buffer = buffer + i * kPieceBytes;
-    operation.offset = offset + i * kPieceBytes;
-    operation.bytes = kPieceBytes;
+    operation.buffer = buffer + i * kMoveBytes;
+    operation.offset = offset + i * kMoveBytes;
+    operation.bytes = kMoveBytes;
     operation.done = [](IoOperation* self, int error) { static_cast<Pass*>(self->owner)->count(error); };
     operation.owner = &pass;
   }

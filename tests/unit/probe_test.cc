@@ -171,8 +171,8 @@ TEST(FewestReads, AreThoseThatComeNearTheFastest) {
   EXPECT_EQ(fewest({{16, 4.8}, {8, 5.0}, {4, 4.0}}), 8u);
 }
 
-/// Ends operations in threads of its own, the oldest first, and only when as many wait as it was told; counts
-/// how many ever waited.
+/// Ends operations in a thread of its own, the oldest first, and only when as many wait as it was told;
+/// counts how many ever waited.
 class WaitingEngine final : public IoEngine {
  public:
   WaitingEngine(size_t wanted, size_t total, size_t failing)

@@ -24,7 +24,7 @@ from decoding import DECODERS, Decoding, say
 # With its tail and the decoding requests one step of 16,384 tokens, so that no store is over before the prefill is.
 CONTEXT = decoding.CONTEXT - 4 * workload.CHUNK
 CHUNKS = CONTEXT // workload.CHUNK
-PAIRS = 20
+PAIRS = 16
 STEPS = 16  # at least, behind each visitor; what a whole round is made of
 LOOK_S = 0.005
 PATIENCE_S = 1.0  # without another chunk, then the rest was dropped

@@ -101,7 +101,8 @@ class LMCacheConnector {
   LMCacheConnector(std::unique_ptr<Depot> depot, Json identity, double deadline_s)
       : depot_(std::move(depot)), identity_(std::move(identity)), deadline_(duration_from(deadline_s)) {
     if (event_.fd() < 0) throw DepotException(fail_errno(errno, "no event descriptor").error());
-    reaper_ = start_io_thread([](void* self) { static_cast<LMCacheConnector*>(self)->reap(); }, this);
+    reaper_ =
+        start_io_thread([](void* self) { static_cast<LMCacheConnector*>(self)->reap(); }, this, "td-lmcache");
     if (!reaper_.joinable())
       throw DepotException(thread_refused("the thread that reports to LMCache").error());
   }

@@ -225,11 +225,11 @@ def test_the_table_of_connector_keys_is_what_the_connector_knows() -> None:
 
 
 def test_the_table_of_threads_names_those_of_a_depot() -> None:
-    sources = "".join(file.read_text() for file in (TREE / "src").rglob("*.cc") if file.parent.name != "workload")
-    started = set(re.findall(r'"(td-[a-z]+)"', sources))
-    assert len(started) > 10 and all(len(name) < 16 for name in started)
-    what_they_do = section(OPERATIONS, "What is printed at start")
-    assert set(re.findall(r"`(td-[a-z]+)`", what_they_do)) == started
+    files = [*(TREE / "src").rglob("*.cc"), *(TREE / "python/src").glob("*.cc")]
+    sources = "".join(file.read_text() for file in files if file.parent.name != "workload")
+    started = set(re.findall(r'"(td-[^"]+)"', sources))
+    assert len(started) > 10 and all(len(name) < 16 for name in started), "the system cuts longer ones off"
+    assert set(re.findall(r"`(td-[^`]+)`", section(ARCHITECTURE, "Threads and ownership"))) == started
 
 
 def test_choices_of_the_connector_are_all_listed() -> None:

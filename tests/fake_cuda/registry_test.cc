@@ -88,9 +88,15 @@ TEST(RegistryTest, RegisteringWaitsForLoadsAndStepsButNotForever) {
     cuda::Busy busy;
     kKinds[kind].begin(busy);
     cuda::Registry registry(0, busy);
+    ASSERT_TRUE(registry.running());
     const auto began = std::chrono::steady_clock::now();
     registry.adopt({mapping.data(), kBytes}, true, 0);
-    while (registry.registered_bytes() == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    while (registry.registered_bytes() == 0) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      if (std::chrono::steady_clock::now() - began < std::chrono::seconds(30)) continue;
+      ADD_FAILURE() << "never registered";
+      break;
+    }
     EXPECT_GE(std::chrono::steady_clock::now() - began, kKinds[kind].longest_wait);
     registry.release(std::move(mapping));
   }

@@ -107,7 +107,7 @@ TEST_F(SegmentSize, NoFileIsCountedTwiceWhileSegmentsGoRound) {
     while (!ends) most = std::max(most.load(), depot->stats().roots[0].used_bytes);
   });
   uint64_t job = 1;
-  for (uint32_t prompt = 2; prompt < 400; ++prompt)
+  for (uint32_t prompt = 2; prompt < 400 && !HasFailure(); ++prompt)
     store_until_all_are(*depot, job, ns_, prompt_keys(ns_, prompt, 16), 0, 16);
   ends = true;
   watcher.join();

@@ -21,6 +21,7 @@ def config(root, **more):
             "slab": "8MiB",
             "free_space_reserve": 0,
             "poll_ms": 20,
+            "scrub_rate": 0,  # it would find planted damage before a load does
             **more,
         }
     )

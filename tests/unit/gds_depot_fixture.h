@@ -26,6 +26,7 @@ class GdsDepot : public ::testing::Test {
                        .transport = TransportChoice::gds,
                        .io = IoChoice::threads}};
     options_.free_space_reserve = 0;
+    options_.scrub_bytes_per_second = 0;  // it would find planted damage before a load does
     options_.poll_ms = 20;
     set_log_sink([this](LogLevel, std::string_view line) {
       const std::lock_guard lock(log_mutex_);

@@ -23,6 +23,7 @@ class ObjectsOn : public ::testing::TestWithParam<std::string> {
     options.slab_bytes = 16 << 20;
     options.poll_ms = 20;
     options.free_space_reserve = 0;
+    options.scrub_bytes_per_second = 0;  // it would find planted damage before a load does
     auto opened = Depot::open(options);
     ASSERT_TRUE(opened) << opened.error().message;
     depot_ = std::move(*opened);

@@ -28,6 +28,7 @@ class TransfersOn : public ::testing::TestWithParam<std::string> {
     options.poll_ms = 20;
     options.free_space_reserve = 0;
     options.eviction_grace_ms = 0;
+    options.scrub_bytes_per_second = 0;  // it would find planted damage before a load does
     return options;
   }
   std::unique_ptr<Depot> open() { return open(options()); }

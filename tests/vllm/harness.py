@@ -196,6 +196,7 @@ class Engine:
             "chunk_tokens": o.chunk,
             "layout": o.layout,
             "free_space_reserve": "1MiB",
+            "scrub_rate": 0,  # it would find planted damage before a load does
             "slab": "16MiB",
             "min_load_tokens": o.chunk,  # whatever this machine measures, hits are loaded
             **o.extra,

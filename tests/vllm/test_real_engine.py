@@ -229,6 +229,7 @@ def options(root: Path) -> dict:
     return {
         "roots": [f"{root}?capacity=512MiB"],
         "free_space_reserve": "16MiB",
+        "scrub_rate": 0,  # it would find planted damage before a load does
         "slab": "32MiB",
         "min_load_tokens": 256,  # a chunk: hits are loaded, whatever this machine measures
     }

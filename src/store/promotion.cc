@@ -46,11 +46,13 @@ std::optional<Promotion::Candidate> Promotion::next() {
 
 bool Promotion::pays(const Candidate& candidate) const {
   const Root& root = *tiers_[top_].root;
-  uint64_t used = tiers_[top_].writer->spare().bytes;
+  const RootWriter::Spare spare = tiers_[top_].writer->spare();
+  uint64_t used = spare.bytes;
   std::optional<uint64_t> coldest;
   uint32_t sealed = 0;
   for (const auto& [slot, segment] : segments_.present_segments(root.index())) {
-    used += segment.roots[root.index()].file_bytes;
+    // A file that was ready a moment ago may be a segment by now.
+    if (spare.bytes == 0 || segment.id != spare.id) used += segment.roots[root.index()].file_bytes;
     if (!segment.roots[root.index()].sealed) continue;
     if (!coldest) coldest = segment.last_used_ns;
     ++sealed;

@@ -25,14 +25,14 @@ function(tokendepot_plant name seeds how file)
   tokendepot_simulation(tokendepot_sim_${name} ${planted})
   add_test(NAME planted_bug_${name}_is_caught COMMAND tokendepot_sim_${name} --seeds ${seeds})
   set_tests_properties(planted_bug_${name}_is_caught PROPERTIES
-    PASS_REGULAR_EXPRESSION "seed [0-9]+: ${how}: " TIMEOUT 300)
+    PASS_REGULAR_EXPRESSION "seed [0-9]+: ${how}: " TIMEOUT 600)
 endfunction()
 
 tokendepot_plant(skip_digest 60 "wrong bytes" device/host_kernels.cc
   [[if (digest != work.header->shard_digests[work.first_shard + i]) return false;]]
   [[(void)digest;]])
 
-tokendepot_plant(ignore_place 400 "wrong bytes" transfer/load.cc
+tokendepot_plant(ignore_place 800 "wrong bytes" transfer/load.cc
   [[if (!at_home) {]]
   [[if (false && !at_home) {]])
 

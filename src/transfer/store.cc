@@ -56,6 +56,7 @@ void Transfers::queue_store_locked(Job& job, uint32_t index, StoreItem item, con
   task.cache = &cache;
   task.own_cache = std::move(own);
   task.writer = writer;
+  ++source_of(writer).stores;
   task.keeper = &keeper;
   task.bytes = bytes;
   task.header_bytes = extent_header_bytes(cache.shape.shards());
@@ -258,6 +259,7 @@ void Transfers::finish_store(StoreTask& task, bool stored, Reason reason) {
   resolve_locked(job, task.item_index, task.item.chunk, task.item.group,
                  stored ? std::nullopt : std::optional(reason), task.bytes);
   end_job_locked(task.job);
+  --source_of(task.writer).stores;
   store_tasks_.erase(&task);
   wake_dispatchers_locked();
   settled_.notify_all();

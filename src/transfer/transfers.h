@@ -99,6 +99,7 @@ class Transfers {
     std::vector<uint32_t> touched;              // slots whose use is to be journaled
     std::vector<Record> condemned;              // to be journaled, too; one a load in motion at most
     uint32_t in_motion = 0;
+    uint32_t stores = 0;                     // into this root, queued or under way
     std::atomic<uint64_t> staged_bytes = 0;  // of the slab; added to by the dispatcher only
     std::atomic<uint32_t> reads = 0;         // of loads that are staged, by the root's engine and not ended
     std::atomic<uint64_t> read_bytes = 0;    // of those
@@ -107,7 +108,8 @@ class Transfers {
     std::condition_variable wake;
     std::thread dispatcher;
 
-    bool may_read() const { return reads < most_reads && read_bytes < most_read_bytes; }
+    /// Not bounded beside stores: their writes are in the same queue.
+    bool may_read() const { return stores > 0 || (reads < most_reads && read_bytes < most_read_bytes); }
   };
 
   void run_loads(Source& source);
@@ -117,6 +119,7 @@ class Transfers {
   /// Writes what other threads have left for it: the journal may be on a file system that does not answer.
   void write_journal(Source& source, std::unique_lock<std::mutex>& lock);
   bool loads_first_locked() const;
+  Source& source_of(const RootWriter* writer) const;
   Result<Job*> begin_job_locked(uint64_t id, JobKind kind, uint64_t deadline_ns = 0);
   /// Sees to it that extents of this size can be kept: slab and segments are large enough, or may become it.
   Status fit_extent(uint64_t bytes, std::string_view what);

@@ -62,7 +62,7 @@ class CudaDepot : public ::testing::Test {
     options.free_space_reserve = 0;
     options.poll_ms = 20;
     options.scrub_bytes_per_second = 0;  // it would find planted damage before a load does
-    options.eviction_grace_ms = 0;  // a root of 16 segments has no room for a grace's worth of stores
+    options.eviction_grace_ms = 0;       // a root of 16 segments has no room for a grace's worth of stores
     return options;
   }
   std::unique_ptr<Depot> open(const Options& with) {

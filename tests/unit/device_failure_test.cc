@@ -31,7 +31,7 @@ TEST_F(DeviceFailureTest, AStoreIsAnIoErrorIsNotPublishedAndHoldsNobodyUp) {
   StorePlan plan;
   plan.ns = ns_;
   plan.items.push_back({keys_[0], 0, 0, iota_blocks(0, kBlocksPerChunk)});
-  ASSERT_TRUE(transfers_->submit_store(100, plan, *keeper_));
+  ASSERT_TRUE(transfers_->submit_store(100, plan, *roots_[0].keeper));
   EXPECT_TRUE(transfers_->wait_gathered(10'000'000'000));
   EXPECT_THAT(completion_of(100).failures, ElementsAre(Field(&ItemFailure::reason, Reason::io_error)));
   const PartId part = *catalog_.part_id({0, LayoutKind::canonical, shape_.part, shape_.tokens});

@@ -13,41 +13,60 @@ namespace tokendepot::testing {
 
 class TransfersOnDevice : public ::testing::Test {
  protected:
-  explicit TransfersOnDevice(Options options = {}, RootOptions root = {}) {
-    root.path = directory_.path() + "/root";
-    root.capacity_bytes = 16 << 20;
-    root.segment_bytes = 1 << 20;
-    options.roots = {root};
-    root_ = std::move(*Root::open(options.roots[0], 0, options, &device_));
-    replay_ = std::make_unique<Replay>(*root_, segments_, &catalog_);
-    EXPECT_TRUE(replay_->first());
-    writer_ = std::move(*RootWriter::open(*root_, *replay_, segments_, system_clock(), 0));
-    transfers_ =
-        std::make_unique<Transfers>(device_, std::vector{Transfers::Tier{root_.get(), writer_.get()}},
-                                    segments_, system_clock(), 64 << 20);
-    promotion_ = std::make_unique<Promotion>(
-        std::vector{Keeper::Tier{root_.get(), replay_.get(), writer_.get()}}, segments_, system_clock());
-    rewriting_ = std::make_unique<Rewriting>(0, promotion_->use(), segments_, system_clock());
-    keeper_ = std::make_unique<Keeper>(std::vector{Keeper::Tier{root_.get(), replay_.get(), writer_.get()}},
-                                       segments_, &catalog_, *promotion_, *rewriting_, 20,
-                                       [this] { transfers_->space_ready(); });
+  struct OpenRoot {
+    std::unique_ptr<Root> root;
+    std::unique_ptr<Replay> replay;
+    std::unique_ptr<RootWriter> writer;
+    std::unique_ptr<Promotion> promotion;
+    std::unique_ptr<Rewriting> rewriting;
+    std::unique_ptr<Keeper> keeper;
+  };
+
+  explicit TransfersOnDevice(const Options& options = {}, RootOptions root = {})
+      : TransfersOnDevice(options, std::vector{std::move(root)}) {}
+  /// Each root has a keeper of its own: a store goes where its keeper is.
+  TransfersOnDevice(Options options, std::vector<RootOptions> roots) {
+    std::vector<Transfers::Tier> tiers;
+    for (RootOptions& root : roots) {
+      root.path = directory_.path() + "/root" + (roots_.empty() ? "" : std::to_string(roots_.size()));
+      root.capacity_bytes = 16 << 20;
+      root.segment_bytes = 1 << 20;
+      options.roots = {root};
+      OpenRoot& open = roots_.emplace_back();
+      open.root = std::move(*Root::open(root, static_cast<RootIndex>(tiers.size()), options, &device_));
+      open.replay = std::make_unique<Replay>(*open.root, segments_, &catalog_);
+      EXPECT_TRUE(open.replay->first());
+      open.writer = std::move(*RootWriter::open(*open.root, *open.replay, segments_, system_clock(), 0));
+      tiers.push_back({open.root.get(), open.writer.get()});
+    }
+    transfers_ = std::make_unique<Transfers>(device_, tiers, segments_, system_clock(), 64 << 20);
+    for (OpenRoot& open : roots_) {
+      const std::vector tier{Keeper::Tier{open.root.get(), open.replay.get(), open.writer.get()}};
+      open.promotion = std::make_unique<Promotion>(tier, segments_, system_clock());
+      open.rewriting = std::make_unique<Rewriting>(0, open.promotion->use(), segments_, system_clock());
+      open.keeper = std::make_unique<Keeper>(tier, segments_, &catalog_, *open.promotion, *open.rewriting, 20,
+                                             [this] { transfers_->space_ready(); });
+    }
     EXPECT_TRUE(transfers_->attach(cache_.paged()));
     cache_.fill(1);
   }
   ~TransfersOnDevice() override {
     transfers_->close();
-    keeper_.reset();
+    for (OpenRoot& open : roots_) open.keeper.reset();
     transfers_.reset();
   }
 
-  void store(size_t first, size_t last) {
+  void submit_store(size_t first, size_t last, size_t root = 0) {
     StorePlan plan;
     plan.ns = ns_;
     for (size_t i = first; i < last; ++i) {
       plan.items.push_back({keys_[i], static_cast<uint32_t>(i), 0,
                             iota_blocks(static_cast<int32_t>(i * kBlocksPerChunk), kBlocksPerChunk)});
     }
-    ASSERT_TRUE(transfers_->submit_store(++job_, plan, *keeper_));
+    ASSERT_TRUE(transfers_->submit_store(++job_, plan, *roots_[root].keeper));
+  }
+  void store(size_t first, size_t last) {
+    submit_store(first, last);
     ASSERT_TRUE(transfers_->flush(10'000'000'000));
     ASSERT_THAT(transfers_->poll(), ::testing::SizeIs(1));
   }
@@ -97,13 +116,8 @@ class TransfersOnDevice : public ::testing::Test {
   RecordingDevice device_;
   SegmentTable segments_;
   Catalog catalog_{segments_};
-  std::unique_ptr<Root> root_;
-  std::unique_ptr<Replay> replay_;
-  std::unique_ptr<RootWriter> writer_;
-  std::unique_ptr<Promotion> promotion_;
-  std::unique_ptr<Rewriting> rewriting_;
+  std::vector<OpenRoot> roots_;
   std::unique_ptr<Transfers> transfers_;
-  std::unique_ptr<Keeper> keeper_;
 };
 
 }  // namespace tokendepot::testing

@@ -49,21 +49,49 @@ RootOptions one_extent_at_once() {
 
 class BoundedReadAheadTest : public TransfersOnDevice {
  protected:
-  BoundedReadAheadTest() : TransfersOnDevice(with_depth(kSlots), one_extent_at_once()) {}
+  explicit BoundedReadAheadTest(std::vector<RootOptions> roots = {one_extent_at_once()})
+      : TransfersOnDevice(with_depth(kSlots), std::move(roots)) {}
+
+  void load_again_and_again() {
+    const LoadPlan many = plan_many(60);
+    ASSERT_EQ(many.items[0].where.bytes, kExtentBytes);
+    device_.forget_most_staged();
+    device_.break_down(true);  // what was read is given back by the thread that read it
+    for (uint64_t job = 100; job < 120; ++job) {
+      ASSERT_TRUE(transfers_->submit_load(job, many));
+      EXPECT_EQ(completion_of(job).failures.size(), 60u);
+    }
+    device_.break_down(false);
+  }
+  // And those that a thread has read and not given back.
+  static constexpr uint64_t kMostStaged = (1 + kSlots) * kExtentBytes;
+};
+
+class BoundedReadAheadBesideStores : public BoundedReadAheadTest {
+ protected:
+  BoundedReadAheadBesideStores() : BoundedReadAheadTest({one_extent_at_once(), RootOptions()}) {}
 };
 
 TEST_F(BoundedReadAheadTest, NoLoadIsBegunWhileAsManyBytesAreBeingReadAsAreEnough) {
   store(0, 1);
-  const LoadPlan many = plan_many(60);
-  ASSERT_EQ(many.items[0].where.bytes, kExtentBytes);
-  device_.forget_most_staged();
-  device_.break_down(true);  // what was read is given back by the thread that read it
-  for (uint64_t job = 100; job < 120; ++job) {
-    ASSERT_TRUE(transfers_->submit_load(job, many));
-    EXPECT_EQ(completion_of(job).failures.size(), 60u);
+  load_again_and_again();
+  EXPECT_LE(device_.most_staged(), kMostStaged);
+}
+
+TEST_F(BoundedReadAheadBesideStores, ReadsOfTheSameRootAreNotBoundedThoseOfAnotherAre) {
+  store(0, 1);
+  for (const bool same : {true, false}) {
+    SCOPED_TRACE(same);
+    device_.hold_gathers();
+    submit_store(same ? 1 : 2, same ? 2 : 3, same ? 0 : 1);
+    while (device_.held_gathers() == 0) usleep(1000);
+    load_again_and_again();
+    EXPECT_EQ(device_.most_staged() > kMostStaged, same);
+    device_.let_gathers_go();
+    EXPECT_EQ(ended(job_), 1u);
   }
-  // And those that a thread has read and not given back.
-  EXPECT_LE(device_.most_staged(), (1 + kSlots) * kExtentBytes);
+  load_again_and_again();
+  EXPECT_LE(device_.most_staged(), kMostStaged) << "the stores have ended";
 }
 
 TEST_F(BoundedReadAheadTest, AllThatWaitsIsReadInTheEnd) {

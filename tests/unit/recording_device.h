@@ -61,8 +61,30 @@ class RecordingDevice final : public Device {
   }
   void submit(GatherWork* work) override {
     note(gather_marks_, work->after);
+    {
+      const std::lock_guard lock(mutex_);
+      if (holds_gathers_) return held_gathers_.push_back(work);
+    }
     if (broken_) return work->done(work, false);
     host_->submit(work);
+  }
+  /// What is to be gathered waits until it is let go.
+  void hold_gathers() {
+    const std::lock_guard lock(mutex_);
+    holds_gathers_ = true;
+  }
+  size_t held_gathers() const {
+    const std::lock_guard lock(mutex_);
+    return held_gathers_.size();
+  }
+  void let_gathers_go() {
+    std::vector<GatherWork*> held;
+    {
+      const std::lock_guard lock(mutex_);
+      holds_gathers_ = false;
+      held.swap(held_gathers_);
+    }
+    for (GatherWork* const work : held) host_->submit(work);
   }
   /// While it is broken all work fails, as after an error of a driver that stays.
   void break_down(bool broken) { broken_ = broken; }
@@ -147,6 +169,8 @@ class RecordingDevice final : public Device {
   std::vector<uint64_t> heats_;
   bool holds_ = false;
   std::vector<ScatterWork*> held_;
+  bool holds_gathers_ = false;
+  std::vector<GatherWork*> held_gathers_;
   size_t released_ = 0;
   uint64_t last_mark_ = 0;
   std::vector<uint64_t> scatter_marks_;

@@ -14,9 +14,9 @@ using Reason = ItemFailure::Reason;
 
 class RecycledSegment : public TransfersOnDevice {
  protected:
-  std::string path_of(const ExtentRef& where) const { return root_->files().path_of(where.segment); }
+  std::string path_of(const ExtentRef& where) const { return roots_[0].root->files().path_of(where.segment); }
   void rename_away(const ExtentRef& where) {
-    std::filesystem::rename(path_of(where), root_->segments_dir() + "/elsewhere");
+    std::filesystem::rename(path_of(where), roots_[0].root->segments_dir() + "/elsewhere");
   }
   void overwrite(const std::string& path, uint64_t at) {
     const auto file = File::open(path, {.write = true});
@@ -34,7 +34,7 @@ class RecycledSegment : public TransfersOnDevice {
   }
   /// The extent by itself: that its segment has gone the keeper finds out sooner or later.
   bool is_condemned(const ExtentRef& where) {
-    return replay_->is_condemned(*segments_.find(where.segment), where.offset);
+    return roots_[0].replay->is_condemned(*segments_.find(where.segment), where.offset);
   }
 
   const uint64_t header_ = extent_header_bytes(shape_.shards());

@@ -282,7 +282,8 @@ TEST_P(KilledOn, SegmentsThatGoWhileTheDepotOpensAreMisses) {
       const Completion done = load(**depot, *plan);
       EXPECT_EQ(done.items_ok + done.failures.size(), promised);
       for (const ItemFailure& failure : done.failures) EXPECT_EQ(failure.reason, ItemFailure::Reason::absent);
-      EXPECT_EQ(
+      // Less where a file was removed that is still open: it served, until the keeper found it gone.
+      EXPECT_LE(
           (*depot)->longest_prefix(keys, std::vector{want_}),
           done.failures.empty() ? promised : std::ranges::min(done.failures, {}, &ItemFailure::chunk).chunk)
           << "promised again";

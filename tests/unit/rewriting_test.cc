@@ -29,7 +29,13 @@ class RewritingTest : public ::testing::Test {
     cache_.fill(prompt);
     until_stored(
         [&] { return store_chunks(depot, ++job_, ns_, keys(prompt), 0, kChunks).items_ok == kChunks; });
-    usleep(10'000);  // for the keeper: what is stored meanwhile takes the room beside it
+    // What is stored while the keeper makes room takes the room beside it.
+    for (int i = 0; i < 10'000 && !next_segment_is_ready(depot); ++i) usleep(1000);
+    ASSERT_TRUE(next_segment_is_ready(depot));
+  }
+  static bool next_segment_is_ready(Depot& depot) {
+    const RootStats root = depot.stats().roots[0];
+    return root.used_bytes >= (root.segments + 1) * kMiB;
   }
   uint32_t load(Depot& depot, uint32_t prompt, size_t chunks) {
     const auto plan = plan_chunks(depot, ns_, keys(prompt), want_of(small_shape()), 0, chunks, 0);

@@ -46,6 +46,7 @@ class HostileJournal : public TransfersOn {
   void expect_served() {
     Options reading = options();
     reading.writer = false;
+    reading.open_wait_ms = 120'000;  // a busy machine reads the forger's records for longer than the default
     const auto depot = open(reading);
     ASSERT_TRUE(depot->attach(cache_.paged()));
     const auto before = blocks(0, 32);

@@ -57,6 +57,10 @@ def vllm_environment(kv_cache_gib: int) -> dict[str, str]:
     if not has_gpu():
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib)
         environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(cpu) for cpu in sorted(os.sched_getaffinity(0)))
+        # Where layers with and without a sliding window share a group (--disable-hybrid-kv-cache-manager), vLLM 0.32 splits
+        # the attention of a token into parts of which some lie before the window, are never written, and are added times
+        # 0: what memory held there by chance may be NaN, and then so is every token after the first.
+        environment["VLLM_CPU_ATTN_SPLIT_KV"] = "0"
     return environment
 
 
@@ -108,7 +112,8 @@ class Server:
 
 
 def shared_memory_of(group: int) -> set[pathlib.Path]:
-    """Python's shared memory and semaphores that the group's processes have mapped: nobody unlinks them after kill -9."""
+    """Shared memory of Python and LMCache and Python's semaphores that the group's processes have mapped: nobody unlinks
+    them after kill -9."""
     found = set()
     for entry in pathlib.Path("/proc").iterdir():
         try:
@@ -117,5 +122,5 @@ def shared_memory_of(group: int) -> set[pathlib.Path]:
             maps = (entry / "maps").read_text()
         except OSError:
             continue
-        found |= {pathlib.Path(path) for path in re.findall(r"/dev/shm/(?:psm_|sem\.mp-)\w+", maps)}
+        found |= {pathlib.Path(path) for path in re.findall(r"/dev/shm/(?:psm_|sem\.mp-|lmcache_l1_pool_)\w+", maps)}
     return found

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import mmap
 import os
 import subprocess
 import time
@@ -15,6 +16,7 @@ import document
 import model
 import panels
 import report
+import server
 
 DEMO = Path(__file__).parents[2] / "scripts/demo"
 GOOD = report.Row(
@@ -154,3 +156,15 @@ def test_an_option_that_is_not_understood_is_refused_before_anything_is_set_up(a
     assert (done.returncode, done.stdout) == (2, "")
     assert complaint in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize("name", ["psm_td%d", "lmcache_l1_pool_%d"])
+def test_shared_memory_that_a_killed_server_would_leave_is_found_while_it_is_mapped(name):
+    file = Path("/dev/shm", name % os.getpid())
+    file.write_bytes(b"x" * mmap.PAGESIZE)
+    try:
+        with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0):
+            assert file in server.shared_memory_of(os.getpgrp())
+        assert file not in server.shared_memory_of(os.getpgrp())
+    finally:
+        file.unlink()

@@ -75,15 +75,19 @@ class Place:
             "disk": disk / "ttft_gpu",
             "loop": Path("/tmp/ttft_gpu_loop"),
         }[kind]
-        self.close()
-        self.folder.mkdir(parents=True)
-        if kind == "loop":
-            with open(self._image, "wb") as file:
-                file.truncate(image_bytes)
-            subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", str(self._image)], check=True)
-            subprocess.run(["mount", "-o", "loop", str(self._image), str(self.folder)], check=True)
         self.root = self.folder / "kv"
-        self.root.mkdir(mode=0o700)
+        self.close()
+        try:
+            self.folder.mkdir(parents=True)
+            if kind == "loop":
+                with open(self._image, "wb") as file:
+                    file.truncate(image_bytes)
+                subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", str(self._image)], check=True)
+                subprocess.run(["mount", "-o", "loop", str(self._image), str(self.folder)], check=True)
+            self.root.mkdir(mode=0o700)
+        except BaseException:
+            self.close()
+            raise
 
     def forget_page_cache(self) -> None:
         if self.kind != "shm":
@@ -123,6 +127,13 @@ class LMCacheServer:
         command += ["--l1-size-gb", "24", "--l1-init-size-gb", "24", "--no-l1-use-lazy", "--eviction-policy", "LRU"]
         command += ["--max-workers", "4", "--l2-adapter", json.dumps(adapter)]
         self.process = start(command, log)
+        try:
+            self._wait_ready(log)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait_ready(self, log: Path) -> None:
         for _ in range(240):
             if self.process.poll() is not None:
                 raise RuntimeError(f"the LMCache server ended with {self.process.returncode}, see {log}")
@@ -131,7 +142,6 @@ class LMCacheServer:
                 if probe.connect_ex(("localhost", LMCACHE_PORT)) == 0:
                     return
             time.sleep(0.5)
-        self.stop()
         raise RuntimeError(f"the LMCache server does not answer on port {LMCACHE_PORT}, see {log}")
 
     def stop(self) -> None:

@@ -116,18 +116,20 @@ def test_without_a_kit_vllm_is_this_pythons(tmp_path: Path) -> None:
     assert done.returncode == 0 and "| 50 |" in done.stdout, done.stdout + done.stderr
 
 
-def test_an_engine_ends_with_a_run_that_is_terminated(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("system", "module"), [("base", "vllm.py"), ("lmcache", "lmcache/cli/main.py")])
+def test_what_a_run_started_ends_when_it_is_terminated(system: str, module: str, tmp_path: Path) -> None:
     started = tmp_path / "started"
-    (tmp_path / "vllm.py").write_text(
+    (tmp_path / "vllm.py").touch()
+    file = tmp_path / module
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(
         f"import os, time\nopen({str(started)!r}, 'w').write(str(os.getpid()) + ' ')\ntime.sleep(200)\n"
     )
     (tmp_path / "link.json").write_text(json.dumps({"GB_per_s": 50.0, "card": "none"}))
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
-    process = subprocess.Popen(
-        [sys.executable, str(BENCH / "run.py"), "--out", str(tmp_path), "--systems", "base", "--contexts", "50"],
-        stdout=subprocess.DEVNULL,
-        env=dict(os.environ, PYTHONPATH=path),
-    )
+    command = [sys.executable, str(BENCH / "run.py"), "--out", str(tmp_path), "--systems", system, "--contexts", "50"]
+    command += ["--places", "disk", "--disk", str(tmp_path / "disk")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=dict(os.environ, PYTHONPATH=path))
     ends = time.monotonic() + 60
     while not (started.exists() and started.read_text().endswith(" ")) and time.monotonic() < ends:
         time.sleep(0.05)
@@ -135,3 +137,17 @@ def test_an_engine_ends_with_a_run_that_is_terminated(tmp_path: Path) -> None:
     assert process.wait(60) == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text()), 0)
+    assert not (tmp_path / "disk/ttft_gpu").exists()
+
+
+def test_a_loop_device_that_cannot_be_mounted_leaves_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, status in (("mkfs.ext4", 0), ("mount", 1), ("umount", 1)):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {status}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(BENCH))
+    import systems
+
+    with pytest.raises(subprocess.CalledProcessError):
+        systems.Place("loop", tmp_path, image_bytes=1 << 20)
+    assert not Path("/dev/shm/ttft_gpu.img").exists() and not Path("/tmp/ttft_gpu_loop").exists()

@@ -89,7 +89,8 @@ def test_a_journal_cut_short_is_completed(damaged):
     root, keys = damaged
     before = extents(root)
     os.truncate(journal(root), 10 * RECORD + 50)
-    assert 0 < chunks_an_engine_finds(root, keys) < CHUNKS
+    assert 0 < len(extents(root)) < CHUNKS  # whichever were acknowledged first
+    assert chunks_an_engine_finds(root, keys) < CHUNKS
     assert repaired(root)["journals"][0]["bad_records"] == 1
     assert extents(root) == before
     assert call("verify", root).returncode == 0

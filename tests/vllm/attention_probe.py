@@ -6,12 +6,12 @@ A layer with a window whose metadata were made without one, as in a group that i
 from __future__ import annotations
 
 import torch
-import vllm.v1.attention.backends.cpu_attn  # noqa: F401  (loads the kernels)
 from vllm import _custom_ops, envs
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 ROUNDS = 20
 BLOCKS, BLOCK, KV_HEADS, HEADS, HEAD, WINDOW = 128, 32, 2, 8, 64, 256
-ISA = "vec"  # what every x86 has
+ISA = _get_attn_isa(torch.float32, BLOCK, HEAD)
 
 
 def halves(cache: torch.Tensor) -> tuple[torch.Tensor, ...]:

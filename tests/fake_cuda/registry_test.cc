@@ -81,7 +81,7 @@ TEST(RegistryTest, RegisteringWaitsForLoadsAndStepsButNotForever) {
   };
   constexpr std::array<Kind, 2> kKinds{
       Kind{[](cuda::Busy& busy) { busy.loads = 1; }, std::chrono::milliseconds(50)},
-      Kind{[](cuda::Busy& busy) { busy.step = true; }, std::chrono::milliseconds(16)}};
+      Kind{[](cuda::Busy& busy) { busy.step_begins(); }, std::chrono::milliseconds(100)}};
   for (size_t kind = 0; kind < kKinds.size(); ++kind) {
     SCOPED_TRACE(kind);
     Mapping mapping = map_file(directory.path() + "/" + std::to_string(kind));
@@ -100,6 +100,20 @@ TEST(RegistryTest, RegisteringWaitsForLoadsAndStepsButNotForever) {
     EXPECT_GE(std::chrono::steady_clock::now() - began, kKinds[kind].longest_wait);
     registry.release(std::move(mapping));
   }
+}
+
+TEST(RegistryTest, NothingIsRegisteredBetweenTwoStepsOfABusyEngine) {
+  using std::chrono::milliseconds;
+  cuda::Busy busy;
+  const auto begun = std::chrono::steady_clock::now();
+  EXPECT_FALSE(cuda::gives_way(busy, begun, begun)) << "an engine that has not begun";
+  busy.step_begins();
+  EXPECT_TRUE(cuda::gives_way(busy, begun, begun + milliseconds(99)));
+  busy.step_ends();
+  const auto ended = busy.step_ended.load();
+  EXPECT_TRUE(cuda::gives_way(busy, ended, ended + milliseconds(4)));
+  EXPECT_FALSE(cuda::gives_way(busy, ended, ended + milliseconds(5))) << "the engine is at rest";
+  EXPECT_FALSE(cuda::gives_way(busy, ended - milliseconds(98), ended + milliseconds(2))) << "long enough";
 }
 
 }  // namespace

@@ -114,7 +114,7 @@ class CudaDevice final : public Device, public cuda::CopierReports {
   }
 
   Result<uint64_t> mark(void* stream) override { return marks_->mark(static_cast<cudaStream_t>(stream)); }
-  void engine_step(bool begins) override { busy_.step = begins; }
+  void engine_step(bool begins) override { begins ? busy_.step_begins() : busy_.step_ends(); }
   bool on_host() const override { return false; }
 
   Status accept(const PagedCache& cache) override {

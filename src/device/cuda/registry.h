@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -21,7 +22,19 @@ namespace tokendepot::cuda {
 struct Busy {
   std::atomic<size_t> loads = 0;   // whose payloads are being copied, or wait for a thread that does
   std::atomic<bool> step = false;  // the engine queues work
+  /// When it last ended to, on the steady clock; at first: never.
+  std::atomic<std::chrono::steady_clock::time_point> step_ended{std::chrono::steady_clock::time_point::min()};
+
+  void step_begins() { step = true; }
+  void step_ends() {
+    step_ended = std::chrono::steady_clock::now();
+    step = false;
+  }
 };
+
+/// Whether a registration that has waited since `begun` goes on waiting at `now`.
+bool gives_way(const Busy& busy, std::chrono::steady_clock::time_point begun,
+               std::chrono::steady_clock::time_point now);
 
 /// One thread registers, unregisters and unmaps, so that none of it meets another or waits for a load. Ranges
 /// are registered in chunks, hottest mapping first; a failure is a log line and a slower path. Thread-safe.

@@ -1,8 +1,9 @@
-"""What loads cost an engine that decodes: the time between two tokens alone, beside GPU hits, and beside loads.
+"""What loads cost an engine that decodes: the time between two tokens alone, beside a GPU hit, and beside a load.
 
-Some requests decode all the time. Into them come requests whose whole context is known: first as fast as the depot
-loads them, then as often from the GPU's own prefix cache, which costs the engine the same steps without a load. The
-GPU's cache has room for fewer contexts than take turns, so every visitor of the loads finds its context gone.
+Some requests decode all the time. Into them come requests whose whole context is known, one behind the other: a context
+from the depot, at once the same from the GPU's own prefix cache, which costs the engine the same steps without a load,
+and then nobody for as many steps. The GPU's cache has room for fewer contexts than take turns, so every first visitor
+finds its context gone. A round of three is over within a second: some hosts have half as much CPU for the next.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import random
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,7 +21,7 @@ import workload
 
 DECODERS, DECODER_PROMPT = 16, 256
 CONTEXT, CONTEXTS = 64 * workload.CHUNK, 10  # tokens of a visitor's context; different contexts
-ROUNDS, ROUND_S = 3, 1.5
+ROUNDS = 32
 DECODER_TOKENS = 4000  # more than are decoded while this runs
 KV_TOKENS = DECODERS * (DECODER_PROMPT + DECODER_TOKENS) + int(1.5 * CONTEXT)
 
@@ -29,18 +31,25 @@ class Decoding:
         self._engine = llm.llm_engine
         self._params = sampling_params
         self._names = 0
+        self._prompts = count(1000)  # of decoding requests, none of which is cached
         self._random = random.Random(5)
         self._tokens: dict[str, int] = {}  # of the decoding requests
         self.visitor = ""  # while it is there
         self.visitor_cached = 0  # of its tokens, or of the one before
 
     def start(self) -> None:
-        for which in range(DECODERS):
-            ids = workload.prompt(DECODER_PROMPT, 1000 + which)
+        for _ in range(DECODERS):
+            ids = workload.prompt(DECODER_PROMPT, next(self._prompts))
             name = self._add(ids, DECODER_TOKENS)
             self._tokens[name] = 0
         while min(self._tokens.values()) < 32:
             self.step()
+
+    def renew(self) -> None:
+        """The requests that decode end, and others take their place."""
+        self._engine.abort_request(list(self._tokens))
+        self._tokens = {}
+        self.start()
 
     def visit(self, context: list[int], **params: Any) -> None:
         tail = self._random.choices(range(1000, 127_000), k=workload.TAIL)
@@ -56,27 +65,23 @@ class Decoding:
         """Whether no decoding request fills a chunk in that many steps."""
         return all((DECODER_PROMPT + tokens) % workload.CHUNK + steps < workload.CHUNK for tokens in self._tokens.values())
 
-    def measure(self, next_context: Callable[[], int] | None, interval_s: float) -> dict[str, Any]:
-        """Decodes for ROUND_S; a visitor comes `interval_s` after the one before and never before that has gone."""
-        served: list[float] = []
-        cached = 0
-        tokens = self.decoded()
-        began = now = time.perf_counter()
-        came = began - interval_s
-        while now - began < ROUND_S:
-            if not self.visitor and next_context is not None and now - came >= interval_s:
-                came = now
-                self.visit(workload.prompt(CONTEXT, next_context()))
+    def beside(self, context: list[int] | None, steps: int = 1) -> dict[str, Any]:
+        """So many steps, or more, until a visitor with `context` has come and gone."""
+        tokens, done = self.decoded(), 0
+        began = gone = now = time.perf_counter()
+        if context is not None:
+            self.visit(context)
+        while self.visitor or done < steps:
             visitor = self.visitor
             self.step()
-            now = time.perf_counter()
-            if visitor and not self.visitor:
-                served.append(now - came)
-                cached += self.visitor_cached
-        gap = (now - began) * DECODERS / (self.decoded() - tokens)
-        while self.visitor:
-            self.step()
-        return {"gap": gap, "served": served, "cached": cached, "s": now - began}
+            done, now = done + 1, time.perf_counter()
+            gone = now if visitor else gone
+        return {
+            "steps": done,
+            "gap": (now - began) * DECODERS / (self.decoded() - tokens),
+            "there_s": gone - began,
+            "cached": self.visitor_cached if context is not None else 0,
+        }
 
     def _add(self, ids: list[int], tokens: int, **params: Any) -> str:
         self._names += 1
@@ -101,21 +106,14 @@ def run(engine: Any, order: dict[str, Any], sampling_params: Callable[..., Any],
         engine.empty_gpu_cache()
     decoding = Decoding(engine.llm, sampling_params)
     decoding.start()
-    turn = 0
-
-    def another() -> int:
-        nonlocal turn
-        turn += 1
-        return turn % CONTEXTS
-
     rounds = []
-    for _ in range(ROUNDS):
-        loads = decoding.measure(another, 0.0)
-        interval = loads["s"] / max(1, len(loads["served"]))
-        same = turn % CONTEXTS
-        decoding.measure(lambda: same, ROUND_S)  # brings the context of the hits
-        hits = decoding.measure(lambda: same, interval)
-        rounds.append({"alone": decoding.measure(None, 0.0), "hits": hits, "loads": loads})
+    for turn in range(-1, ROUNDS):
+        context = workload.prompt(CONTEXT, turn % CONTEXTS)
+        loads = decoding.beside(context)
+        hits = decoding.beside(context, loads["steps"])
+        alone = decoding.beside(None, loads["steps"])
+        if turn >= 0:  # the first may be slower, of whatever comes for the first time
+            rounds.append({"loads": loads, "hits": hits, "alone": alone})
     Path(order["out"]).write_text(json.dumps({**order, "rounds": rounds}))
     show(rounds, order["token_bytes"])
     return decoding
@@ -126,22 +124,22 @@ def say(name: str, value: float, unit: str, limit: float) -> None:
 
 
 def show(rounds: list[dict[str, Any]], token_bytes: int) -> None:
-    def ratio(what: str, to: str) -> float:
-        return median(entry[what]["gap"] / entry[to]["gap"] for entry in rounds)
-
     def gap(what: str) -> float:
         return median(entry[what]["gap"] for entry in rounds) * 1e3
 
-    seconds = sum(entry["loads"]["s"] for entry in rounds)
-    served = [s for entry in rounds for s in entry["loads"]["served"]]
-    rate = len(served) * CONTEXT * token_bytes / seconds / 1e9
-    found = sum(entry["loads"]["cached"] for entry in rounds) / max(1, len(served) * CONTEXT)
+    def there_ms(what: str) -> float:
+        return median(entry[what]["there_s"] for entry in rounds) * 1e3
+
+    rate = len(rounds) * CONTEXT * token_bytes / sum(entry["loads"]["there_s"] for entry in rounds) / 1e9
+    found = sum(entry["loads"]["cached"] for entry in rounds) / (len(rounds) * CONTEXT)
+    single = [(entry["loads"]["gap"] / entry["hits"]["gap"] - 1) * 100 for entry in rounds]
     print(
-        f"# {DECODERS} requests decode; {len(served)} visitors of {CONTEXT} tokens were loaded at {rate:.1f} GB/s "
-        f"({found:.3f} of their contexts found), a hit took {median(served) * 1e3:.0f} ms",
+        f"# {DECODERS} requests decode; {len(rounds)} visitors of {CONTEXT} tokens were loaded at {rate:.1f} GB/s "
+        f"({found:.3f} of their contexts found), in {there_ms('loads'):.0f} ms, {there_ms('hits'):.0f} where the GPU had them; "
+        f"beside single ones decoding was {min(single):.1f} to {max(single):.1f} % slower",
         flush=True,
     )
     say("decode_token_alone", gap("alone"), "ms", gap("alone"))
     say("decode_token_beside_gpu_hits", gap("hits"), "ms", gap("alone"))
     say("decode_token_beside_loads", gap("loads"), "ms", gap("hits"))
-    say("decode_slowdown_of_loads", (ratio("loads", "hits") - 1) * 100, "%", 5)
+    say("decode_slowdown_of_loads", median(single), "%", 5)

@@ -116,18 +116,19 @@ class Storing:
 def run(decoder: Decoding, order: dict[str, Any], kept: Callable[[], int]) -> None:
     """`decoder` as decoding.run() leaves it, with its contexts in the depot; `kept` says how many chunks there are."""
     storing = Storing(decoder, kept)
+    if storing.spent():
+        decoder.renew()
     # One of each is left out, for whatever the first prompt of this length is slower by.
     longest = max(storing.turn(PAIRS, fresh, 0.0)["late_s"] for fresh in (True, False))
     pairs: list[dict[str, Any]] = []
-    while len(pairs) < PAIRS and not storing.spent():
+    while len(pairs) < PAIRS:
+        if storing.spent():
+            decoder.renew()
         pair = {}
         for fresh in (True, False) if len(pairs) % 2 else (False, True):
             pair["stores" if fresh else "control"] = turn = storing.turn(len(pairs), fresh, longest)
             longest = max(longest, turn["late_s"])
         pairs.append(pair)
-    if not pairs:
-        print("# stores were not measured: the decoding requests had come to their end", flush=True)
-        return
     out = Path(order["out"])
     out.write_text(json.dumps({**json.loads(out.read_text()), "pairs": pairs}))
     show(pairs, order["token_bytes"])

@@ -116,15 +116,27 @@ def test_without_a_kit_vllm_is_this_pythons(tmp_path: Path) -> None:
     assert done.returncode == 0 and "| 50 |" in done.stdout, done.stdout + done.stderr
 
 
+POOL = "/dev/shm/lmcache_l1_pool_{}"  # LMCache's name of its memory, which outlives it when it is killed
+
+
 @pytest.mark.parametrize(("system", "module"), [("base", "vllm.py"), ("lmcache", "lmcache/cli/main.py")])
 def test_what_a_run_started_ends_when_it_is_terminated(system: str, module: str, tmp_path: Path) -> None:
     started = tmp_path / "started"
     (tmp_path / "vllm.py").touch()
     file = tmp_path / module
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(
-        f"import os, time\nopen({str(started)!r}, 'w').write(str(os.getpid()) + ' ')\ntime.sleep(200)\n"
-    )
+    memory = f"""
+with open({POOL!r}.format(os.getpid()), "w+b") as pool:
+    pool.truncate(4096)
+    memory = mmap.mmap(pool.fileno(), 4096)
+"""
+    file.write_text(f"""
+import mmap, os, time
+{memory if system == "lmcache" else ""}
+with open({str(started)!r}, "w") as file:
+    file.write(str(os.getpid()) + " ")
+time.sleep(200)
+""")
     (tmp_path / "link.json").write_text(json.dumps({"GB_per_s": 50.0, "card": "none"}))
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, str(BENCH / "run.py"), "--out", str(tmp_path), "--systems", system, "--contexts", "50"]
@@ -135,9 +147,14 @@ def test_what_a_run_started_ends_when_it_is_terminated(system: str, module: str,
         time.sleep(0.05)
     process.terminate()
     assert process.wait(60) == 128 + signal.SIGTERM
+    server = int(started.read_text())
     with pytest.raises(ProcessLookupError):
-        os.kill(int(started.read_text()), 0)
+        os.kill(server, 0)
     assert not (tmp_path / "disk/ttft_gpu").exists()
+    pool = Path(POOL.format(server))
+    left = pool.exists()
+    pool.unlink(missing_ok=True)
+    assert not left
 
 
 def test_a_loop_device_that_cannot_be_mounted_leaves_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

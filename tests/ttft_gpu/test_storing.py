@@ -26,6 +26,7 @@ class Engine:
         self.llm_engine = self
         self.decoders: dict[str, list[int]] = {}
         self.prompts: dict[str, int] = {}
+        self.ended: list[list[int]] = []  # tokens of those that were ended
         self.visitors: list[tuple[str, list[int], SimpleNamespace]] = []
         self.known: set[tuple[int, ...]] = set()
         self.chunks, self.ends = 0, []  # kept, and when those under way will be
@@ -41,6 +42,9 @@ class Engine:
             self.decoders[name], self.prompts[name] = [], len(ids)
         else:
             self.visitors.append((name, ids, params))
+
+    def abort_request(self, names: list[str]) -> None:
+        self.ended += [self.decoders.pop(name) for name in names]
 
     def kept(self) -> int:
         return self.chunks
@@ -222,23 +226,15 @@ def test_nothing_is_told_of_decoding_beside_stores_where_none_is_left(
     assert "# no store was left when a prefill was over" in said and "decode_slowdown_of_stores" not in said
 
 
-def test_no_pair_is_begun_that_the_decoding_requests_may_not_live_to_see(
+def test_decoding_requests_are_replaced_before_they_end(
     storing: Any, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storing.decoding, "DECODER_TOKENS", 1200)
-    assert 0 < len(measured(storing, engine, tmp_path)) < storing.PAIRS
-    assert max(map(len, engine.decoders.values())) < 1200
-
-
-def test_without_time_left_for_a_pair_nothing_is_told(
-    storing: Any, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(storing.decoding, "DECODER_TOKENS", 3 * 256)
-    out = tmp_path / "decode.json"
-    decoder = storing.Decoding(engine, lambda **values: SimpleNamespace(**values))
-    decoder.start()
-    storing.run(decoder, {"out": str(out), "token_bytes": TOKEN_BYTES}, engine.kept)
-    assert "# stores were not measured" in capsys.readouterr().out and not out.exists()
+    pairs = measured(storing, engine, tmp_path)
+    assert len(pairs) == storing.PAIRS and engine.ended, "and all pairs are measured"
+    assert max(map(len, [*engine.decoders.values(), *engine.ended])) < 1200
+    assert len(engine.decoders) == storing.decoding.DECODERS
+    assert {turn["kept"] for turn in (pair["control"] for pair in pairs)} == {0}
 
 
 def test_chunks_are_followed_between_steps(storing: Any) -> None:

@@ -114,6 +114,8 @@ TEST(RegistryTest, NothingIsRegisteredBetweenTwoStepsOfABusyEngine) {
   EXPECT_TRUE(cuda::gives_way(busy, ended, ended + milliseconds(4)));
   EXPECT_FALSE(cuda::gives_way(busy, ended, ended + milliseconds(5))) << "the engine is at rest";
   EXPECT_FALSE(cuda::gives_way(busy, ended - milliseconds(98), ended + milliseconds(2))) << "long enough";
+  busy.step_ends();
+  EXPECT_EQ(busy.step_ended.load(), ended) << "a step that queued nothing is none";
 }
 
 }  // namespace

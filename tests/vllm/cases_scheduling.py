@@ -190,7 +190,9 @@ def on_a_gpu_the_stream_is_marked_before_anything_is_submitted_and_no_step_waits
         depot = half._depot = CallsInOrder(half._depot)
         half._device, half._stores_hold_up_step = "cuda:0", False
         forward = engine.forward
-        engine.forward = lambda so: depot.calls.append("forward") or forward(so)
+        engine.forward = lambda so: (
+            depot.calls.append("forward" if so.total_num_scheduled_tokens else "nothing") or forward(so)
+        )
         marked, current_stream = [], torch.cuda.current_stream
         torch.cuda.current_stream = lambda device: marked.append(str(device)) or SimpleNamespace(cuda_stream=7)
         try:
@@ -205,8 +207,8 @@ def on_a_gpu_the_stream_is_marked_before_anything_is_submitted_and_no_step_waits
         for index in submits:
             assert depot.calls[index - 1] in ("mark_stream", "submit_store"), depot.calls[index - 3 : index + 1]
         assert set(marked) == {"cuda:0"} and "wait_gathered" not in depot.calls
-        before = {name: _last_step_before(depot.calls, name) for name in ("forward", "poll")}
-        assert before == {"forward": {(True,)}, "poll": {(False,)}}
+        before = {name: _last_step_before(depot.calls, name) for name in ("forward", "nothing", "poll")}
+        assert before == {"forward": {(True,)}, "nothing": {(False,)}, "poll": {(False,)}}
 
 
 @case

@@ -299,10 +299,12 @@ def test_several_groups_cold_warm_killed_restarted_corrupted(mode, scratch) -> N
     assert same_texts(healed, expected) and cached(healed, 512)
 
 
+@pytest.mark.xdist_group("the engine without a depot that they are compared with")
 @pytest.mark.skipif(DEVICE != "cuda", reason="a CPU has no slab of its own")
 def test_a_gpu_without_room_for_the_depot_leaves_the_engine_running(model, expected, mode, scratch) -> None:
     root = fresh(scratch / "no-room")
     (result,) = run(model, {**options(root), "device_slab": "1TiB"}, [ROUND], mode, PLENTY)
     assert same_texts(result, expected) and cached(result, 0)
     assert "not used, the engine runs without it: " in result["log"] and "device_slab=1099511627776" in result["log"]
+    assert metric(result, "switched_off_total") > 0
     assert metric(result, "load_bytes_total") == metric(result, "store_bytes_total") == 0

@@ -27,7 +27,7 @@ namespace {
 // the engine queues a step: on two H200 hosts of one kind, 50, 2,000 and 8,000 tokens after a restart took
 // 108, 209 and 314 ms where it did not wait for steps, 40, 59 and 188 where it did (Llama 3.1 8B). Nor does
 // it begin in the moment between two steps, where the next one's launches would meet it: beside stores into
-// fresh segments an engine decoded 15 to 44 % slower so, 4 to 6 % since.
+// fresh segments an engine decoded 15 and 30 % slower so, 4 and 6 % since (one H200).
 constexpr uint64_t kChunkBytes = 32ull << 20;
 constexpr auto kRest = std::chrono::microseconds(1400);
 constexpr auto kLongestWaitForLoads = std::chrono::milliseconds(50);

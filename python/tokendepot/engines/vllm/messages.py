@@ -87,6 +87,7 @@ class StepOrders(KVConnectorMetadata):
     counts: dict[str, float] = field(default_factory=dict)  # the scheduler half's, for the metrics of rank 0
     fence: bool = False  # no store may read a block any more when this step's loads and its forward pass begin
     timed: int = 0  # to be reported as it is when the step ends; 0 = not wanted
+    computes: bool = True  # the step has a forward pass
 
 
 @dataclass

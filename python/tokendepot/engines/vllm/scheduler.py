@@ -307,6 +307,7 @@ class SchedulerHalf:
             orders.fence = self._fence.needed_by(output)
             orders.stores = self._stores_of(output)
             orders.timed = self._timed(output)
+            orders.computes = output.total_num_scheduled_tokens > 0
             self._guard(lambda: self._add_counts(self._lag.delta(self._depot.stats)))
         except Exception as error:  # the loads of this step must reach the workers whatever happens here
             self.turn_off(f"choosing what to store: {type(error).__name__}: {error}")

@@ -134,7 +134,8 @@ class WorkerHalf:
         """Before anything of a step touches the cache."""
         if orders.fence and self._depot is not None and not self._stores_hold_up_step:
             self._wait_gathered(self._depot)
-        self._engine_step(True)  # not in start_loads(), which newer releases call after the forward pass
+        if orders.computes:
+            self._engine_step(True)  # not in start_loads(), which newer releases call after the forward pass
 
     def let_go_of_cache(self) -> None:
         """Returns when nothing under way touches the cache any more, whose memory the engine takes away now. It comes back

@@ -22,7 +22,7 @@ import workload
 DECODERS, DECODER_PROMPT = 16, 256
 CONTEXT, CONTEXTS = 64 * workload.CHUNK, 10  # tokens of a visitor's context; different contexts
 ROUNDS = 32
-DECODER_TOKENS = 4000  # more than are decoded while this runs
+DECODER_TOKENS = 4000  # then others take their place
 KV_TOKENS = DECODERS * (DECODER_PROMPT + DECODER_TOKENS) + int(1.5 * CONTEXT)
 
 
@@ -107,11 +107,15 @@ def run(engine: Any, order: dict[str, Any], sampling_params: Callable[..., Any],
     decoding = Decoding(engine.llm, sampling_params)
     decoding.start()
     rounds = []
+    longest = 0  # steps of a load
     for turn in range(-1, ROUNDS):
+        if decoding.longest() + 4 * longest > DECODER_TOKENS:
+            decoding.renew()
         context = workload.prompt(CONTEXT, turn % CONTEXTS)
         loads = decoding.beside(context)
         hits = decoding.beside(context, loads["steps"])
         alone = decoding.beside(None, loads["steps"])
+        longest = max(longest, loads["steps"])
         if turn >= 0:  # the first may be slower, of whatever comes for the first time
             rounds.append({"loads": loads, "hits": hits, "alone": alone})
     Path(order["out"]).write_text(json.dumps({**order, "rounds": rounds}))

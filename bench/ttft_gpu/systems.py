@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -146,23 +145,9 @@ class LMCacheServer:
         raise RuntimeError(f"the LMCache server does not answer on port {LMCACHE_PORT}, see {log}")
 
     def stop(self) -> None:
-        """Kills it; its pool, as large as its memory, would stay in the machine's."""
-        pools = pools_of(self.process.pid)
+        """Kills it; its memory, which LMCache names after the process, would outlive that."""
         end_session(self.process)
-        for pool in pools:
-            pool.unlink(missing_ok=True)
-
-
-def pools_of(group: int) -> set[Path]:
-    """LMCache's shared memory that processes of a group have mapped."""
-    found: set[Path] = set()
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and os.getpgid(int(entry.name)) == group:
-                found |= {Path(path) for path in re.findall(r"/dev/shm/lmcache_l1_pool_\w+", (entry / "maps").read_text())}
-        except OSError:  # it has just ended
-            continue
-    return found
+        Path(f"/dev/shm/lmcache_l1_pool_{self.process.pid}").unlink(missing_ok=True)
 
 
 def end_session(process: subprocess.Popen) -> None:

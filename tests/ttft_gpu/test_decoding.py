@@ -22,6 +22,7 @@ class Engine:
         self.clock = clock
         self.llm = SimpleNamespace(llm_engine=self)
         self.decoders: dict[str, list[int]] = {}
+        self.ended: list[list[int]] = []  # tokens of those that were ended
         self.visitors: list[tuple[str, int, int]] = []  # name, which context, steps until it is there
         self.in_gpu: list[int] = []
         self.visits: list[bool] = []  # whether it was loaded
@@ -40,6 +41,9 @@ class Engine:
         context = hash(tuple(prompt["prompt_token_ids"][:-20]))
         self.visits.append(context not in self.in_gpu)
         self.visitors.append((name, context, LOAD_STEPS if self.visits[-1] else 0))
+
+    def abort_request(self, names: list[str]) -> None:
+        self.ended += [self.decoders.pop(name) for name in names]
 
     def step(self) -> list[SimpleNamespace]:
         outputs, seconds, waiting = [], STEP_S, []
@@ -99,3 +103,18 @@ def test_the_slowdown_of_loads_is_told_against_gpu_hits_with_its_limit(
     if not slow:
         rate = decoding.CONTEXT * 131072 / (LOAD_STEPS * LOADING_STEP_S + TAIL_STEP_S) / 1e9
         assert f"were loaded at {rate:.1f} GB/s (" in said
+
+
+def test_decoding_requests_are_replaced_before_they_end(
+    decoding: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a slow disk a load takes hundreds of steps."""
+    clock = [0.0]
+    monkeypatch.setattr(decoding.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(decoding, "DECODER_TOKENS", 100)
+    engine = Engine(clock)
+    order = {"out": str(tmp_path / "decode.json"), "token_bytes": 131072}
+    decoding.run(engine, order, lambda **values: SimpleNamespace(**values), lambda tokens: None)
+    assert engine.visits == [True, False] * (decoding.ROUNDS + 1)
+    assert engine.ended and len(engine.decoders) == decoding.DECODERS
+    assert max(map(len, [*engine.decoders.values(), *engine.ended])) < 100

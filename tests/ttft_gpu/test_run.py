@@ -148,13 +148,13 @@ time.sleep(200)
     process.terminate()
     assert process.wait(60) == 128 + signal.SIGTERM
     server = int(started.read_text())
-    with pytest.raises(ProcessLookupError):
-        os.kill(server, 0)
-    assert not (tmp_path / "disk/ttft_gpu").exists()
     pool = Path(POOL.format(server))
     left = pool.exists()
     pool.unlink(missing_ok=True)
     assert not left
+    with pytest.raises(ProcessLookupError):
+        os.kill(server, 0)
+    assert not (tmp_path / "disk/ttft_gpu").exists()
 
 
 def test_a_loop_device_that_cannot_be_mounted_leaves_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

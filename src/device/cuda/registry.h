@@ -26,7 +26,8 @@ struct Busy {
   std::atomic<std::chrono::steady_clock::time_point> step_ended{std::chrono::steady_clock::time_point::min()};
 
   void step_begins() { step = true; }
-  /// Of a step that has not begun it changes nothing: an engine that waits for a load has many, which queue nothing.
+  /// Of a step that has not begun it changes nothing: an engine that waits for a load has many, which queue
+  /// nothing.
   void step_ends() {
     if (!step) return;
     step_ended = std::chrono::steady_clock::now();

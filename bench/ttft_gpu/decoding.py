@@ -45,11 +45,12 @@ class Decoding:
         while min(self._tokens.values()) < 32:
             self.step()
 
-    def renew(self) -> None:
-        """The requests that decode end, and others take their place."""
-        self._engine.abort_request(list(self._tokens))
-        self._tokens = {}
-        self.start()
+    def ready_for(self, tokens: int) -> None:
+        """Where the requests that decode would end before so many more tokens, they end now and others take their place."""
+        if max(self._tokens.values()) + tokens > DECODER_TOKENS:
+            self._engine.abort_request(list(self._tokens))
+            self._tokens = {}
+            self.start()
 
     def visit(self, context: list[int], **params: Any) -> None:
         tail = self._random.choices(range(1000, 127_000), k=workload.TAIL)
@@ -57,9 +58,6 @@ class Decoding:
 
     def decoded(self) -> int:
         return sum(self._tokens.values())
-
-    def longest(self) -> int:
-        return max(self._tokens.values())
 
     def clear(self, steps: int) -> bool:
         """Whether no decoding request fills a chunk in that many steps."""
@@ -109,8 +107,7 @@ def run(engine: Any, order: dict[str, Any], sampling_params: Callable[..., Any],
     rounds = []
     longest = 0  # steps of a load
     for turn in range(-1, ROUNDS):
-        if decoding.longest() + 4 * longest > DECODER_TOKENS:
-            decoding.renew()
+        decoding.ready_for(4 * longest)
         context = workload.prompt(CONTEXT, turn % CONTEXTS)
         loads = decoding.beside(context)
         hits = decoding.beside(context, loads["steps"])

@@ -30,6 +30,7 @@ LOOK_S = 0.005  # more often takes CPU from the engine, more seldom makes the en
 PATIENCE_S = 1.0  # without another chunk, then the rest was dropped
 CLEAR_STEPS, LAST_STEPS = 64, 4  # that the decoding requests are away from the end of a chunk: before and after a turn
 QUIET_STEPS = 8
+PAIR_TOKENS = 3 * workload.CHUNK  # at most, of each decoding request
 
 
 class Follower:
@@ -95,10 +96,6 @@ class Storing:
             "late_s": max(0.0, ended - gone),
         }
 
-    def spent(self) -> bool:
-        """Whether the decoding requests would end in another pair."""
-        return self._decoder.longest() > decoding.DECODER_TOKENS - 3 * workload.CHUNK
-
     def _settled(self) -> int:
         """Chunks that are kept, when no store is under way and none of a decoding request is near."""
         count, quiet = self._kept(), 0
@@ -116,14 +113,12 @@ class Storing:
 def run(decoder: Decoding, order: dict[str, Any], kept: Callable[[], int]) -> None:
     """`decoder` as decoding.run() leaves it, with its contexts in the depot; `kept` says how many chunks there are."""
     storing = Storing(decoder, kept)
-    if storing.spent():
-        decoder.renew()
+    decoder.ready_for(PAIR_TOKENS)
     # One of each is left out, for whatever the first prompt of this length is slower by.
     longest = max(storing.turn(PAIRS, fresh, 0.0)["late_s"] for fresh in (True, False))
     pairs: list[dict[str, Any]] = []
     while len(pairs) < PAIRS:
-        if storing.spent():
-            decoder.renew()
+        decoder.ready_for(PAIR_TOKENS)
         pair = {}
         for fresh in (True, False) if len(pairs) % 2 else (False, True):
             pair["stores" if fresh else "control"] = turn = storing.turn(len(pairs), fresh, longest)

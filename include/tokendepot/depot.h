@@ -185,8 +185,7 @@ class Depot {
   /// The engine begins (true) or has ended (false) to queue a step's work on the device; false without a true
   /// before it says nothing. Meanwhile what keeps others from the driver in the background, which is
   /// registering mapped segments, holds back, and so until 5 ms have passed without a step, 100 ms at a time
-  /// at most. Only speed depends on it. Never blocks; for one thread at a time; does nothing on the host
-  /// device.
+  /// at most. Only speed depends on it. Never blocks; thread-safe; does nothing on the host device.
   virtual void engine_step(bool begins) = 0;
 
   /// Queues the items of `plan` that intersect this worker's part. Never blocks on I/O. The job is reported

@@ -2,7 +2,8 @@
 
 Visitors come into the engine of decoding.py one at a time, and all compute their whole prompt, whatever is cached. In turn
 the depot has a visitor's context, so that nothing of it is stored, or nobody has seen it, and it is stored while the others
-go on decoding. Chunks that the decoding requests fill themselves are kept out of what is measured.
+go on decoding. Chunks that the decoding requests fill themselves are kept out of what is measured. A host that is shared gives
+one turn half of the CPU that the next one gets, so the time beside stores is also told next to the time right behind them.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Storing:
         self._kept = kept
 
     def turn(self, which: int, fresh: bool, least_s: float) -> dict[str, Any]:
-        """One visitor, the steps behind it until its stores are done, and at least STEPS of them and `least_s`."""
+        """One visitor, and twice as long behind it as its stores take, at least STEPS steps and twice `least_s`."""
         context = f"fresh {which}" if fresh else which % decoding.CONTEXTS
         prompt = workload.prompt(decoding.CONTEXT, context)[:CONTEXT]
         decoder, before = self._decoder, self._settled()
@@ -80,7 +81,10 @@ class Storing:
             steps = [(0.0, 0)]
             while len(steps) <= STEPS or (
                 decoder.clear(LAST_STEPS)
-                and (steps[-1][0] < least_s or (fresh and self._storing(chunks, before + CHUNKS, gone)))
+                and (
+                    steps[-1][0] < 2 * max(least_s, chunks.seen[-1][0] - gone)
+                    or (fresh and self._storing(chunks, before + CHUNKS, gone))
+                )
             ):
                 decoder.step()
                 steps.append((time.perf_counter() - gone, decoder.decoded() - at_gone))
@@ -137,6 +141,16 @@ def within(turn: dict[str, Any], seconds: float) -> float:
     return turn["steps"][-1][1]
 
 
+def until_and_behind(turn: dict[str, Any], seconds: float) -> float | None:
+    """How many times as long a token took in the first `seconds` behind the visitor as in as many behind those; None where
+    less than half as many follow."""
+    behind = min(seconds, turn["steps"][-1][0] - seconds)
+    if behind < seconds / 2:
+        return None
+    first = within(turn, seconds)
+    return (within(turn, seconds + behind) - first) / behind / (first / seconds)
+
+
 def show(pairs: list[dict[str, Any]], token_bytes: int) -> None:
     chunk_bytes = workload.CHUNK * token_bytes
     stores, controls = [pair["stores"] for pair in pairs], [pair["control"] for pair in pairs]
@@ -178,6 +192,17 @@ def show(pairs: list[dict[str, Any]], token_bytes: int) -> None:
         )
         say("decode_token_beside_stores", beside(stores), "ms", beside(controls))
         say("decode_slowdown_of_stores", slower(single), "%", 5)
+        followed, control = (
+            [ratio for turn, span in zip(turns, spans, strict=True) if span > 0 and (ratio := until_and_behind(turn, span))]
+            for turns in (stores, controls)
+        )
+        if followed and control:
+            print(
+                f"# {len(followed)} of them decoded for long enough behind their stores, too; where nothing was stored, "
+                f"{len(control)} were {slower(control):.1f} % slower until then than behind it",
+                flush=True,
+            )
+            say("decode_slowdown_until_stored", slower(followed), "%", 5)
     else:
         print("# no store was left when a prefill was over: nothing to tell of decoding beside stores", flush=True)
     say("decode_token_of_storing_rounds", whole(stores), "ms", whole(controls))

@@ -33,6 +33,7 @@ class Engine:
         self.follower: Any = None
         self.losing = 0  # of each fresh visitor's chunks
         self.slow: set[int] = set()  # fresh visitors beside whose stores the host has half a CPU
+        self.slow_turns = False  # the host has half a CPU from each fresh visitor to the next one
         self.cached = 0
         self.came: list[tuple[bool, int]] = []  # of each visitor whether it was fresh, and of decoding requests' positions
 
@@ -52,6 +53,8 @@ class Engine:
     def step(self) -> list[SimpleNamespace]:
         outputs, seconds, fresh = [], STORING_STEP_S if self.ends else STEP_S, False
         if self.ends and sum(fresh for fresh, _ in self.came) in self.slow:
+            seconds *= 2
+        if self.slow_turns and self.came and self.came[-1][0]:
             seconds *= 2
         for name, ids, params in self.visitors:
             assert params.skip_reading_prefix_cache, "each visitor computes its prompt"
@@ -147,6 +150,8 @@ def test_the_slowdown_of_stores_is_told_against_equal_prefills_that_are_not_stor
     assert float(beside[2]) == pytest.approx(11.0, abs=0.05) and float(beside[5]) == pytest.approx(10.0, abs=0.05)
     slowdown = found["decode_slowdown_of_stores"]
     assert float(slowdown[2]) == pytest.approx(10.0, abs=0.5) and slowdown[3] == "%" and float(slowdown[5]) == 5
+    assert float(found["decode_slowdown_until_stored"][2]) == pytest.approx(10.0, abs=1.5)
+    assert f"{storing.PAIRS} were 0.0 % slower until then than behind it" in said
     whole = found["decode_token_of_storing_rounds"]
     control_s = PREFILL_S + storing.STEPS * STEP_S
     lost_s = STORING_PREFILL_S - PREFILL_S + 3 * (STORING_STEP_S - STEP_S)
@@ -170,6 +175,31 @@ def test_a_pair_that_the_host_has_slowed_down_does_not_make_the_slowdown(
     control_s = PREFILL_S + storing.STEPS * STEP_S
     lost_s = STORING_PREFILL_S - PREFILL_S + 3 * (STORING_STEP_S - STEP_S)
     assert float(found["decode_slowdown_of_storing_rounds"][2]) == pytest.approx(lost_s / control_s * 100, rel=0.02)
+
+
+def test_a_host_that_slows_whole_turns_down_does_not_make_what_is_told_next_to_the_steps_behind(
+    storing: Any,
+    engine: Engine,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "STORE_S", 10 * STORE_S)
+    engine.slow_turns = True
+    measured(storing, engine, tmp_path)
+    said = capsys.readouterr().out
+    found = results(said)
+    assert float(found["decode_slowdown_of_stores"][2]) == pytest.approx(120.0, abs=5)
+    assert float(found["decode_slowdown_until_stored"][2]) == pytest.approx(10.0, abs=0.5)
+    assert f"# {storing.PAIRS} of them decoded for long enough" in said
+    assert f"{storing.PAIRS} were 0.0 % slower until then" in said
+
+
+def test_what_is_not_followed_for_long_enough_tells_nothing_of_the_steps_behind(storing: Any) -> None:
+    steps = [(0.01 * number, 16 * number) for number in range(30)]
+    assert storing.until_and_behind({"steps": steps}, 0.1) == pytest.approx(1.0)
+    assert storing.until_and_behind({"steps": steps[:17]}, 0.1) == pytest.approx(1.0)
+    assert storing.until_and_behind({"steps": steps[:14]}, 0.1) is None
 
 
 def test_what_a_root_holds_is_read_again_only_when_a_journal_has_changed(

@@ -24,7 +24,7 @@ from typing import Any
 import environment
 import report
 import workload
-from systems import PLACES, SYSTEMS, LMCacheServer, Place, end_session, lmcache_storage, transfer_config
+from systems import PLACES, SYSTEMS, LMCacheServer, Place, end_engine, end_session, lmcache_storage, transfer_config
 
 HERE = Path(__file__).parent
 LINK = """
@@ -144,7 +144,7 @@ class Run:
         except subprocess.TimeoutExpired:
             ended = "nothing: stopped at the deadline"
         finally:
-            end_session(process)
+            end_engine(process)
         said = log.read_text(errors="replace").splitlines()
         wanted = [line for line in said if line.startswith(("ROW ", "RESULT ", "# ")) or "tokendepot" in line or "Error" in line]
         print("\n".join(line[:240] for line in wanted[-60:]), flush=True)

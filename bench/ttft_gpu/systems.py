@@ -16,6 +16,8 @@ from typing import Any
 
 HOST_BYTES = 24 * 10**9  # memory of the systems that keep KV in the engine's process
 LMCACHE_PORT, LMCACHE_HTTP_PORT = 5655, 5656
+# vLLM names the memory of its tiers after the engine's id; it outlives an engine that is killed.
+ENGINE_ID = f"ttft-gpu-{os.getpid()}"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def transfer_config(system: str, folder: str, capacity: str, store_queue: str) -
     if system == "offload":
         return both | {
             "kv_connector": "OffloadingConnector",
+            "engine_id": ENGINE_ID,
             "kv_connector_extra_config": {"cpu_bytes_to_use": HOST_BYTES},
         }
     if system == "fs":
@@ -57,7 +60,11 @@ def transfer_config(system: str, folder: str, capacity: str, store_queue: str) -
             "cpu_bytes_to_use": HOST_BYTES,
             "secondary_tiers": [{"type": "fs", "root_dir": folder}],
         }
-        return both | {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": extra}
+        return both | {
+            "kv_connector": "OffloadingConnector",
+            "engine_id": ENGINE_ID,
+            "kv_connector_extra_config": extra,
+        }
     if system in ("lmcache", "lmcache-depot"):
         extra = {"lmcache.mp.host": "tcp://localhost", "lmcache.mp.port": LMCACHE_PORT}
         return both | {"kv_connector": "LMCacheMPConnector", "kv_connector_extra_config": extra}
@@ -148,6 +155,11 @@ class LMCacheServer:
         """Kills it; its memory, which LMCache names after the process, would outlive that."""
         end_session(self.process)
         Path(f"/dev/shm/lmcache_l1_pool_{self.process.pid}").unlink(missing_ok=True)
+
+
+def end_engine(process: subprocess.Popen) -> None:
+    end_session(process)
+    Path(f"/dev/shm/vllm_offload_{ENGINE_ID}.mmap").unlink(missing_ok=True)
 
 
 def end_session(process: subprocess.Popen) -> None:

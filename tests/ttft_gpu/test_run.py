@@ -27,6 +27,8 @@ class LLM:
         transfer = arguments.get("kv_transfer_config") or {}
         tiers = transfer.get("kv_connector_extra_config", {}).get("secondary_tiers")
         self.file = os.path.join(tiers[0]["root_dir"], "seen") if tiers else ""
+        if tiers:  # vLLM's own name; an engine that is killed leaves it
+            open(f"/dev/shm/vllm_offload_{transfer['engine_id']}.mmap", "x").close()
         self.kept = json.load(open(self.file)) if self.file and os.path.exists(self.file) else []
         self.transfer, self.cached = bool(transfer), []
 
@@ -87,6 +89,7 @@ def test_engines_run_one_after_the_other_and_runs_add_up(tmp_path: Path) -> None
         assert f"RESULT ttft_fs_disk_{phase}_1000 " in second.stdout
     assert "| 1000 |" in second.stdout and "OTHER ANSWERS" not in second.stdout
     assert not (tmp_path / "ttft_gpu").exists(), "nothing is left on the disk"
+    assert not list(Path("/dev/shm").glob("vllm_offload_ttft-gpu-*")), "nor in memory"
 
 
 def test_wrong_names_are_refused_by_what_is_allowed(tmp_path: Path) -> None:

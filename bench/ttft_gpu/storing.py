@@ -3,12 +3,14 @@
 Visitors come into the engine of decoding.py one at a time, and all compute their whole prompt, whatever is cached. In turn
 the depot has a visitor's context, so that nothing of it is stored, or nobody has seen it, and it is stored while the others
 go on decoding. Chunks that the decoding requests fill themselves are kept out of what is measured. A host that is shared gives
-one turn half of the CPU that the next one gets, so the time beside stores is also told next to the time right behind them.
+one turn half of the CPU that the next one gets, so the time beside stores is also told next to the time right behind them, and
+that next to the control's. What is registered later than it is stored is in both.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -29,9 +31,10 @@ PAIRS = 16
 STEPS = 16  # at least, behind each visitor; what a whole round is made of
 LOOK_S = 0.005  # more often takes CPU from the engine, more seldom makes the ends of stores uncertain
 PATIENCE_S = 1.0  # without another chunk, then the rest was dropped
-CLEAR_STEPS, LAST_STEPS = 64, 4  # that the decoding requests are away from the end of a chunk: before and after a turn
-QUIET_STEPS = 8
-PAIR_TOKENS = 3 * workload.CHUNK  # at most, of each decoding request
+# That the decoding requests are away from the end of a chunk: before a turn (as many as it will want), and after it.
+LEAST_CLEAR, MOST_CLEAR, LAST_STEPS = 64, workload.CHUNK // 2, 4
+QUIET_S = 0.3  # until chunks that the decoding requests have filled are kept
+PAIR_TOKENS = 6 * workload.CHUNK  # at most, of each decoding request
 
 
 class Follower:
@@ -66,6 +69,12 @@ class Storing:
     def __init__(self, decoder: Decoding, kept: Callable[[], int]) -> None:
         self._decoder = decoder
         self._kept = kept
+        self._clear = LEAST_CLEAR
+
+    def expect(self, store_s: float, turn: dict[str, Any]) -> None:
+        """Stores of the next turns to take that long, and steps to take what those of `turn` did."""
+        wanted = math.ceil(2 * store_s / (turn["steps"][-1][0] / (len(turn["steps"]) - 1))) + LAST_STEPS
+        self._clear = min(max(wanted, LEAST_CLEAR), MOST_CLEAR)
 
     def turn(self, which: int, fresh: bool, least_s: float) -> dict[str, Any]:
         """One visitor, and twice as long behind it as its stores take, at least STEPS steps and twice `least_s`."""
@@ -102,11 +111,14 @@ class Storing:
 
     def _settled(self) -> int:
         """Chunks that are kept, when no store is under way and none of a decoding request is near."""
-        count, quiet = self._kept(), 0
-        while quiet < QUIET_STEPS:
+        count, since = self._kept(), time.perf_counter()
+        for _ in range(2 * workload.CHUNK):
             self._decoder.step()
-            now, clear = self._kept(), self._decoder.clear(CLEAR_STEPS)
-            count, quiet = now, quiet + 1 if now == count and clear else 0
+            now, chunks = time.perf_counter(), self._kept()
+            if chunks != count or not self._decoder.clear(LAST_STEPS):
+                count, since = chunks, now
+            elif now - since >= QUIET_S and self._decoder.clear(self._clear):
+                break
         return count
 
     def _storing(self, chunks: Follower, wanted: int, gone: float) -> bool:
@@ -119,7 +131,9 @@ def run(decoder: Decoding, order: dict[str, Any], kept: Callable[[], int]) -> No
     storing = Storing(decoder, kept)
     decoder.ready_for(PAIR_TOKENS)
     # One of each is left out, for whatever the first prompt of this length is slower by.
-    longest = max(storing.turn(PAIRS, fresh, 0.0)["late_s"] for fresh in (True, False))
+    first, control = storing.turn(PAIRS, True, 0.0), storing.turn(PAIRS, False, 0.0)
+    longest = first["late_s"]
+    storing.expect(longest, control)
     pairs: list[dict[str, Any]] = []
     while len(pairs) < PAIRS:
         decoder.ready_for(PAIR_TOKENS)
@@ -127,6 +141,7 @@ def run(decoder: Decoding, order: dict[str, Any], kept: Callable[[], int]) -> No
         for fresh in (True, False) if len(pairs) % 2 else (False, True):
             pair["stores" if fresh else "control"] = turn = storing.turn(len(pairs), fresh, longest)
             longest = max(longest, turn["late_s"])
+            storing.expect(longest, turn)
         pairs.append(pair)
     out = Path(order["out"])
     out.write_text(json.dumps({**json.loads(out.read_text()), "pairs": pairs}))
@@ -144,10 +159,9 @@ def within(turn: dict[str, Any], seconds: float) -> float:
 def until_and_behind(turn: dict[str, Any], seconds: float) -> float | None:
     """How many times as long a token took in the first `seconds` behind the visitor as in as many behind those; None where
     less than half as many follow."""
-    behind = min(seconds, turn["steps"][-1][0] - seconds)
-    if behind < seconds / 2:
+    behind, first = min(seconds, turn["steps"][-1][0] - seconds), within(turn, seconds)
+    if behind < seconds / 2 or not first:
         return None
-    first = within(turn, seconds)
     return (within(turn, seconds + behind) - first) / behind / (first / seconds)
 
 
@@ -192,17 +206,23 @@ def show(pairs: list[dict[str, Any]], token_bytes: int) -> None:
         )
         say("decode_token_beside_stores", beside(stores), "ms", beside(controls))
         say("decode_slowdown_of_stores", slower(single), "%", 5)
-        followed, control = (
-            [ratio for turn, span in zip(turns, spans, strict=True) if span > 0 and (ratio := until_and_behind(turn, span))]
-            for turns in (stores, controls)
-        )
-        if followed and control:
+        followed = [
+            (until, alike)
+            for pair, span in zip(pairs, spans, strict=True)
+            if span > 0
+            and (until := until_and_behind(pair["stores"], span))
+            and (alike := until_and_behind(pair["control"], span))
+        ]
+        if followed:
+            against = [until / alike for until, alike in followed]
             print(
-                f"# {len(followed)} of them decoded for long enough behind their stores, too; where nothing was stored, "
-                f"{len(control)} were {slower(control):.1f} % slower until then than behind it",
+                f"# {len(followed)} pairs decoded for long enough behind their stores, too: until those ended "
+                f"{slower([until for until, _ in followed]):.1f} % slower than behind them, where nothing was stored "
+                f"{slower([alike for _, alike in followed]):.1f} %; single pairs {(min(against) - 1) * 100:.1f} to "
+                f"{(max(against) - 1) * 100:.1f} % slower than their control",
                 flush=True,
             )
-            say("decode_slowdown_until_stored", slower(followed), "%", 5)
+            say("decode_slowdown_until_stored", slower(against), "%", 5)
     else:
         print("# no store was left when a prefill was over: nothing to tell of decoding beside stores", flush=True)
     say("decode_token_of_storing_rounds", whole(stores), "ms", whole(controls))

@@ -33,6 +33,7 @@ class Engine:
         self.follower: Any = None
         self.losing = 0  # of each fresh visitor's chunks
         self.slow: set[int] = set()  # fresh visitors beside whose stores the host has half a CPU
+        self.own_late_s = 0.0  # until a chunk that a decoding request has filled begins to be stored
         self.slow_turns = False  # the host has half a CPU from each fresh visitor to the next one
         self.cached = 0
         self.came: list[tuple[bool, int]] = []  # of each visitor whether it was fresh, and of decoding requests' positions
@@ -71,14 +72,14 @@ class Engine:
             tokens.append(1)
             answer = SimpleNamespace(token_ids=list(tokens))
             outputs.append(SimpleNamespace(request_id=name, finished=False, num_cached_tokens=0, outputs=[answer]))
-        self._store(sum(position == 0 for position in self.positions()))
+        self._store(sum(position == 0 for position in self.positions()), self.own_late_s)
         return outputs
 
     def positions(self) -> list[int]:
         return [(self.prompts[name] + len(tokens)) % 256 for name, tokens in self.decoders.items()]
 
-    def _store(self, chunks: int) -> None:
-        self.ends += [self.now + STORE_S * (number + 1) for number in range(chunks)]
+    def _store(self, chunks: int, late_s: float = 0.0) -> None:
+        self.ends += [self.now + late_s + STORE_S * (number + 1) for number in range(chunks)]
 
     def _pass(self, seconds: float) -> None:
         until = self.now + seconds
@@ -144,14 +145,14 @@ def test_the_slowdown_of_stores_is_told_against_equal_prefills_that_are_not_stor
     assert {turn["kept"] for turn in (pair["stores"] for pair in pairs)} == {storing.CHUNKS}
     assert {turn["kept"] for turn in (pair["control"] for pair in pairs)} == {0}
     assert [fresh for fresh, _ in engine.came[2:6]] == [False, True, True, False], "who is first changes"
-    assert max(position for _, position in engine.came) < 256 - storing.CLEAR_STEPS
+    assert max(position for _, position in engine.came) < 256 - storing.LEAST_CLEAR
     found = results(said)
     beside = found["decode_token_beside_stores"]
     assert float(beside[2]) == pytest.approx(11.0, abs=0.05) and float(beside[5]) == pytest.approx(10.0, abs=0.05)
     slowdown = found["decode_slowdown_of_stores"]
     assert float(slowdown[2]) == pytest.approx(10.0, abs=0.5) and slowdown[3] == "%" and float(slowdown[5]) == 5
     assert float(found["decode_slowdown_until_stored"][2]) == pytest.approx(10.0, abs=1.5)
-    assert f"{storing.PAIRS} were 0.0 % slower until then than behind it" in said
+    assert f"# {storing.PAIRS} pairs decoded for long enough behind their stores" in said
     whole = found["decode_token_of_storing_rounds"]
     control_s = PREFILL_S + storing.STEPS * STEP_S
     lost_s = STORING_PREFILL_S - PREFILL_S + 3 * (STORING_STEP_S - STEP_S)
@@ -191,8 +192,27 @@ def test_a_host_that_slows_whole_turns_down_does_not_make_what_is_told_next_to_t
     found = results(said)
     assert float(found["decode_slowdown_of_stores"][2]) == pytest.approx(120.0, abs=5)
     assert float(found["decode_slowdown_until_stored"][2]) == pytest.approx(10.0, abs=0.5)
-    assert f"# {storing.PAIRS} of them decoded for long enough" in said
-    assert f"{storing.PAIRS} were 0.0 % slower until then" in said
+    assert f"# {storing.PAIRS} pairs decoded for long enough" in said
+    assert "slower than behind them, where nothing was stored 0.0 %; single pairs" in said
+
+
+def test_turns_begin_so_far_from_the_end_of_a_chunk_that_stores_end_and_as_many_steps_follow(
+    storing: Any, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "STORE_S", 18 * STORE_S)
+    pairs = measured(storing, engine, tmp_path)
+    for turn in (turn for pair in pairs for turn in pair.values()):
+        assert turn["steps"][-1][0] >= 2 * 60 * STORE_S and turn["kept"] in (0, storing.CHUNKS)
+
+
+def test_chunks_of_the_decoding_requests_that_are_kept_late_are_in_no_turn(
+    storing: Any, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine.own_late_s = 0.2
+    pairs = measured(storing, engine, tmp_path)
+    assert {turn["kept"] for turn in (pair["stores"] for pair in pairs)} == {storing.CHUNKS}
+    assert {turn["kept"] for turn in (pair["control"] for pair in pairs)} == {0}
+    assert "NO CONTROL" not in capsys.readouterr().out
 
 
 def test_what_is_not_followed_for_long_enough_tells_nothing_of_the_steps_behind(storing: Any) -> None:

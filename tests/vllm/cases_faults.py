@@ -7,12 +7,15 @@ import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from tokendepot import _core
 from tokendepot.engines.vllm import scheduler, self_test, versions
 from tokendepot.engines.vllm.settings import RefusedError
 from tokendepot.engines.vllm.worker import WorkerHalf
 
+import harness
+import torch
 from fake_cache import DEFAULT_FAMILY
 from harness import Engine
 from lab import (
@@ -356,6 +359,26 @@ def a_worker_that_refuses_its_cache_switches_the_depot_off(lab: Lab) -> None:
     assert engine.loaded() == 0
     assert len(lines.having("not used", "ERROR")) == 1
     assert engine.stats["switched_off"] == 2, "the rank, and the scheduler's half that heard of it"
+
+
+@case
+def a_cache_of_another_dtype_than_the_engine_declares_switches_the_depot_off(lab: Lab) -> None:
+    store_prompts(lab)
+    allocated = harness.allocate
+
+    def of_another_dtype(*arguments: Any) -> Any:
+        tensors, cells = allocated(*arguments)
+        return {name: tensor.to(torch.float64) for name, tensor in tensors.items()}, cells
+
+    harness.allocate = of_another_dtype
+    try:
+        engine = lab.engine()
+    finally:
+        harness.allocate = allocated
+    same(engine.run(PROMPTS, LENGTH), lab.expected())
+    assert engine.loaded() == 0
+    sentence = "has a cache tensor of torch.float64 where the engine declares torch."
+    assert sum(sentence in line for line in lines.having("not used", "ERROR")) == 1
 
 
 @case

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokendepot import _core
-from tokendepot.engines.vllm.geometry import attach_arguments, cache_device, layer_planes
+from tokendepot.engines.vllm.geometry import attach_arguments, cache_device, check_cells, layer_planes
 from tokendepot.engines.vllm.groups import CANONICAL, FULL, OPAQUE, Group
 from tokendepot.engines.vllm.settings import RefusedError
 
@@ -329,6 +329,24 @@ def test_tensors_that_do_not_fit_the_group_are_refused() -> None:
     for text, tensor in refused.items():
         with pytest.raises(RefusedError, match=text):
             layer_planes(tensor, group(), BLOCKS, LOGICAL, "layer")
+
+
+def test_cells_of_another_dtype_than_the_engine_declares_are_refused_by_both_names() -> None:
+    cells = torch.zeros(8)
+    for foreign in (torch.int16, torch.bfloat16, torch.float64, torch.bool):
+        with pytest.raises(RefusedError, match=f"cache tensor of {foreign} where the engine declares torch.float32"):
+            check_cells(cells.to(foreign), torch.float32, "layer")
+    with pytest.raises(RefusedError, match="complex128: cells of 16 bytes are not kept"):
+        check_cells(cells.to(torch.complex128), torch.complex128, "layer")
+
+
+def test_cells_may_be_viewed_as_any_dtype_of_their_size() -> None:
+    one_byte = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+    for seen in one_byte:
+        for declared in one_byte:
+            check_cells(torch.zeros(8, dtype=torch.uint8).view(seen), declared, "layer")
+    for seen, declared in ((torch.float32, torch.float32), (torch.int16, torch.bfloat16), (torch.float16, torch.bfloat16)):
+        check_cells(torch.zeros(8, dtype=seen), declared, "layer")
 
 
 def test_overlapping_cells_are_refused_as_pages() -> None:

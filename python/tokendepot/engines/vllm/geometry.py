@@ -50,6 +50,16 @@ def cache_device(kv_caches: Iterable[Any]) -> str:
     return f"cuda:{device.index if device.index is not None else torch.cuda.current_device()}"
 
 
+def check_cells(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> None:
+    """RefusedError when the cells are not as large as those of the dtype that the engine declares. Bytes are moved, so they
+    may be viewed as anything of that size, as fp8 caches are."""
+    size = tensor.element_size()
+    if size not in INTEGERS:
+        raise RefusedError(f"layer {name} has a cache tensor of {tensor.dtype}: cells of {size} bytes are not kept")
+    if size != dtype.itemsize:
+        raise RefusedError(f"layer {name} has a cache tensor of {tensor.dtype} where the engine declares {dtype}")
+
+
 def layer_planes(
     tensor: torch.Tensor, group: Group, block_count: int, declared: tuple[str, ...] | None, name: str
 ) -> list[Plane]:

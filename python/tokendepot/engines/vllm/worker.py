@@ -20,7 +20,13 @@ import torch
 
 from tokendepot import _core
 from tokendepot.engines.vllm import self_test, versions
-from tokendepot.engines.vllm.geometry import attach_arguments, block_cells, cache_device, layer_planes
+from tokendepot.engines.vllm.geometry import (
+    attach_arguments,
+    block_cells,
+    cache_device,
+    check_cells,
+    layer_planes,
+)
 from tokendepot.engines.vllm.groups import CANONICAL, Group, Placement, describe_groups
 from tokendepot.engines.vllm.messages import HoldOrder, LoadOrder, StepOrders, StepReport
 from tokendepot.engines.vllm.settings import RefusedError, Settings
@@ -101,11 +107,13 @@ class WorkerHalf:
     def _lent(self, group: Group, kv_caches: dict[str, torch.Tensor]) -> self_test.Lent:
         block_count = int(self._kv_cache_config.num_blocks)
         cache_dtype = str(self._vllm_config.cache_config.cache_dtype)
+        dtype = self._kv_cache_config.kv_cache_groups[group.index].kv_cache_spec.dtype
         layers, cells = [], []
         for name in group.layer_names:
             tensor = kv_caches.get(name)
             if not isinstance(tensor, torch.Tensor):
                 raise RefusedError(f"the engine registered no cache tensor for layer {name}")
+            check_cells(tensor, dtype, name)
             backend = versions.backend_name(self._vllm_config, name)
             if group.kind == CANONICAL and backend.startswith("CPU"):
                 raise RefusedError(
@@ -370,7 +378,8 @@ class WorkerHalf:
         self._holding.clear()
 
     def _close_depot(self) -> None:
-        """After this the depot writes no byte of the cache any more."""
+        """After this the depot writes no byte of the cache any more, unless the GPU itself stands still: what is verified
+        and was handed to it before then lands when it goes on."""
         if self._depot is None:
             return
         try:

@@ -236,10 +236,11 @@ Result<std::unique_ptr<Depot>> OpenDepot::open(const Options& options, std::uniq
   const DepotStats found = depot->stats();
   uint64_t segments = 0;
   for (const RootStats& root : found.roots) segments += root.segments;
-  log(LogLevel::info, "ready after {:.3f} s: {}{} segments, {} journal records read{}",
+  log(LogLevel::info,
+      "ready after {:.3f} s: {}{} segments, {} journal records read, {} depot threads in this process{}",
       static_cast<double>(found.open_nanoseconds) * 1e-9,
       options.catalog ? fmt::format("{} extents in ", found.entries) : "", segments, found.journal_records,
-      *whole ? "" : "; the rest is being read, until then it is missed");
+      io_threads_running(), *whole ? "" : "; the rest is being read, until then it is missed");
   return depot;
 }
 

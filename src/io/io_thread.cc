@@ -3,12 +3,18 @@
 #include <pthread.h>
 #include <signal.h>
 
+#include <atomic>
 #include <cerrno>
 #include <system_error>
 
 #include "base/errors.h"
 
 namespace tokendepot {
+namespace {
+
+std::atomic<uint32_t> running = 0;
+
+}  // namespace
 
 std::thread start_io_thread(void (*body)(void*), void* context, const char* name) {
   sigset_t blocked;
@@ -18,13 +24,22 @@ std::thread start_io_thread(void (*body)(void*), void* context, const char* name
   sigset_t before;
   pthread_sigmask(SIG_SETMASK, &blocked, &before);
   std::thread thread;
+  ++running;
   try {
-    thread = std::thread(body, context);
+    thread = std::thread([body, context] {
+      body(context);
+      --running;
+    });
     pthread_setname_np(thread.native_handle(), name);
   } catch (const std::system_error&) {
+    --running;
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
   return thread;
+}
+
+uint32_t io_threads_running() {
+  return running;
 }
 
 std::unexpected<Error> thread_refused(std::string_view whose) {

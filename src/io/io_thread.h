@@ -1,6 +1,7 @@
 // Threads of the I/O engines.
 #pragma once
 
+#include <cstdint>
 #include <expected>
 #include <string_view>
 #include <thread>
@@ -13,6 +14,9 @@ namespace tokendepot {
 /// signals, so that the engine's handlers never run on it. Faults of the thread itself stay open: SIGBUS must
 /// reach the guard of a mapping. Not joinable when the system refuses another thread.
 std::thread start_io_thread(void (*body)(void*), void* context, const char* name);
+
+/// Of them, those of this process that have not ended.
+uint32_t io_threads_running();
 
 /// What to return then: `busy`, with the limits that there are. `whose` as in "the CUDA device's threads".
 std::unexpected<Error> thread_refused(std::string_view whose);

@@ -293,8 +293,10 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
   if (auto chosen = root->choose_gds(cufile, depot.io_depth); !chosen) return std::unexpected(chosen.error());
   root->files_ = std::make_unique<SegmentFiles>(root->segments_dir(), root->mapped_, root->direct_,
                                                 files_kept_open(), device, map_writable, root->gds_.get());
-  log(LogLevel::info, "root \"{}\": {} ({}), capacity {} MiB, segments of {} MiB{}", options.path,
-      root->transport_, root->reason_, capacity / kMiB, root->segment_bytes() / kMiB,
+  const bool registered = root->mapped_ && device != nullptr && device->registers_mappings();
+  log(LogLevel::info, "root \"{}\": {} ({}), capacity {} MiB{}, segments of {} MiB{}", options.path,
+      root->transport_, root->reason_, capacity / kMiB,
+      registered ? ", all of which may be page-locked for the device" : "", root->segment_bytes() / kMiB,
       root->writable_ ? "" : ", read-only");
   return root;
 }

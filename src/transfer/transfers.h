@@ -41,8 +41,9 @@ class Transfers {
   ~Transfers();
 
   /// Cancels what is queued, waits for what is in motion; further submits answer `closed`. False: the kernel
-  /// has not answered after kClosePatienceNs. Nothing will touch a paged cache any more, but threads are
-  /// still in the kernel: this object and all that it uses must stay for good. Once.
+  /// has not answered after kClosePatienceNs. Nothing will touch a paged cache any more but scatters that
+  /// the device has already (verified bytes behind a stream that stands still); threads are still in the
+  /// kernel: this object and all that it uses must stay for good. Once.
   bool close();
 
   Status attach(const PagedCache& cache);

@@ -98,6 +98,10 @@ TEST_F(CudaDepotInMemory, WhatItTakesOfGpuAndHostIsToldWhenItIsOpenedAndFollowsT
     EXPECT_EQ(std::ranges::count_if(lines, [&](const std::string& line) { return line.contains(told); }), 1)
         << told;
   }
+  const auto roots = std::ranges::count_if(lines, [](const std::string& line) {
+    return line.contains(" MiB, all of which may be page-locked for the device, segments of ");
+  });
+  EXPECT_EQ(roots, 2) << "one root in memory, opened twice";
   EXPECT_EQ(taken[1].threads, taken[0].threads + 3);
   EXPECT_GT(taken[1].pinned_bytes, taken[0].pinned_bytes) << "each thread has memory to copy through";
   EXPECT_LE(taken[1].pinned_bytes, options().slab_bytes + (64ull << 20));

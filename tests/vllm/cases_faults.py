@@ -382,6 +382,16 @@ def a_cache_of_another_dtype_than_the_engine_declares_switches_the_depot_off(lab
 
 
 @case
+def a_device_that_the_cache_is_not_on_switches_the_depot_off(lab: Lab) -> None:
+    store_prompts(lab)
+    engine = lab.engine(extra={"device": "cuda:3"})
+    same(engine.run(PROMPTS, LENGTH), lab.expected())
+    assert engine.loaded() == 0
+    sentence = '"device" is "cuda:3" but the KV cache is on "host"'
+    assert sum(sentence in line for line in lines.having("not used", "ERROR")) == 1
+
+
+@case
 def a_scheduler_that_refuses_alone_is_counted_by_the_worker(lab: Lab) -> None:
     def unidentified(*_) -> dict:
         raise RefusedError("its weights cannot be identified")

@@ -74,6 +74,8 @@ class Server:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        # LMCache names its memory after the process, and a killed one leaves it.
+        Path(f"/dev/shm/lmcache_l1_pool_{self._process.pid}").unlink(missing_ok=True)
 
 
 @contextmanager

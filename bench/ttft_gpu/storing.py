@@ -69,15 +69,11 @@ class Storing:
     def __init__(self, decoder: Decoding, kept: Callable[[], int]) -> None:
         self._decoder = decoder
         self._kept = kept
+        self._longest_s = 0.0  # that stores took behind a prefill so far
         self._clear = LEAST_CLEAR
 
-    def expect(self, store_s: float, turn: dict[str, Any]) -> None:
-        """Stores of the next turns to take that long, and steps to take what those of `turn` did."""
-        wanted = math.ceil(2 * store_s / (turn["steps"][-1][0] / (len(turn["steps"]) - 1))) + LAST_STEPS
-        self._clear = min(max(wanted, LEAST_CLEAR), MOST_CLEAR)
-
-    def turn(self, which: int, fresh: bool, least_s: float) -> dict[str, Any]:
-        """One visitor, and twice as long behind it as its stores take, at least STEPS steps and twice `least_s`."""
+    def turn(self, which: int, fresh: bool) -> dict[str, Any]:
+        """One visitor, and twice as long behind it as its stores take or any before took, at least STEPS steps."""
         context = f"fresh {which}" if fresh else which % decoding.CONTEXTS
         prompt = workload.prompt(decoding.CONTEXT, context)[:CONTEXT]
         decoder, before = self._decoder, self._settled()
@@ -91,7 +87,7 @@ class Storing:
             while len(steps) <= STEPS or (
                 decoder.clear(LAST_STEPS)
                 and (
-                    steps[-1][0] < 2 * max(least_s, chunks.seen[-1][0] - gone)
+                    steps[-1][0] < 2 * max(self._longest_s, chunks.seen[-1][0] - gone)
                     or (fresh and self._storing(chunks, before + CHUNKS, gone))
                 )
             ):
@@ -99,6 +95,10 @@ class Storing:
                 steps.append((time.perf_counter() - gone, decoder.decoded() - at_gone))
         ended, count = chunks.seen[-1]
         early = max(then for at, then in chunks.seen if at <= gone)
+        late_s = max(0.0, ended - gone)
+        self._longest_s = max(self._longest_s, late_s)
+        step_s = steps[-1][0] / (len(steps) - 1)
+        self._clear = min(max(math.ceil(2 * self._longest_s / step_s) + LAST_STEPS, LEAST_CLEAR), MOST_CLEAR)
         return {
             "prefill_s": gone - began,
             "prefill_tokens": at_gone - tokens,  # that were decoded meanwhile
@@ -106,7 +106,7 @@ class Storing:
             "steps": steps,
             "kept": count - before,
             "late": count - early,
-            "late_s": max(0.0, ended - gone),
+            "late_s": late_s,
         }
 
     def _settled(self) -> int:
@@ -131,17 +131,14 @@ def run(decoder: Decoding, order: dict[str, Any], kept: Callable[[], int]) -> No
     storing = Storing(decoder, kept)
     decoder.ready_for(PAIR_TOKENS)
     # One of each is left out, for whatever the first prompt of this length is slower by.
-    first, control = storing.turn(PAIRS, True, 0.0), storing.turn(PAIRS, False, 0.0)
-    longest = first["late_s"]
-    storing.expect(longest, control)
+    for fresh in (True, False):
+        storing.turn(PAIRS, fresh)
     pairs: list[dict[str, Any]] = []
     while len(pairs) < PAIRS:
         decoder.ready_for(PAIR_TOKENS)
         pair = {}
         for fresh in (True, False) if len(pairs) % 2 else (False, True):
-            pair["stores" if fresh else "control"] = turn = storing.turn(len(pairs), fresh, longest)
-            longest = max(longest, turn["late_s"])
-            storing.expect(longest, turn)
+            pair["stores" if fresh else "control"] = storing.turn(len(pairs), fresh)
         pairs.append(pair)
     out = Path(order["out"])
     out.write_text(json.dumps({**json.loads(out.read_text()), "pairs": pairs}))
@@ -181,6 +178,9 @@ def show(pairs: list[dict[str, Any]], token_bytes: int) -> None:
         """Of a pair: some hosts give a turn half of the CPU that the next one gets."""
         return (median(ratios) - 1) * 100
 
+    def from_to(ratios: list[float]) -> str:
+        return f"{(min(ratios) - 1) * 100:.1f} to {(max(ratios) - 1) * 100:.1f} % slower"
+
     missing = CHUNKS * len(pairs) - sum(turn["kept"] for turn in stores)
     late, late_s = sum(turn["late"] for turn in stores), sum(turn["late_s"] for turn in stores)
     print(f"# {len(pairs)} visitors of {CONTEXT} fresh tokens were stored, and as many were not", flush=True)
@@ -200,8 +200,7 @@ def show(pairs: list[dict[str, Any]], token_bytes: int) -> None:
         ]
         print(
             f"# {late} of their chunks were stored at {late * chunk_bytes / late_s / 1e9:.1f} GB/s when the prefill was over, "
-            f"in {late_s / len(pairs) * 1e3:.0f} ms a visitor; beside single ones decoding was {(min(single) - 1) * 100:.1f} to "
-            f"{(max(single) - 1) * 100:.1f} % slower",
+            f"in {late_s / len(pairs) * 1e3:.0f} ms a visitor; beside single ones decoding was {from_to(single)}",
             flush=True,
         )
         say("decode_token_beside_stores", beside(stores), "ms", beside(controls))
@@ -218,8 +217,7 @@ def show(pairs: list[dict[str, Any]], token_bytes: int) -> None:
             print(
                 f"# {len(followed)} pairs decoded for long enough behind their stores, too: until those ended "
                 f"{slower([until for until, _ in followed]):.1f} % slower than behind them, where nothing was stored "
-                f"{slower([alike for _, alike in followed]):.1f} %; single pairs {(min(against) - 1) * 100:.1f} to "
-                f"{(max(against) - 1) * 100:.1f} % slower than their control",
+                f"{slower([alike for _, alike in followed]):.1f} %; single pairs {from_to(against)} than their control",
                 flush=True,
             )
             say("decode_slowdown_until_stored", slower(against), "%", 5)

@@ -40,6 +40,7 @@ PLACES = ("shm", "disk", "loop")
 def transfer_config(system: str, folder: str, capacity: str, store_queue: str) -> dict[str, Any] | None:
     """vLLM's kv_transfer_config."""
     both: dict[str, Any] = {"kv_role": "kv_both"}
+    extra: dict[str, Any]
     if system == "depot":
         extra = {"roots": [f"{folder}?capacity={capacity}"], "store_queue": store_queue, "on_error": "fail"}
         return both | {
@@ -48,18 +49,10 @@ def transfer_config(system: str, folder: str, capacity: str, store_queue: str) -
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": extra,
         }
-    if system == "offload":
-        return both | {
-            "kv_connector": "OffloadingConnector",
-            "engine_id": ENGINE_ID,
-            "kv_connector_extra_config": {"cpu_bytes_to_use": HOST_BYTES},
-        }
-    if system == "fs":
-        extra = {
-            "spec_name": "TieringOffloadingSpec",
-            "cpu_bytes_to_use": HOST_BYTES,
-            "secondary_tiers": [{"type": "fs", "root_dir": folder}],
-        }
+    if system in ("offload", "fs"):
+        extra = {"cpu_bytes_to_use": HOST_BYTES}
+        if system == "fs":
+            extra |= {"spec_name": "TieringOffloadingSpec", "secondary_tiers": [{"type": "fs", "root_dir": folder}]}
         return both | {
             "kv_connector": "OffloadingConnector",
             "engine_id": ENGINE_ID,

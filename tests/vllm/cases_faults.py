@@ -363,6 +363,12 @@ def a_worker_that_refuses_its_cache_switches_the_depot_off(lab: Lab) -> None:
     assert engine.stats["switched_off"] == 2, "the rank, and the scheduler's half that heard of it"
 
 
+def _runs_without_it(lab: Lab, engine: Engine, reason: str) -> None:
+    same(engine.run(PROMPTS, LENGTH), lab.expected())
+    assert engine.loaded() == 0
+    assert sum(reason in line for line in lines.having("not used", "ERROR")) == 1
+
+
 @case
 def a_cache_of_another_dtype_than_the_engine_declares_switches_the_depot_off(lab: Lab) -> None:
     store_prompts(lab)
@@ -377,20 +383,14 @@ def a_cache_of_another_dtype_than_the_engine_declares_switches_the_depot_off(lab
         engine = lab.engine()
     finally:
         harness.allocate = allocated
-    same(engine.run(PROMPTS, LENGTH), lab.expected())
-    assert engine.loaded() == 0
-    sentence = "has a cache tensor of torch.float64 where the engine declares torch."
-    assert sum(sentence in line for line in lines.having("not used", "ERROR")) == 1
+    _runs_without_it(lab, engine, "has a cache tensor of torch.float64 where the engine declares torch.")
 
 
 @case
 def a_device_that_the_cache_is_not_on_switches_the_depot_off(lab: Lab) -> None:
     store_prompts(lab)
     engine = lab.engine(extra={"device": "cuda:3"})
-    same(engine.run(PROMPTS, LENGTH), lab.expected())
-    assert engine.loaded() == 0
-    sentence = '"device" is "cuda:3" but the KV cache is on "host"'
-    assert sum(sentence in line for line in lines.having("not used", "ERROR")) == 1
+    _runs_without_it(lab, engine, '"device" is "cuda:3" but the KV cache is on "host"')
 
 
 @case

@@ -289,15 +289,14 @@ Result<std::unique_ptr<Root>> Root::open(const RootOptions& options, RootIndex i
   if (auto chosen = root->choose_transport(*system, depot.io_depth); !chosen)
     return std::unexpected(chosen.error());
   root->device_ = device;
-  const bool map_writable = root->writable_ && device != nullptr && device->registers_mappings();
+  const bool map_writable = root->writable_ && root->device_registers();
   if (auto chosen = root->choose_gds(cufile, depot.io_depth); !chosen) return std::unexpected(chosen.error());
   root->files_ = std::make_unique<SegmentFiles>(root->segments_dir(), root->mapped_, root->direct_,
                                                 files_kept_open(), device, map_writable, root->gds_.get());
-  const bool registered = root->mapped_ && device != nullptr && device->registers_mappings();
   log(LogLevel::info, "root \"{}\": {} ({}), capacity {} MiB{}, segments of {} MiB{}", options.path,
       root->transport_, root->reason_, capacity / kMiB,
-      registered ? ", all of which may be page-locked for the device" : "", root->segment_bytes() / kMiB,
-      root->writable_ ? "" : ", read-only");
+      root->mapped_ && root->device_registers() ? ", all of which may be page-locked for the device" : "",
+      root->segment_bytes() / kMiB, root->writable_ ? "" : ", read-only");
   return root;
 }
 
@@ -322,8 +321,12 @@ Status Root::fit_extent(uint64_t extent_bytes) {
   return {};
 }
 
+bool Root::device_registers() const {
+  return device_ != nullptr && device_->registers_mappings();
+}
+
 void Root::map_ahead(const SegmentTable& segments, const std::atomic<bool>& stop) {
-  if (!mapped_ || device_ == nullptr || !device_->registers_mappings()) return;
+  if (!mapped_ || !device_registers()) return;
   uint64_t bytes = 0;
   const auto coldest_first = segments.present_segments(index_);
   for (const auto& [slot, segment] : std::views::reverse(coldest_first)) {

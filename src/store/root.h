@@ -93,6 +93,8 @@ class Root {
   void cap_to(const MemoryLimit& limit, const std::string& file_system);
   Status choose_transport(const FileSystemInfo& system, uint32_t io_depth);
   Status choose_gds(CuFile* cufile, uint32_t io_depth);
+  /// Whether what is mapped here is registered with a device.
+  bool device_registers() const;
 
   RootOptions options_;
   RootIndex index_ = 0;

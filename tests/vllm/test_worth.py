@@ -162,6 +162,33 @@ def test_a_guess_must_promise_more_than_a_little() -> None:
     assert machine.rule.of_load(0, 127_744, 128_000), "there the same root clearly pays"
 
 
+def test_a_longer_prompt_than_any_before_costs_what_shorter_ones_let_expect() -> None:
+    """From the root 96,000 tokens come in 2.8 s, by the guess in 4.2, and computing takes 4.7; at the price of a token of the
+    24,000 it would take 3.5."""
+    machine = Machine(4.5e9, started_at_rate=4.5e9)
+    machine.compute(0, 24_000)
+    assert not machine.rule.of_load(0, 23_808, 24_000)
+    assert machine.rule.of_load(0, 95_744, 96_000)
+    assert machine.rule.spared_seconds(0, 95_744, 96_000) == pytest.approx(machine.compute_s(0, 95_744), rel=0.01)
+
+
+@pytest.mark.parametrize("slow", [0, 1, 2])
+def test_what_a_longer_prompt_costs_is_not_told_by_one_slow_step(slow: int) -> None:
+    machine = Machine(4.5e9)
+    for at, (done, total) in enumerate(((0, 8192), (8192, 16_384), (16_384, 24_000))):
+        machine.step([(done, total - done)], machine.compute_s(done, total) * (1.5 if at == slow else 1))
+    at_its_price = machine.compute_s(16_384, 24_000) / 7616 * (1.5 if slow == 2 else 1)
+    longer = machine.rule.spared_seconds(0, 95_744, 96_000)
+    assert 95_744 * at_its_price * 0.99 < longer < 1.5 * machine.compute_s(0, 95_744)
+
+
+def test_two_contexts_nearly_as_long_do_not_tell_how_cost_grows() -> None:
+    machine = Machine(4.5e9)
+    machine.step([(4050, 8192)], 0.25)
+    machine.step([(4150, 8192)], 0.26)
+    assert machine.rule.spared_seconds(0, 95_744, 96_000) == pytest.approx(95_744 * 0.26 / 8192, rel=0.01)
+
+
 def test_a_first_step_that_compiled_does_not_make_prefill_dear() -> None:
     """It held 16,384 tokens, so that no later step is of its power of two until a longer prompt comes."""
     machine = Machine(1.5e9, started_at_rate=1.5e9)

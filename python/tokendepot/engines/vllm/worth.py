@@ -9,8 +9,9 @@ after a restart are loads where that can clearly pay; the very first load of a p
 little when it was slow. Other sizes are guessed from the one that promises most; loads that were slow are tried again
 after a minute.
 
-What a token costs grows with its context, and at most in proportion to it: attention reads the context, all else does
-not. So costs at shorter contexts bound what one slow step, the first of a process that compiles, makes of a longer one.
+What a token costs grows with its context, by as much for each token of it, and at most in proportion: attention reads the
+context, all else does not. So costs at shorter contexts tell what a longer one costs that was not seen, by the least
+growth among them, and bound what one slow step, the first of a process that compiles, makes of a longer one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import combinations
 from statistics import median_low
 from typing import Any
 
@@ -29,6 +31,8 @@ SHORT_STEP_EVERY_S = 1.0
 STEPS_UNDER_WAY = 64  # remembered; a step that nobody reports is forgotten
 LOADS_COUNT_S = 60.0
 KEPT = 5  # observations of one power of two
+GROWTH_FROM = 3  # octaves of contexts, the longest: what a token costs at short ones is the step's floor
+GROWTH_APART = 1.5  # times as long; between nearer ones it would be their noise
 UNTOLD = 1024
 LOAD_LATENCY_S = 2e-3
 LATENCY_SHARE = 4  # of a load's time over that of its bytes, for guesses about larger ones
@@ -139,8 +143,18 @@ class Worth:
         near = self._contexts.near(context)
         if near is None:
             return self._step / self._free_tokens
-        shorter = [y * context / x for x, y in self._contexts.medians(0.0).values() if x <= context]
-        return min([near[1], *shorter])
+        x, y = near
+        shorter = sorted(seen for seen in self._contexts.medians(0.0).values() if seen[0] <= context)
+        if Octaves.octave(x) < Octaves.octave(context):
+            y += self._growth(shorter[-GROWTH_FROM:]) * (context - x)
+        return min([y, *(y * context / x for x, y in shorter)])
+
+    @staticmethod
+    def _growth(seen: list[tuple[float, float]]) -> float:
+        """Seconds a token costs more for each token of context, the least between any two: one of them may be of a slow step."""
+        pairs = combinations(seen, 2)
+        slopes = [(y2 - y1) / (x2 - x1) for (x1, y1), (x2, y2) in pairs if x2 >= GROWTH_APART * x1]
+        return max(0.0, min(slopes, default=0.0))
 
     # --- what it learns from -------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@
 #include "gpu/loop_device.h"
 #include "gpu/matmul.h"
 #include "gpu/options.h"
+#include "gpu/other_threads.h"
 #include "gpu/report.h"
 #include "rig.h"
 #include "workload/link.h"
@@ -146,6 +147,25 @@ class GpuPath {
     }
   }
 
+  /// What an eager step consists of, beside stores into segments that nobody has written yet, which are not
+  /// registered: their pages are made, and threads copy.
+  void measure_threads() {
+    std::string why_not;
+    const auto matmul = Matmul::make(64, why_not);
+    if (matmul == nullptr) return report_.note("threads: skipped: " + why_not);
+    auto plan = plan_for(kRootKinds[0], options_.memory, options_.toy ? 1 : 32);
+    if (!plan) return report_.note("threads: skipped: " + plan.error().message);
+    plan->segment_bytes = options_.toy ? 0 : 256ull << 20;  // as in a root of tens of GiB
+    const double link = unwrap(link_->copy_large(Link::Way::to_host, options_.seconds / rounds_)).gb_per_s;
+    for (const OtherWork& work : other_work(*matmul)) {
+      std::vector<double> alone, beside, stored;
+      for (int round = 0; round < rounds_; ++round) measure_fresh(*plan, work, alone, beside, stored);
+      report_.add(std::string("gpu_fresh_store_beside_") + work.name, median(stored), "GB/s", link);
+      report_.add(std::string("gpu_") + work.name + "_beside_fresh_store", median(beside), "us",
+                  median(alone));
+    }
+  }
+
   void measure_open() {
     const double room = std::min(available_bytes(options_.memory), available_memory() * 0.9);
     const double gib = std::min(options_.open_gib, std::floor(room / 1.3 / kGiB * 8) / 8);
@@ -215,6 +235,40 @@ class GpuPath {
     report_.note("matmul alone: " + number(matmul.tflops(alone_ms)) + " TFLOP/s of bf16");
     report_.add("gpu_matmul_slowdown_" + what + "_percent", median(slowdown), "%", 5);
     report_.add("gpu_" + what + "_beside_matmul", median(beside), "GB/s", median(alone_rate));
+  }
+
+  /// One pass of stores into a new root; microseconds of a part of `work` on average meanwhile, and before
+  /// and behind it.
+  void measure_fresh(const RigPlan& plan, const OtherWork& work, std::vector<double>& alone,
+                     std::vector<double>& beside, std::vector<double>& stored) const {
+    Rig rig(plan);
+    const auto until = [&](const std::function<bool()>& over) {
+      const double begin = now_s();
+      double steps = 0;
+      do {
+        rig.engine_step(true);
+        work.step([&] { rig.engine_step(false); });
+        ++steps;
+      } while (!over());
+      return std::pair{now_s() - begin, steps * work.parts};
+    };
+    const auto for_a_while = [&] {
+      const double ends = now_s() + options_.seconds / rounds_ / 2;
+      return until([=] { return now_s() >= ends; });
+    };
+    const auto before = for_a_while();
+    std::atomic<bool> over = false;
+    Rig::Run run;
+    std::thread stores([&] {
+      run = rig.store(kFlight);
+      over = true;
+    });
+    const auto meanwhile = until([&] { return over.load(); });
+    stores.join();
+    const auto behind = for_a_while();
+    alone.push_back((before.first + behind.first) / (before.second + behind.second) * 1e6);
+    beside.push_back(meanwhile.first / meanwhile.second * 1e6);
+    stored.push_back(run.gb_per_s);
   }
 
   /// Where roots of this kind lie, or why there is no such place.
@@ -404,6 +458,7 @@ int main(int argc, char** argv) {
   if (options.wants("paths")) path.measure_paths();
   if (options.wants("kernels")) path.measure_kernels();
   if (options.wants("matmul")) path.measure_matmul();
+  if (options.wants("threads")) path.measure_threads();
   if (options.wants("open")) path.measure_open();
   if (!options.json.empty() && !path.write(options.json)) bench::stop("cannot write " + options.json);
 }

@@ -162,6 +162,8 @@ class Rig {
   std::byte* memory() const { return memory_.get(); }
   uint64_t memory_bytes() const { return bytes_; }
   DepotStats stats() const { return depot_->stats(); }
+  /// See Depot::engine_step().
+  void engine_step(bool begins) { depot_->engine_step(begins); }
   std::string transport() const {
     const RootStats root = stats().roots[0];
     return root.transport + " (" + root.reason + ")";

@@ -83,6 +83,10 @@ void Matmul::enqueue(int count) {
   }
 }
 
+void Matmul::wait() {
+  must(cudaStreamSynchronize(stream_), "the products");
+}
+
 double Matmul::timed(int count) {
   const Event begin(cudaEventDefault), end(cudaEventBlockingSync);
   must(cudaEventRecord(begin, stream_), "an event");

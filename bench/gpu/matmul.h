@@ -21,9 +21,12 @@ class Matmul {
   double milliseconds(double seconds);
   double tflops(double ms) const;
 
+  /// Products one behind the other, which wait() waits for.
+  void enqueue(int count);
+  void wait();
+
  private:
   Matmul() = default;
-  void enqueue(int count);
   double timed(int count);
 
   struct Library;

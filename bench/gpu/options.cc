@@ -15,7 +15,8 @@ namespace {
 constexpr const char* kUsage =
     R"(usage: gpu_path [OPTION...]   measures loads and stores of a depot with a CUDA device, next to their limits
 
-  --only PART,...     paths (load and store of each kind of root), kernels, matmul, open; default: all
+  --only PART,...     paths (load and store of each kind of root), kernels, matmul, threads (what stores into fresh
+                      segments cost other threads of the process), open; default: all
   --roots KIND,...    mapped, direct, loop, gds, gdsloop; default: all that this machine offers
   --sizes MIB,...     payload of an extent, multiples of 0.5; default: 1,2.5,10,32,80
   --seconds S         of each figure; default: 2
@@ -74,7 +75,7 @@ std::vector<std::string> choices(const std::string& option, const std::string& v
 }  // namespace
 
 const std::vector<std::string>& parts() {
-  static const std::vector<std::string> names{"paths", "kernels", "matmul", "open"};
+  static const std::vector<std::string> names{"paths", "kernels", "matmul", "threads", "open"};
   return names;
 }
 

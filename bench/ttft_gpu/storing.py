@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -35,6 +36,12 @@ PATIENCE_S = 1.0  # without another chunk, then the rest was dropped
 LEAST_CLEAR, MOST_CLEAR, LAST_STEPS = 64, workload.CHUNK // 2, 4
 QUIET_S = 0.3  # until chunks that the decoding requests have filled are kept
 PAIR_TOKENS = 6 * workload.CHUNK  # at most, of each decoding request
+
+
+def stolen_s() -> float:
+    """Seconds that CPUs of this machine, a virtual one, wanted to work and did not get to since it started; 0 where the host
+    does not tell."""
+    return int(Path("/proc/stat").read_text().split("\n", 1)[0].split()[8]) / os.sysconf("SC_CLK_TCK")
 
 
 class Follower:
@@ -77,6 +84,7 @@ class Storing:
         context = f"fresh {which}" if fresh else which % decoding.CONTEXTS
         prompt = workload.prompt(decoding.CONTEXT, context)[:CONTEXT]
         decoder, before = self._decoder, self._settled()
+        stolen = stolen_s()
         with Follower(self._kept) as chunks:
             began, tokens = time.perf_counter(), decoder.decoded()
             decoder.visit(prompt, skip_reading_prefix_cache=True)
@@ -107,6 +115,7 @@ class Storing:
             "kept": count - before,
             "late": count - early,
             "late_s": late_s,
+            "stolen_s": stolen_s() - stolen,
         }
 
     def _settled(self) -> int:
@@ -185,10 +194,13 @@ def show(pairs: list[dict[str, Any]], token_bytes: int) -> None:
     late, late_s = sum(turn["late"] for turn in stores), sum(turn["late_s"] for turn in stores)
     print(f"# {len(pairs)} visitors of {CONTEXT} fresh tokens were stored, and as many were not", flush=True)
     if missing > 0:
-        print(f"# DROPPED: {missing} of {CHUNKS * len(pairs)} chunks were not kept, or too late: fewer stores than meant", flush=True)
+        print(f"# DROPPED: {missing} of {CHUNKS * len(pairs)} chunks were not kept, were evicted or came too late: fewer stores than meant", flush=True)
     changed = sum(abs(turn["kept"]) for turn in controls)
     if changed:
         print(f"# NO CONTROL: {changed} chunks came or went beside what is not stored; is the root too small?", flush=True)
+    stolen, of_control = (sum(turn["stolen_s"] for turn in turns) for turns in (stores, controls))
+    if stolen or of_control:
+        print(f"# the host kept {stolen:.2f} CPU-seconds from those turns, and {of_control:.2f} from their controls", flush=True)
     cached = sum(turn["cached"] > 0 for turn in stores + controls)
     if cached:
         print(f"# NOT COMPUTED: {cached} visitors found tokens in a cache", flush=True)

@@ -258,6 +258,21 @@ def test_figures_with_dropped_stores_say_so(
     assert float(results(said)["decode_token_beside_stores"][2]) == pytest.approx(11.0, abs=0.05), "until the last one"
 
 
+def test_what_the_host_kept_for_itself_is_told(
+    storing: Any, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert storing.stolen_s() >= 0
+    monkeypatch.setattr(storing, "stolen_s", lambda: engine.now / 10)
+    pairs = measured(storing, engine, tmp_path)
+    taken = [sum(pair[which]["stolen_s"] for pair in pairs) for which in ("stores", "control")]
+    assert min(taken) > 0
+    said = capsys.readouterr().out
+    assert f"# the host kept {taken[0]:.2f} CPU-seconds from those turns, and {taken[1]:.2f} from their controls" in said
+    monkeypatch.setattr(storing, "stolen_s", lambda: 0.0)
+    measured(storing, engine, tmp_path)
+    assert "CPU-seconds" not in capsys.readouterr().out
+
+
 def test_a_control_that_is_none_says_so(
     storing: Any, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rest", type=float, default=0, help="seconds between an engine's start and the first question")
     parser.add_argument("--deadline", type=float, default=470, help="seconds for this run, all engines together")
     parser.add_argument("--capacity", default="72GiB", help="of the depot's root")
-    parser.add_argument("--store-queue", default="24GiB", help="of the depot: nothing is dropped on a slow disk")
+    parser.add_argument("--depot", default="{}", metavar="JSON", help='options of the depot, as \'{"device_threads": 4}\'')
     parser.add_argument("--disk", type=Path, default=Path("/tmp"), help="folder on a disk, for the place disk")
     parser.add_argument("--utilization", type=float, default=0.9)
     parser.add_argument("--compiled", action="store_true", help="with CUDA graphs; about 30 s more for each engine")
@@ -67,6 +67,13 @@ def arguments() -> argparse.Namespace:
         for name in getattr(chosen, option).split(","):
             if name not in allowed:
                 parser.error(f"--{option} has {name!r} but must be some of {', '.join(allowed)}")
+    try:
+        depot = json.loads(chosen.depot)
+    except ValueError:
+        depot = None
+    if not isinstance(depot, dict):
+        parser.error(f"--depot has {chosen.depot!r} but must be a JSON object with options of the depot")
+    chosen.depot = depot
     return chosen
 
 
@@ -132,7 +139,7 @@ class Run:
             "eager": not self.options.compiled,
             "utilization": self.options.utilization,
             "contexts": [int(context) for context in self.options.contexts.split(",")],
-            "transfer": transfer_config(system, folder, self.options.capacity, self.options.store_queue),
+            "transfer": transfer_config(system, folder, self.options.capacity, self.options.depot),
             "out": str(self.options.out / f"{name}.json"),
             "budget_s": max(10.0, limit - 60),
         }

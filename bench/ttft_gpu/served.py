@@ -65,7 +65,7 @@ class Server:
         command += ["--compilation-config", json.dumps(workload.COMPILATION)] if options.compiled else ["--enforce-eager"]
         command += ["--gpu-memory-utilization", str(options.utilization)]
         if options.root:
-            transfer = transfer_config("depot", str(options.root), options.capacity, "24GiB")
+            transfer = transfer_config("depot", str(options.root), options.capacity, {})
             command += ["--kv-transfer-config", json.dumps(transfer)]
         self._command = environment.inside(options, command)
         self._stopping = False

@@ -37,12 +37,15 @@ SYSTEMS = {
 PLACES = ("shm", "disk", "loop")
 
 
-def transfer_config(system: str, folder: str, capacity: str, store_queue: str) -> dict[str, Any] | None:
-    """vLLM's kv_transfer_config."""
+STORE_QUEUE = "24GiB"  # of the depot: nothing is dropped on a slow disk
+
+
+def transfer_config(system: str, folder: str, capacity: str, depot: dict[str, Any]) -> dict[str, Any] | None:
+    """vLLM's kv_transfer_config; `depot`: options that replace the benchmark's."""
     both: dict[str, Any] = {"kv_role": "kv_both"}
     extra: dict[str, Any]
     if system == "depot":
-        extra = {"roots": [f"{folder}?capacity={capacity}"], "store_queue": store_queue, "on_error": "fail"}
+        extra = {"roots": [f"{folder}?capacity={capacity}"], "store_queue": STORE_QUEUE, "on_error": "fail", **depot}
         return both | {
             "kv_connector": "TokendepotConnector",
             "kv_connector_module_path": "tokendepot.engines.vllm",

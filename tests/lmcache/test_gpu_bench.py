@@ -21,7 +21,7 @@ def test_both_storages_are_made_by_lmcache_and_keep_chunks(
     monkeypatch.syspath_prepend(str(BENCH))
     systems = importlib.import_module("systems")
     assert systems.SYSTEMS[system].restarts
-    assert systems.transfer_config(system, "", "", "")["kv_connector"] == "LMCacheMPConnector"
+    assert systems.transfer_config(system, "", "", {})["kv_connector"] == "LMCacheMPConnector"
     memory_root.mkdir(mode=0o700)
     for _ in range(2):  # the second stands for the server after its restart
         with Storage(systems.lmcache_storage(system, str(memory_root), "256MiB")) as storage:

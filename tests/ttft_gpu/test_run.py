@@ -97,6 +97,22 @@ def test_wrong_names_are_refused_by_what_is_allowed(tmp_path: Path) -> None:
     assert done.returncode == 2 and "'other'" in done.stderr and "depot" in done.stderr
 
 
+@pytest.mark.parametrize("given", ["{", "[]", "4"])
+def test_options_of_the_depot_that_are_no_object_are_refused(tmp_path: Path, given: str) -> None:
+    done = run(tmp_path, "--depot", given)
+    assert done.returncode == 2 and f"--depot has {given!r} but must be a JSON object" in done.stderr
+
+
+def test_options_of_the_depot_replace_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    import systems
+
+    given = systems.transfer_config("depot", "/dev/shm/kv", "1GiB", {"device_threads": 4, "store_queue": "1GiB"})
+    extra = given["kv_connector_extra_config"]
+    assert extra["device_threads"] == 4 and extra["store_queue"] == "1GiB" and extra["on_error"] == "fail"
+    assert extra["roots"] == ["/dev/shm/kv?capacity=1GiB"]
+
+
 def test_what_does_not_fit_the_deadline_is_said_and_not_begun(tmp_path: Path) -> None:
     done = run(tmp_path, "--systems", "base", "--deadline", "30")
     assert done.returncode == 0 and "base cold not started" in done.stdout

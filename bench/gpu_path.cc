@@ -148,7 +148,7 @@ class GpuPath {
   }
 
   /// What an eager step consists of, beside stores into segments that nobody has written yet, which are not
-  /// registered: their pages are made, and threads copy.
+  /// registered: their pages are made, and threads copy. Then behind them, while those are being registered.
   void measure_threads() {
     std::string why_not;
     const auto matmul = Matmul::make(64, why_not);
@@ -158,11 +158,19 @@ class GpuPath {
     plan->segment_bytes = options_.toy ? 0 : 256ull << 20;  // as in a root of tens of GiB
     const double link = unwrap(link_->copy_large(Link::Way::to_host, options_.seconds / rounds_)).gb_per_s;
     for (const OtherWork& work : other_work(*matmul)) {
-      std::vector<double> alone, beside, stored;
-      for (int round = 0; round < rounds_; ++round) measure_fresh(*plan, work, alone, beside, stored);
-      report_.add(std::string("gpu_fresh_store_beside_") + work.name, median(stored), "GB/s", link);
-      report_.add(std::string("gpu_") + work.name + "_beside_fresh_store", median(beside), "us",
-                  median(alone));
+      std::vector<Fresh> rounds;
+      for (int round = 0; round < rounds_; ++round) rounds.push_back(measure_fresh(*plan, work));
+      const auto middle = [&](double Fresh::* which) {
+        std::vector<double> values;
+        for (const Fresh& round : rounds) values.push_back(round.*which);
+        return median(values);
+      };
+      const std::string name = work.name;
+      const double before = middle(&Fresh::before);
+      report_.add("gpu_fresh_store_beside_" + name, middle(&Fresh::stored), "GB/s", link);
+      report_.add("gpu_" + name + "_beside_fresh_store", middle(&Fresh::beside), "us", before);
+      report_.note("behind it " + number(middle(&Fresh::registered)) + " GB/s were registered");
+      report_.add("gpu_" + name + "_behind_fresh_store", middle(&Fresh::behind), "us", before);
     }
   }
 
@@ -237,11 +245,15 @@ class GpuPath {
     report_.add("gpu_" + what + "_beside_matmul", median(beside), "GB/s", median(alone_rate));
   }
 
-  /// One pass of stores into a new root; microseconds of a part of `work` on average meanwhile, and before
-  /// and behind it.
-  void measure_fresh(const RigPlan& plan, const OtherWork& work, std::vector<double>& alone,
-                     std::vector<double>& beside, std::vector<double>& stored) const {
+  /// Of one pass of stores into a new root: microseconds of a part of some work on average before it,
+  /// meanwhile and behind it, and GB/s.
+  struct Fresh {
+    double before, beside, behind, stored, registered;
+  };
+
+  Fresh measure_fresh(const RigPlan& plan, const OtherWork& work) const {
     Rig rig(plan);
+    usleep(options_.toy ? 0 : 500'000);  // the first segment is registered as soon as it is there
     const auto until = [&](const std::function<bool()>& over) {
       const double begin = now_s();
       double steps = 0;
@@ -250,25 +262,26 @@ class GpuPath {
         work.step([&] { rig.engine_step(false); });
         ++steps;
       } while (!over());
-      return std::pair{now_s() - begin, steps * work.parts};
+      return (now_s() - begin) / (steps * work.parts) * 1e6;
     };
     const auto for_a_while = [&] {
-      const double ends = now_s() + options_.seconds / rounds_ / 2;
+      const double ends = now_s() + options_.seconds / rounds_;
       return until([=] { return now_s() >= ends; });
     };
-    const auto before = for_a_while();
+    const double before = for_a_while();
     std::atomic<bool> over = false;
     Rig::Run run;
     std::thread stores([&] {
       run = rig.store(kFlight);
       over = true;
     });
-    const auto meanwhile = until([&] { return over.load(); });
+    const double beside = until([&] { return over.load(); });
     stores.join();
-    const auto behind = for_a_while();
-    alone.push_back((before.first + behind.first) / (before.second + behind.second) * 1e6);
-    beside.push_back(meanwhile.first / meanwhile.second * 1e6);
-    stored.push_back(run.gb_per_s);
+    const uint64_t registered = rig.stats().device.registered_bytes;
+    const double begin = now_s();
+    const double behind = for_a_while();
+    const auto more = static_cast<double>(rig.stats().device.registered_bytes - registered);
+    return {before, beside, behind, run.gb_per_s, more / (now_s() - begin) * 1e-9};
   }
 
   /// Where roots of this kind lie, or why there is no such place.

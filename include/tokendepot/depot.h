@@ -179,7 +179,9 @@ class Depot {
   /// Marks the present end of the engine's CUDA stream (a cudaStream_t; null = the legacy default stream):
   /// loads, places and stores submitted after this call touch the paged cache only when the work queued on
   /// the stream before the call has ended. Nobody waits: neither this call nor host or device as a whole. On
-  /// the host device it does nothing. `busy` while the stream is being captured into a graph.
+  /// the host device it does nothing. `busy` while the stream is being captured into a graph;
+  /// `invalid_argument` for cudaStreamPerThread on a thread whose current device is another one, of which
+  /// that stream is.
   virtual Status mark_stream(void* stream) = 0;
 
   /// The engine begins (true) or has ended (false) to queue a step's work on the device; false without a true

@@ -14,6 +14,8 @@ namespace tokendepot::testing::fake_cuda {
 void fail(const std::string& call, uint64_t nth, cudaError_t status = cudaErrorUnknown, uint64_t more = 0);
 /// Ends all orders; returns how many calls there were of what they name.
 uint64_t stop_failing();
+/// How often the calling thread made a device current, which makes a context there.
+uint64_t devices_set();
 /// Until let_copies_go(), what streams are told to copy stays where it is, and what is behind it waits.
 void hold_copies();
 void let_copies_go();

@@ -46,6 +46,7 @@ World& world() {
 
 std::atomic<bool> copies_are_held = false;
 thread_local int current_device = 0;
+thread_local uint64_t times_set = 0;
 thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 thread_local cudaError_t last_error = cudaSuccess;
 
@@ -89,6 +90,10 @@ uint64_t stop_failing() {
   for (const auto& [call, order] : world().orders) calls += order.calls;
   world().orders.clear();
   return calls;
+}
+
+uint64_t devices_set() {
+  return times_set;
 }
 
 void hold_copies() {
@@ -137,6 +142,7 @@ cudaError_t cudaSetDevice(int device) {
   RETURN_IF_FAILED(called("cudaSetDevice"));
   if (device < 0 || device >= fake::kDevices) return noted(cudaErrorInvalidDevice);
   fake::current_device = device;
+  ++fake::times_set;
   return cudaSuccess;
 }
 

@@ -16,9 +16,8 @@ PART, CHUNK_TOKENS = (0, 1, 0, HEADS), CHUNK_BLOCKS * BLOCK_TOKENS
 CHUNKS = 16
 
 
-def open_depot(root: str, device: str, **more: object) -> Depot:
-    """On threads, not on io_uring: threads may touch a device's context."""
-    root_config = {"path": root, "capacity": "256MiB", "io": "threads"}
+def open_depot(root: str, device: str, *, io: str = "auto", **more: object) -> Depot:
+    root_config = {"path": root, "capacity": "256MiB", "io": io}
     config = {"roots": [root_config], "device": device, "slab": "64MiB", "device_slab": "64MiB"}
     return Depot.open(json.dumps({**config, "free_space_reserve": 0, "poll_ms": 20, **more}))
 
@@ -41,6 +40,7 @@ def round_trip(
     planes = [(base + plane * PLANE_BYTES, BLOCK_BYTES, ROW_BYTES * BLOCK_TOKENS, ROW_BYTES, 0) for plane in range(2)]
     depot.attach(group=0, kind="canonical", part=PART, tokens=CHUNK_TOKENS, block_tokens=BLOCK_TOKENS,
                  block_count=len(cells), row_bytes=ROW_BYTES, layers=[planes])  # fmt: skip
+    depot.mark_stream(0)
     wanted = cells[stored].clone()
     chain = KeyChain(namespace, CHUNK_TOKENS)
     chain.append([seed * 100_000 + token for token in range(CHUNKS * CHUNK_TOKENS)])

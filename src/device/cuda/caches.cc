@@ -3,11 +3,14 @@
 #include <algorithm>
 #include <vector>
 
+#include "device/cuda/on_device.h"
 #include "device/cuda/status.h"
 
 namespace tokendepot::cuda {
 
-Status check_memory(const PagedCache& cache, int ordinal) {
+namespace {
+
+Status check_planes(const PagedCache& cache, int ordinal) {
   for (size_t layer = 0; layer < cache.layers.size(); ++layer) {
     for (const Plane& plane : cache.layers[layer]) {
       cudaPointerAttributes found{};
@@ -20,6 +23,12 @@ Status check_memory(const PagedCache& cache, int ordinal) {
     }
   }
   return {};
+}
+
+}  // namespace
+
+Status check_memory(const PagedCache& cache, int ordinal) {
+  return on_device(ordinal, [&cache, ordinal] { return check_planes(cache, ordinal); });
 }
 
 Caches::~Caches() {

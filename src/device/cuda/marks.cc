@@ -1,6 +1,7 @@
 #include "device/cuda/marks.h"
 
 #include "base/errors.h"
+#include "device/cuda/on_device.h"
 #include "device/cuda/status.h"
 
 namespace tokendepot::cuda {
@@ -22,31 +23,18 @@ Status Marks::start() {
   return {};
 }
 
-namespace {
-
 // The default stream is that of the device which is current on the calling thread, a thread of the engine's.
-class OnDevice {
- public:
-  explicit OnDevice(int ordinal) {
-    if (cudaGetDevice(&before_) != cudaSuccess) before_ = ordinal;
-    if (before_ != ordinal) cudaSetDevice(ordinal);
-    switched_ = before_ != ordinal;
-  }
-  ~OnDevice() {
-    if (switched_) cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-  bool switched_ = false;
-};
-
-}  // namespace
-
 Result<uint64_t> Marks::mark(cudaStream_t stream) {
-  const OnDevice here(ordinal_);
+  if (stream == cudaStreamPerThread && !is_current(ordinal_)) {
+    return fail(
+        ErrorKind::invalid_argument,
+        "the calling thread's own default stream is not one of cuda:{}, which is not its current device",
+        ordinal_);
+  }
+  return on_device(ordinal_, [this, stream] { return mark_here(stream); });
+}
+
+Result<uint64_t> Marks::mark_here(cudaStream_t stream) {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   const cudaError_t asked = cudaStreamIsCapturing(stream, &capture);
   if (asked == cudaErrorStreamCaptureImplicit ||

@@ -22,13 +22,16 @@ class Marks {
   Marks& operator=(const Marks&) = delete;
   Status start();
 
-  /// Of a stream of this device, its default stream too. `busy` while the stream is being captured: the event
-  /// would become part of the graph.
+  /// Of a stream of this device, its default stream too, whatever device is current on the calling thread.
+  /// `busy` while the stream is being captured: the event would become part of the graph. `invalid_argument`
+  /// for the thread's own default stream where that is another device's.
   Result<uint64_t> mark(cudaStream_t stream);
   /// What is queued on `stream` from now on runs when the mark is reached. 0: nothing to wait for.
   cudaError_t wait(cudaStream_t stream, uint64_t mark);
 
  private:
+  Result<uint64_t> mark_here(cudaStream_t stream);
+
   const int ordinal_;
   std::mutex mutex_;
   cudaStream_t order_ = nullptr;

@@ -172,6 +172,34 @@ def test_a_longer_prompt_than_any_before_costs_what_shorter_ones_let_expect() ->
     assert machine.rule.spared_seconds(0, 95_744, 96_000) == pytest.approx(machine.compute_s(0, 95_744), rel=0.01)
 
 
+def test_a_prompt_of_the_same_power_of_two_does_not_make_a_longer_one_cheaper() -> None:
+    """The mean context of 36,000 tokens is in the octave of that of 96,000, at its other end."""
+    machine = Machine(4.5e9, started_at_rate=4.5e9)
+    machine.compute(0, 24_000)
+    machine.compute(0, 36_000)
+    for total in (96_000, 128_000):
+        assert machine.rule.of_load(0, total - 256, total)
+        longer = machine.rule.spared_seconds(0, total - 256, total)
+        assert longer == pytest.approx(machine.compute_s(0, total - 256), rel=0.05)
+
+
+def test_steps_at_the_floor_do_not_hide_how_cost_grows() -> None:
+    """Short prompts, whose tokens cost what a step costs at least, however many they are."""
+    machine = Machine(4.5e9, started_at_rate=4.5e9)
+    for tokens in (256, 520):
+        machine.step([(0, tokens)], 2.1 * STEP_S)
+    machine.compute(0, 24_000)
+    assert machine.rule.spared_seconds(0, 95_744, 96_000) == pytest.approx(machine.compute_s(0, 95_744), rel=0.01)
+
+
+def test_of_two_contexts_one_slow_step_makes_a_longer_prompt_dearer_in_proportion_at_most() -> None:
+    machine = Machine(4.5e9)
+    machine.step([(0, 16_384)], machine.compute_s(0, 16_384))
+    machine.step([(16_384, 7616)], 100 * machine.compute_s(16_384, 24_000))
+    in_proportion = machine.compute_s(0, 16_384) / 16_384 * 48_000 / 8192 * 95_744
+    assert machine.rule.spared_seconds(0, 95_744, 96_000) == pytest.approx(in_proportion, rel=0.01)
+
+
 @pytest.mark.parametrize("slow", [0, 1, 2])
 def test_what_a_longer_prompt_costs_is_not_told_by_one_slow_step(slow: int) -> None:
     machine = Machine(4.5e9)

@@ -145,13 +145,14 @@ class Worth:
             return self._step / self._free_tokens
         x, y = near
         shorter = sorted(seen for seen in self._contexts.medians(0.0).values() if seen[0] <= context)
-        if Octaves.octave(x) < Octaves.octave(context):
+        if context > x:
             y += self._growth(shorter[-GROWTH_FROM:]) * (context - x)
         return min([y, *(y * context / x for x, y in shorter)])
 
     @staticmethod
     def _growth(seen: list[tuple[float, float]]) -> float:
-        """Seconds a token costs more for each token of context, the least between any two: one of them may be of a slow step."""
+        """Seconds a token costs more for each token of context, the least between any two: of three, one may be of a slow step.
+        What two let expect is bounded by proportion only."""
         pairs = combinations(seen, 2)
         slopes = [(y2 - y1) / (x2 - x1) for (x1, y1), (x2, y2) in pairs if x2 >= GROWTH_APART * x1]
         return max(0.0, min(slopes, default=0.0))

@@ -1,6 +1,6 @@
 // A depot with a CUDA device next to the limits of the same card and the same minute: loads and stores
-// through each kind of root, what they cost a matrix product on the same card, and how soon a large depot is
-// ready.
+// through each kind of root, what they cost a matrix product on the same card and other threads of the
+// process, and how soon a large depot is ready.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/statvfs.h>

@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rest", type=float, default=0, help="seconds between an engine's start and the first question")
     parser.add_argument("--deadline", type=float, default=470, help="seconds for this run, all engines together")
     parser.add_argument("--capacity", default="72GiB", help="of the depot's root")
-    parser.add_argument("--depot", default="{}", metavar="JSON", help='options of the depot, as \'{"device_threads": 4}\'')
+    parser.add_argument("--depot", default="{}", metavar="JSON", help='options of the system depot, as \'{"device_threads": 4}\'')
     parser.add_argument("--disk", type=Path, default=Path("/tmp"), help="folder on a disk, for the place disk")
     parser.add_argument("--utilization", type=float, default=0.9)
     parser.add_argument("--compiled", action="store_true", help="with CUDA graphs; about 30 s more for each engine")

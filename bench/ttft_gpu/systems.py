@@ -16,6 +16,7 @@ from typing import Any
 
 HOST_BYTES = 24 * 10**9  # memory of the systems that keep KV in the engine's process
 LMCACHE_PORT, LMCACHE_HTTP_PORT = 5655, 5656
+STORE_QUEUE = "24GiB"  # of the depot: nothing is dropped on a slow disk
 # vLLM names the memory of its tiers after the engine's id; it outlives an engine that is killed.
 ENGINE_ID = f"ttft-gpu-{os.getpid()}"
 
@@ -35,9 +36,6 @@ SYSTEMS = {
     "lmcache-depot": System(restarts=True, needs_place=True),
 }
 PLACES = ("shm", "disk", "loop")
-
-
-STORE_QUEUE = "24GiB"  # of the depot: nothing is dropped on a slow disk
 
 
 def transfer_config(system: str, folder: str, capacity: str, depot: dict[str, Any]) -> dict[str, Any] | None:

@@ -225,7 +225,7 @@ def test_the_table_of_connector_keys_is_what_the_connector_knows() -> None:
 
 
 def test_the_table_of_threads_names_those_of_a_depot() -> None:
-    files = [*(TREE / "src").rglob("*.cc"), *(TREE / "python/src").glob("*.cc")]
+    files = [*(TREE / "src").rglob("*.cc"), *(TREE / "src").rglob("*.h"), *(TREE / "python/src").glob("*.cc")]
     sources = "".join(file.read_text() for file in files if file.parent.name != "workload")
     started = set(re.findall(r'"(td-[^"]+)"', sources))
     assert len(started) > 10 and all(len(name) < 16 for name in started), "the system cuts longer ones off"

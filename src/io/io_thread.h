@@ -15,6 +15,15 @@ namespace tokendepot {
 /// reach the guard of a mapping. Not joinable when the system refuses another thread.
 std::thread start_io_thread(void (*body)(void*), void* context, const char* name);
 
+/// Runs `body` on such a thread and waits for it. False: the system refused the thread, and nothing was done.
+template <typename Body>
+bool run_on_io_thread(Body& body, const char* name) {
+  std::thread thread = start_io_thread([](void* errand) { (*static_cast<Body*>(errand))(); }, &body, name);
+  if (!thread.joinable()) return false;
+  thread.join();
+  return true;
+}
+
 /// Of them, those of this process that have not ended.
 uint32_t io_threads_running();
 

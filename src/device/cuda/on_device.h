@@ -4,7 +4,6 @@
 #include <cuda_runtime_api.h>
 
 #include <optional>
-#include <thread>
 #include <type_traits>
 #include <utility>
 
@@ -26,21 +25,13 @@ template <typename Body>
 std::invoke_result_t<Body&> on_device(int ordinal, Body body) {
   if (is_current(ordinal)) return body();
   using Answer = std::invoke_result_t<Body&>;
-  struct Call {
-    int ordinal;
-    Body& body;
-    std::optional<Answer> answer = {};
-  } call{ordinal, body};
-  std::thread thread = start_io_thread(
-      [](void* context) {
-        Call& asked = *static_cast<Call*>(context);
-        const Status entered = enter_device(asked.ordinal);
-        asked.answer.emplace(entered ? asked.body() : Answer(std::unexpected(entered.error())));
-      },
-      &call, "td-other");
-  if (!thread.joinable()) return thread_refused("a call for another GPU");
-  thread.join();
-  return std::move(*call.answer);
+  std::optional<Answer> answer;
+  auto errand = [&] {
+    const Status entered = enter_device(ordinal);
+    answer.emplace(entered ? body() : Answer(std::unexpected(entered.error())));
+  };
+  if (!run_on_io_thread(errand, "td-other")) return thread_refused("a call for another GPU");
+  return std::move(*answer);
 }
 
 }  // namespace tokendepot::cuda

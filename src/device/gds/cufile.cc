@@ -148,20 +148,11 @@ Result<const CuFileCalls*> load(const std::string& name) {
 /// has. False: the system refused the thread, and nothing was done.
 template <typename Body>
 bool on_own_thread(Device& device, Body& body) {
-  struct Errand {
-    Device& device;
-    Body& body;
-  } errand{device, body};
-  std::thread thread = start_io_thread(
-      [](void* self) {
-        auto& with = *static_cast<Errand*>(self);
-        with.device.enter_thread();
-        with.body();
-      },
-      &errand, "td-cufile");
-  if (!thread.joinable()) return false;
-  thread.join();
-  return true;
+  auto errand = [&] {
+    device.enter_thread();
+    body();
+  };
+  return run_on_io_thread(errand, "td-cufile");
 }
 
 }  // namespace

@@ -1,8 +1,6 @@
 // Host path on tmpfs: 2.5 MiB extents, 8 in flight, digest on. Limit: two threads of plain memcpy of the same
 // bytes between the same memories in the same run. Beside stores a thread maps and unmaps memory, as engines
 // do: the kernel has one lock for that in a process.
-#include <sys/mman.h>
-
 #include <atomic>
 #include <thread>
 
@@ -39,13 +37,9 @@ class Mapper {
 
  private:
   void run() {
-    constexpr size_t kBytes = 1 << 20;
     while (!over_) {
       const double begin = now_s();
-      void* const mapped =
-          ::mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-      if (mapped == MAP_FAILED) stop("the system refused a MiB of memory");
-      ::munmap(mapped, kBytes);
+      map_and_give_back();
       longest_ms_ = std::max(longest_ms_, (now_s() - begin) * 1e3);
       ::usleep(200);
     }

@@ -72,6 +72,14 @@ inline CacheMemory host_cache(uint64_t bytes) {
   return {memory, [bytes](std::byte* at) { munmap(at, bytes); }};
 }
 
+/// A MiB of memory, mapped and given back: the kernel locks the process's memory map for both.
+inline void map_and_give_back() {
+  constexpr size_t kBytes = 1 << 20;
+  void* const mapped = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) stop("the system refused a MiB of memory");
+  munmap(mapped, kBytes);
+}
+
 struct RigPlan {
   std::string base;  // where the depot's directory is made
   double mib = 0;    // payload of an extent

@@ -93,7 +93,8 @@ TEST_F(GdsStore, AWriteThatCuFileFailsWaitsForStagingAndIsAcknowledged) {
   fake_.fail_writes = 1;
   submit(0);
   until([&] { return errors() == 1; });
-  submit(1);  // there is memory for its header, but whoever is first comes first
+  usleep(50'000);  // it is counted just before it waits
+  submit(1);       // there is memory for its header, but whoever is first comes first
   usleep(50'000);
   EXPECT_EQ(depot_->stats().store.extents, 0u);
   EXPECT_EQ(device_->copies, 0);

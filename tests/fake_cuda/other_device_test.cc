@@ -56,11 +56,13 @@ TEST_F(OtherDevice, TheThreadsOwnDefaultStreamIsRefusedForItIsNotOneOfTheDevices
 
 TEST_F(OtherDevice, ADriverThatDoesNotLetTheDeviceBeEnteredIsTold) {
   std::thread([&] {
-    fake_cuda::fail("cudaSetDevice", 1, cudaErrorDevicesUnavailable, 1);
+    fake_cuda::fail("cudaSetDevice", 1, cudaErrorDevicesUnavailable,
+                    1000);  // the device's threads call it, too
     EXPECT_FALSE(device_->accept(cache_));
     const auto refused = device_->mark(nullptr);
     ASSERT_FALSE(refused);
     EXPECT_EQ(refused.error().kind, ErrorKind::io);
+    fake_cuda::stop_failing();
     EXPECT_TRUE(device_->mark(nullptr)) << "the next one";
   }).join();
 }

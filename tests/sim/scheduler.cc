@@ -36,7 +36,7 @@ constexpr uint64_t kMostTurns = 30'000'000;
 struct Fiber {
   uint64_t id = 0;
   ProcessId process = 0;
-  ucontext_t start{};  // its stack, until it has begun
+  ucontext_t start{};  // its stack, and how it begins on it
   bool begun = false;
   jmp_buf rest;
   std::function<void()> body;
